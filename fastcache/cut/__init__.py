@@ -1,0 +1,1 @@
+"""A diffusers U-Net -> the two modules of DeepCache: full and shallow."""

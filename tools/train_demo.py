@@ -1,0 +1,340 @@
+"""Train the bundled model from nothing: python tools/train_demo.py --output fastcache/demo/model
+
+Three stages, each seeded: the VAE learns to code rendered scenes, the text encoder learns to say what a caption
+says at each place, and the U-Net and the text encoder together learn v-prediction on SD 2.1's noise schedule. A stage
+that has finished is kept in --work and not run again. Two or three CPU cores need about two hours.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fastcache.demo import reader
+from fastcache.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RADII,
+    SHAPES,
+    Scene,
+    held_out_scenes,
+    render,
+    training_scenes,
+)
+
+TOKENS = 32
+TEXT_WIDTH = 128
+LATENT_SIZE = 16
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=64,
+        latent_channels=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96, 128, 96),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=(2, 3, 4, 4),
+        use_linear_projection=True,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges give each word of the captions one token, and spell out any other word."""
+    rng = np.random.default_rng(0)
+    captions = [scene.partial_caption(rng) for scene, _ in zip(training_scenes(rng), range(4000), strict=False)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    tokens = [*sorted(letters), *(f"{c}</w>" for c in sorted(letters))]
+    merges = [tuple(m) for m in model["merges"]]
+    tokens += [a + b for a, b in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, model_max_length=TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=256,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+    ).input_ids
+
+
+def pictures(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(np.stack([render(s, rng) for s in scenes])).permute(0, 3, 1, 2)
+
+
+def take(rng: np.random.Generator, count: int) -> list[Scene]:
+    return [scene for scene, _ in zip(training_scenes(rng), range(count), strict=False)]
+
+
+def normalised(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+class Log:
+    """A line every so many iterations, with the time taken."""
+
+    def __init__(self, stage: str, every: int) -> None:
+        self.stage, self.every, self.start, self.values = stage, every, time.monotonic(), list[float]()
+
+    def __call__(self, iteration: int, value: float) -> None:
+        self.values.append(value)
+        if iteration % self.every == 0:
+            minutes = (time.monotonic() - self.start) / 60
+            mean = np.mean(self.values[-self.every :])
+            typer.echo(f"{self.stage} {iteration:6d}  loss {mean:.5f}  {minutes:.1f} min", err=True)
+
+
+def schedule(optimizer: torch.optim.Optimizer, iterations: int, warmup: int = 100) -> torch.optim.lr_scheduler.LRScheduler:
+    def factor(i: int) -> float:
+        decay = 0.5 + 0.5 * np.cos(np.pi * i / iterations)
+        return min(1.0, (i + 1) / warmup) * max(0.01, decay)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_vae(iterations: int) -> AutoencoderKL:
+    """L1 + L2 reconstruction, with the KL term at a weight that leaves 31 dB or more."""
+    torch.manual_seed(1)
+    rng = np.random.default_rng(1)
+    vae = build_vae().to(memory_format=torch.channels_last)
+    images = pictures(take(rng, 20000), rng)
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    rate, log = schedule(optimizer, iterations), Log("vae", 50)
+    for i in range(1, iterations + 1):
+        x = normalised(images[torch.randint(len(images), (16,))]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y, kl = vae.decode(posterior.sample()).sample.float(), posterior.kl().float().mean()
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 3e-4 * kl / (4 * LATENT_SIZE**2)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        log(i, loss.item())
+    with torch.no_grad():
+        x = normalised(images[:256])
+        latents = vae.encode(x).latent_dist.mode()
+        mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), x)
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    typer.echo(f"vae: {10 * np.log10(4 / mse.item()):.2f} dB, scale {vae.config.scaling_factor}", err=True)
+    return vae
+
+
+def describe_targets(scenes: list[Scene]) -> Tensor:
+    """For each place the shape, colour and size there (0 for nothing), and the background.
+
+    Shapes: returns (scenes, 13) class indices.
+    """
+    rows: list[list[int]] = []
+    for scene in scenes:
+        at = {o.place: o for o in scene.objects}
+        row = [list(BACKGROUNDS).index(scene.background)]
+        for place in PLACES:
+            o = at.get(place)
+            row += [1 + list(n).index(v) if o else 0 for n, v in _attributes(o)]
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def _attributes(o: object) -> list[tuple[dict[str, object], str]]:
+    return [(SHAPES, getattr(o, "shape", "")), (COLOURS, getattr(o, "colour", "")), (RADII, getattr(o, "size", ""))]
+
+
+def train_text(tokenizer: CLIPTokenizer, iterations: int) -> CLIPTextModel:
+    """Full captions: the last token's state tells, by linear heads, what stands at each place."""
+    torch.manual_seed(2)
+    rng = np.random.default_rng(2)
+    encoder = build_text_encoder(tokenizer)
+    widths = [len(BACKGROUNDS)] + [len(SHAPES) + 1, len(COLOURS) + 1, len(RADII) + 1] * len(PLACES)
+    heads = nn.Linear(TEXT_WIDTH, sum(widths))
+    scenes = take(rng, 40000)
+    ids, targets = tokenize(tokenizer, [s.caption() for s in scenes]), describe_targets(scenes)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], 1e-3, weight_decay=0.01)
+    rate, log = schedule(optimizer, iterations), Log("text", 200)
+    for i in range(1, iterations + 1):
+        rows = torch.randint(len(ids), (128,))
+        states = encoder(ids[rows]).last_hidden_state[:, -1]
+        logits = heads(states).split(widths, dim=-1)
+        loss = torch.stack([F.cross_entropy(p, targets[rows, k]) for k, p in enumerate(logits)]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        log(i, loss.item())
+    return encoder
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = [vae.encode(normalised(x)).latent_dist.mode() for x in images.split(256)]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def v_prediction_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def train_unet(
+    vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, iterations: int, work: Path
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """v-prediction, one caption in ten empty for guidance; returns the running average of the weights."""
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    unet = build_unet().to(memory_format=torch.channels_last)
+    typer.echo(f"unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", err=True)
+    scenes = take(rng, 60000)
+    latents = encode_images(vae, pictures(scenes, rng))
+    captions = [s.partial_caption(rng) if rng.random() >= 0.1 else "" for s in scenes]
+    ids = tokenize(tokenizer, captions)
+    alphas = v_prediction_scheduler().alphas_cumprod
+    model = nn.ModuleDict({"unet": unet, "text": text})
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    rate, log = schedule(optimizer, iterations, warmup=200), Log("unet", 50)
+    for i in range(1, iterations + 1):
+        rows = torch.randint(len(latents), (64,))
+        t = torch.randint(1000, (64,))
+        x, noise = latents[rows], torch.randn(64, 4, LATENT_SIZE, LATENT_SIZE)
+        a, b = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+        noisy = (a * x + b * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = text(ids[rows]).last_hidden_state
+            v = unet(noisy, t, states, return_dict=False)[0]
+        loss = F.mse_loss(v.float(), a * noise - b * x)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        decay = min(0.999, (1 + i) / (10 + i))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        log(i, loss.item())
+        if i % 250 == 0:
+            export(vae, average["text"], tokenizer, average["unet"], work / "latest")
+            score = measure(work / "latest", count=32, steps=20)
+            typer.echo(f"unet {i:6d}  {score:.1%} of 32 held-out prompts, 20 steps", err=True)
+    return average["unet"], average["text"]
+
+
+def export(
+    vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, output: Path
+) -> None:
+    """Write the four parts as a `StableDiffusionPipeline` in fp16 safetensors."""
+    pipe = StableDiffusionPipeline(
+        vae=copy.deepcopy(vae),
+        text_encoder=copy.deepcopy(text),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).to(memory_format=torch.contiguous_format),
+        scheduler=v_prediction_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16, silence_dtype_warnings=True)
+    pipe.save_pretrained(output, safe_serialization=True)
+
+
+def measure(model: Path, count: int, steps: int) -> float:
+    """The share of held-out prompts whose image shows every attribute asked for (DDIM, guidance 4)."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.to(memory_format=torch.channels_last)
+    right = 0
+    scenes = held_out_scenes(count)
+    for start in range(0, count, 32):
+        part = scenes[start : start + 32]
+        generators = [torch.Generator().manual_seed(start + k) for k in range(len(part))]
+        images = pipe(
+            [s.caption() for s in part],
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            generator=generators,
+            output_type="np",
+        ).images
+        for scene, image in zip(part, images, strict=True):
+            right += reader.matches(reader.read_scene((image * 255).round().astype(np.uint8)), scene)
+    return right / count
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the finished model goes.")],
+    work: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("build/train-demo"),
+    vae_iterations: int = 3500,
+    text_iterations: int = 1500,
+    unet_iterations: int = 4000,
+    threads: int = 0,
+) -> None:
+    """Train the bundled model and say how many held-out prompts it draws right."""
+    if threads:
+        torch.set_num_threads(threads)
+    tokenizer = build_tokenizer()
+    vae_folder, text_folder = work / "vae", work / "text"
+    if not vae_folder.exists():
+        train_vae(vae_iterations).save_pretrained(vae_folder)
+    vae = AutoencoderKL.from_pretrained(vae_folder).requires_grad_(False)
+    if not text_folder.exists():
+        train_text(tokenizer, text_iterations).save_pretrained(text_folder)
+    text = CLIPTextModel.from_pretrained(text_folder).train()
+    unet, text = train_unet(vae, text, tokenizer, unet_iterations, work)
+    export(vae, text, tokenizer, unet, output)
+    typer.echo(f"{measure(output, count=200, steps=50):.1%} of 200 held-out prompts show every attribute asked for")
+
+
+if __name__ == "__main__":
+    typer.run(main)
