@@ -66,7 +66,9 @@ def small_unet(name: str) -> UNet2DConditionModel:
     return unet
 
 
-def example(unet: UNet2DConditionModel, batch: int = 2, height: int = 16, width: int = 16) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example(
+    unet: UNet2DConditionModel, batch: int = 2, height: int = 16, width: int = 16
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for `unet.forward`, full and (less the cached feature) shallow."""
     config, generator = unet.config, torch.Generator().manual_seed(1)
 

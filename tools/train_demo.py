@@ -74,7 +74,9 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False))
+    bpe.train_from_iterator(
+        captions, trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False)
+    )
     model = json.loads(bpe.to_str())["model"]
     tokens = [*sorted(letters), *(f"{c}</w>" for c in sorted(letters))]
     merges = [tuple(m) for m in model["merges"]]
@@ -101,9 +103,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(
-        captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
 
 
 def pictures(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
@@ -132,7 +132,9 @@ class Log:
             typer.echo(f"{self.stage} {iteration:6d}  loss {mean:.5f}  {minutes:.1f} min", err=True)
 
 
-def schedule(optimizer: torch.optim.Optimizer, iterations: int, warmup: int = 100) -> torch.optim.lr_scheduler.LRScheduler:
+def schedule(
+    optimizer: torch.optim.Optimizer, iterations: int, warmup: int = 100
+) -> torch.optim.lr_scheduler.LRScheduler:
     def factor(i: int) -> float:
         decay = 0.5 + 0.5 * np.cos(np.pi * i / iterations)
         return min(1.0, (i + 1) / warmup) * max(0.01, decay)

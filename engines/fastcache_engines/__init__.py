@@ -6,13 +6,17 @@ tensors once and then runs as often as it likes; the engine reads and writes tho
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 from torch import Tensor
 
-__all__ = ["BackendUnavailable", "Binding", "Engine", "TensorSpec", "check_tensors"]
+__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "Binding", "Engine", "TensorSpec", "backend", "check_tensors"]
+
+BACKENDS = {"onnxruntime": "onnxruntime"}  # a backend's name -> its module here, in the order `auto` prefers them
 
 
 class BackendUnavailable(RuntimeError):
@@ -56,7 +60,9 @@ def check_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor], de
     for spec in specs:
         tensor = tensors.get(spec.name)
         if tensor is None:
-            raise ValueError(f"expected a tensor named {spec.name!r} to bind, got {', '.join(sorted(tensors)) or 'none'}")
+            raise ValueError(
+                f"expected a tensor named {spec.name!r} to bind, got {', '.join(sorted(tensors)) or 'none'}"
+            )
         fits = len(tensor.shape) == len(spec.shape) and all(
             size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
             for size, wanted in zip(tensor.shape, spec.shape, strict=True)
@@ -67,3 +73,27 @@ def check_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor], de
                 f"expected {spec.name!r} to be contiguous {spec.dtype} {list(spec.shape)} on {device}, got "
                 f"{'' if tensor.is_contiguous() else 'non-contiguous '}{dtype} {list(tensor.shape)} on {tensor.device}"
             )
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    NAME: str
+
+    def version(self) -> str:
+        """The installed version. Raises: `BackendUnavailable`, saying what to install."""
+        ...
+
+    def load(self, path: Path, *, threads: int = 0) -> Engine:
+        """An engine from a file of a checked bundle; `threads` 0 means as many as torch uses."""
+        ...
+
+
+def backend(name: str) -> Backend:
+    """A backend by its name.
+
+    Raises: `BackendUnavailable` for a name that this version does not have.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"expected a backend of this version ({', '.join(BACKENDS)}), got {name!r}")
+    return cast(Backend, importlib.import_module(f"fastcache_engines.{BACKENDS[name]}"))

@@ -126,6 +126,4 @@ def partition_unet(unet: nn.Module, branch_id: int = 0) -> Cut:
     makers = [parts.conv_in, *(layer.resnet or layer.resampler for layer in parts.down)]
     stride = 2 ** sum(layer.resampler is not None for layer in parts.down[:branch_id])
     channels = parts.up[last - branch_id].resnet.in_channels - makers[branch_id].out_channels
-    return Cut(
-        FullUNet(parts, branch_id), ShallowUNet(parts, branch_id), branch_id, parts.num_skips, channels, stride
-    )
+    return Cut(FullUNet(parts, branch_id), ShallowUNet(parts, branch_id), branch_id, parts.num_skips, channels, stride)

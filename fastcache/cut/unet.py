@@ -134,7 +134,9 @@ def take_apart(unet: nn.Module) -> UNetParts:
     Raises: `PartitionError` for a class, block or option whose data flow these parts would not reproduce.
     """
     if not isinstance(unet, UNet2DConditionModel):
-        raise PartitionError(f"expected a UNet2DConditionModel, got {type(unet).__name__}; pass pipe.unet of a U-Net pipeline")
+        raise PartitionError(
+            f"expected a UNet2DConditionModel, got {type(unet).__name__}; pass pipe.unet of a U-Net pipeline"
+        )
     _refuse_unknown(unet)
     down, up = tuple(_down_layers(unet)), tuple(_up_layers(unet))
     if len(up) != len(down) + 1:
@@ -142,9 +144,7 @@ def take_apart(unet: nn.Module) -> UNetParts:
             f"expected as many up layers as skip connections, got {len(up)} up layers for {len(down) + 1} "
             "skip connections; such a U-Net does not run in diffusers either"
         )
-    return UNetParts(
-        Embeddings(unet), unet.conv_in, down, Middle(unet.mid_block), up, Head(unet), unet.num_upsamplers
-    )
+    return UNetParts(Embeddings(unet), unet.conv_in, down, Middle(unet.mid_block), up, Head(unet), unet.num_upsamplers)
 
 
 def _refuse_unknown(unet: UNet2DConditionModel) -> None:

@@ -46,9 +46,7 @@ SHAPES: dict[str, Callable[[Array, Array, float], Array]] = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
     "triangle": lambda x, y, r: np.maximum(y - 0.75 * r, (abs(x) * 1.75 - y - r) / 2.016),
-    "cross": lambda x, y, r: np.minimum(
-        np.maximum(abs(x) - r, abs(y) - r / 3), np.maximum(abs(y) - r, abs(x) - r / 3)
-    ),
+    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x) - r, abs(y) - r / 3), np.maximum(abs(y) - r, abs(x) - r / 3)),
     "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
 }
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DModel
-from small_unets import CONFIGS, example, small_unet
 
 from fastcache import PartitionError, partition_unet
+from small_unets import CONFIGS, example, small_unet
 
-BRANCHES = [
-    (name, branch) for name in CONFIGS for branch in range(partition_unet(small_unet(name)).num_branches)
-]
+BRANCHES = [(name, branch) for name in CONFIGS for branch in range(partition_unet(small_unet(name)).num_branches)]
 
 
 @pytest.mark.parametrize(("name", "branch_id"), BRANCHES)
@@ -75,7 +73,11 @@ def test_bad_branch_ids_name_the_range(branch_id: object) -> None:
 
 def test_what_cannot_be_cut_says_why() -> None:
     with pytest.raises(PartitionError, match="got UNet2DModel"):
-        partition_unet(UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))
+        partition_unet(
+            UNet2DModel(
+                block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+            )
+        )
     with pytest.raises(PartitionError, match="got Linear"):
         partition_unet(torch.nn.Linear(1, 1))
     unet = small_unet("sd15")

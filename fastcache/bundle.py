@@ -1,0 +1,254 @@
+"""The folder where building and running meet: files, and a manifest that says what each byte must be.
+
+A bundle is written whole (`seal`, then `publish`) and opened only if every file is the one that was built
+(`open_bundle`). Knows files and hashes; knows nothing about what the engines compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastcache.errors import BundleError
+from fastcache.recipe import Component, Profile, Recipe
+from fastcache_engines import TensorSpec
+
+SCHEMA = "fastcache.bundle/1"
+MANIFEST = "manifest.json"
+REFERENCE = "reference.safetensors"
+_MANIFEST_LIMIT_BYTES = 16 * 2**20
+
+Role = Literal["full", "shallow", "text_encoder", "vae_decoder"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Value):
+    """One file of a bundle, by its path inside it (forward slashes)."""
+
+    name: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class EngineEntry(_Value):
+    """An engine: the file a backend loads, and what it takes and gives."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class ModelInfo(_Value):
+    """What the loop around the engines must know of the model."""
+
+    name: str
+    random_weights: bool
+    in_channels: int
+    latent_channels: int
+    vae_scale_factor: int
+    tokens: int | None
+    scheduler: dict[str, Any]
+
+
+class Parity(_Value):
+    """Largest errors relative to the largest reference value, as measured when the bundle was built."""
+
+    full_vs_model: float
+    shallow_vs_full: float
+    tolerance: float
+
+
+class Manifest(_Value):
+    """What a bundle is and what each of its bytes must be."""
+
+    schema_: Literal["fastcache.bundle/1"] = Field(SCHEMA, alias="schema")
+    key: str
+    model: ModelInfo
+    weights_sha256: str
+    branch_id: int
+    num_branches: int
+    cut: Literal["plain", "projected"]
+    backend: str
+    dtype: str
+    height: int
+    width: int
+    components: tuple[Component, ...]
+    profiles: dict[str, Profile]
+    versions: dict[str, str]
+    device: str
+    engines: dict[Role, EngineEntry]
+    parity: Parity
+    recipe: Recipe
+    weights_bytes: int
+    duplicated_bytes: int
+    created: str
+    build_seconds: float
+    files: tuple[FileEntry, ...]
+    bundle_sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    def digest(self) -> str:
+        """The hash over everything in the manifest but itself: the bundle's identity."""
+        content = self.to_json() | {"bundle_sha256": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file has been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def engine_path(self, role: Role) -> Path:
+        """The file of an engine.
+
+        Raises: `BundleError` if the bundle was built without it.
+        """
+        if role not in self.manifest.engines:
+            built = ", ".join(self.manifest.components)
+            raise BundleError(
+                f"expected a {role} engine in {self.path}, got a bundle of {built}; build it with that component"
+            )
+        return self.path / self.manifest.engines[role].file
+
+
+def bundle_key(recipe: Recipe, weights_sha256: str, versions: dict[str, str], device: str) -> str:
+    """The hash of everything that decides what a bundle contains."""
+    content = [SCHEMA, recipe.model_dump(mode="json"), weights_sha256, versions, device]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle, checked against its own hash but not against the files.
+
+    Raises: `BundleError` for a folder that is no bundle, or a manifest that was changed.
+    """
+    file = path / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        raise BundleError(
+            f"expected a bundle (a folder with {MANIFEST}), got {path}; build one with `fastcache build-engines`"
+        )
+    if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise BundleError(
+            f"expected a {MANIFEST} under {_MANIFEST_LIMIT_BYTES} bytes in {path}, got {file.stat().st_size}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BundleError(
+            f"{file} is damaged or of another version ({where}: {first['msg']}); build the bundle again"
+        ) from None
+    if manifest.bundle_sha256 != manifest.digest():
+        raise BundleError(f"{file} was changed after the build; build the bundle again")
+    return manifest
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Check every file of a bundle against its manifest: nothing missing, changed, added or linked.
+
+    Raises: `BundleError` naming the first file that is wrong.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    expected = {entry.name: entry for entry in manifest.files}
+    found = dict(_files(folder))
+    found.pop(MANIFEST)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise BundleError(f"expected {name} in {folder}, but it is missing; build the bundle again")
+        if name not in expected:
+            raise BundleError(
+                f"{folder} holds {name}, which the manifest does not name; remove it or build the bundle again"
+            )
+        entry, file = expected[name], found[name]
+        if file.stat().st_size != entry.bytes:
+            raise BundleError(
+                f"expected {name} to have {entry.bytes} bytes, got {file.stat().st_size}; build the bundle again"
+            )
+        if sha256_of(file) != entry.sha256:
+            raise BundleError(f"{name} is not the file that was built (its SHA-256 differs); build the bundle again")
+    for role, engine in manifest.engines.items():
+        if engine.file not in expected:
+            raise BundleError(f"the {role} engine's file {engine.file!r} is not in the bundle; build the bundle again")
+    return Bundle(folder, manifest)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder; links and special files are refused, so nothing outside can be reached."""
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            yield path.relative_to(folder).as_posix(), path
+        elif not stat.S_ISDIR(mode):
+            raise BundleError(
+                f"expected plain files in {folder}, got a link or special file {path.name}; build the bundle again"
+            )
+
+
+def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
+    """Hash the files of a finished build, write the manifest last, and bring all of it to the disk."""
+    entries = [FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in _files(folder)]
+    draft = Manifest.model_validate(fields | {"files": entries})
+    manifest = draft.model_copy(update={"bundle_sha256": draft.digest()})
+    write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
+    for path in [*(path for _, path in _files(folder)), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _sync(path)
+    return manifest
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Move a sealed folder into place; what stood there before is there until the new one is."""
+    if output.exists():
+        old = folder.with_name(folder.name + ".old")
+        os.replace(output, old)
+        os.replace(folder, output)
+        shutil.rmtree(old)
+    else:
+        os.replace(folder, output)
+    _sync(output.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""A model -> a bundle of engines."""

@@ -1,0 +1,166 @@
+"""A recipe -> a bundle in its final place, whole or not at all.
+
+The work is done in a child process (`worker.py`), in a temporary folder on the same file system, under a lock; this
+side finds the model, decides what `auto` means, watches the child and moves the finished folder into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from filelock import FileLock
+
+import fastcache
+import fastcache_engines
+from fastcache.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
+from fastcache.compile.models import SourceModel, find_model
+from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
+from fastcache.recipe import Component, Recipe, recipe_from
+
+Progress = Callable[[str], None]
+_ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with nothing left to choose, for a model that was found."""
+
+    recipe: Recipe
+    model: SourceModel
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def key(self) -> str:
+        return bundle_key(self.recipe, self.model.weights_sha256, self.versions, self.device)
+
+
+def resolve(recipe: Recipe) -> Job:
+    """Find the model and settle every `auto`.
+
+    Raises: `ValueError` for a model or component that is not there; `BackendUnavailable` for what cannot be built here.
+    """
+    model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision)
+    components: tuple[Component, ...] = recipe.components or model.components
+    missing = [c for c in components if c not in model.components]
+    if missing:
+        raise ValueError(
+            f"expected components of {recipe.model} ({', '.join(model.components)}), got {', '.join(missing)}"
+        )
+    name = next(iter(fastcache_engines.BACKENDS)) if recipe.backend == "auto" else recipe.backend
+    version = fastcache_engines.backend(name).version()
+    if recipe.device != "cpu":
+        raise BackendUnavailable(f"expected device cpu, which {name} runs on, got {recipe.device}")
+    if recipe.dtype != "fp32":
+        raise BackendUnavailable(f"expected dtype fp32, which {name} runs on a CPU, got {recipe.dtype}")
+    if recipe.cut == "projected":
+        raise BackendUnavailable("expected cut plain or auto, the cuts of this version, got projected")
+    settled = recipe.model_copy(update={"backend": name, "cut": "plain", "components": components})
+    versions = {
+        "fastcache": fastcache.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        name: version,
+    }
+    return Job(settled, model, versions, f"cpu-{platform.machine()}")
+
+
+def build_engines(
+    model: str | os.PathLike[str] | Recipe = "demo",
+    output: str | os.PathLike[str] = "engines",
+    *,
+    force: bool = False,
+    progress: Progress = _silent,
+    **fields: Any,
+) -> Bundle:
+    """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.
+
+    `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels.
+
+    Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
+    build itself fails (nothing is left behind); `BundleError` if `output` holds something else and `force` is not set.
+    """
+    recipe = model if isinstance(model, Recipe) else recipe_from({"model": str(model), **fields})
+    job, folder = resolve(recipe), Path(output).absolute()
+    if folder.parent.is_file() or folder.is_file():
+        raise ValueError(f"expected a folder to build in, got the file {folder if folder.is_file() else folder.parent}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        _clear_remains(folder)
+        if not force and (bundle := _same_bundle(folder, job)) is not None:
+            progress(f"{folder} is up to date")
+            return bundle
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir()
+        try:
+            _run_worker(job, temporary, progress)
+            publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return open_bundle(folder)
+
+
+def _clear_remains(folder: Path) -> None:
+    """Under the lock, whatever temporary folder is there belongs to a build that was killed."""
+    for remains in folder.parent.glob(f".{folder.name}.*.tmp.old"):
+        if not folder.exists():
+            os.replace(remains, folder)
+    for remains in folder.parent.glob(f".{folder.name}.*.tmp*"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _same_bundle(folder: Path, job: Job) -> Bundle | None:
+    """The bundle in place if its key is the job's; nothing if the place is free."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(
+            f"expected {folder} to be free or a bundle, got a folder of other files; name another --output"
+        )
+    if read_manifest(folder).key != job.key:
+        raise BundleError(f"{folder} holds a bundle of another model, recipe or version; pass --force to replace it")
+    return open_bundle(folder)
+
+
+def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
+    """Run the build in a child that ends when this process does (its standard input closes)."""
+    order = json.dumps([job.recipe.model_dump(mode="json"), job.key, str(folder)])
+    command = [sys.executable, "-P", "-m", "fastcache.compile.worker", order]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        if child.stdout is None or child.stderr is None:
+            raise BuildError("the build process has no output")
+        error: dict[str, str] | None = None
+        try:
+            for line in child.stdout:
+                event = json.loads(line)
+                if "error" in event:
+                    error = event
+                else:
+                    progress(event["progress"])
+            details = child.stderr.read()
+        except BaseException:
+            child.kill()
+            raise
+    if error is not None:
+        raise _ERRORS.get(error["error"], BuildError)(error["message"])
+    if child.returncode != 0:
+        reason = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        last = (details.strip().splitlines() or ["no message"])[-1]
+        raise BuildError(f"the build process ended with {reason} ({last}); nothing was left in {folder.parent}")

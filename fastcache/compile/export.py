@@ -1,0 +1,223 @@
+"""Torch modules -> ONNX graphs with stable names, a free batch size, and one shared file of weights.
+
+Graphs are exported by torch's dynamo exporter; weights that several graphs use are written once (`save_graphs`).
+Knows what a U-Net, a text encoder and a VAE decoder take and give; knows nothing about backends or bundles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from fastcache.cut.partition import Cut
+from fastcache.errors import BuildError
+
+OPSET = 20
+_ALIGNMENT_BYTES = 4096  # lets a backend map the weights file page by page
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A module called with one dict of named tensors, an example of it, and the names of what comes out."""
+
+    role: str
+    module: nn.Module
+    inputs: Inputs
+    outputs: tuple[str, ...]
+
+
+def call_unet(unet: nn.Module, inputs: Inputs) -> Any:
+    """Call a U-Net, or a pass of a cut, with tensors by their ONNX names."""
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    plain = {name: tensor for name, tensor in inputs.items() if name not in added}
+    return unet(**plain, **({"added_cond_kwargs": added} if added else {}))
+
+
+class _UNet(nn.Module):
+    """A full or shallow pass whose added conditioning comes as plain named tensors, as in the ONNX graph."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, inputs: Inputs) -> Any:
+        return call_unet(self.unet, inputs)
+
+
+class _TextEncoder(nn.Module):
+    """Token ids -> the last hidden state, final norm included."""
+
+    def __init__(self, encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self.encoder(inputs["input_ids"]).last_hidden_state
+
+
+class _VAEDecoder(nn.Module):
+    """Latents as the sampler leaves them -> images in [0, 1]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.scale = vae.config.scaling_factor
+        self.shift = vae.config.shift_factor or 0.0
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        latents = inputs["latents"] / self.scale + self.shift
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int, tokens: int) -> Inputs:
+    """Seeded example inputs of a U-Net for latents of `height` x `width`, by their ONNX names.
+
+    Raises: `BuildError` for conditioning that engines do not take yet.
+    """
+    config, generator = unet.config, torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    inputs = {
+        "sample": randn(config.in_channels, height, width),
+        "timestep": torch.linspace(981.0, 441.0, batch),
+        "encoder_hidden_states": randn(tokens, config.encoder_hid_dim or config.cross_attention_dim),
+    }
+    if config.class_embed_type not in (None, "timestep") or config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise BuildError(
+            f"expected a U-Net conditioned on text, class labels or SDXL's sizes, got class_embed_type="
+            f"{config.class_embed_type!r}, encoder_hid_dim_type={config.encoder_hid_dim_type!r}"
+        )
+    if config.num_class_embeds or config.class_embed_type:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.int64)
+    if config.time_cond_proj_dim:
+        inputs["timestep_cond"] = randn(config.time_cond_proj_dim)
+    if config.addition_embed_type == "text_time":
+        inputs["text_embeds"] = randn(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+        inputs["time_ids"] = torch.tensor([[8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width]]).repeat(
+            batch, 1
+        )
+    elif config.addition_embed_type is not None:
+        raise BuildError(f"expected addition_embed_type None or 'text_time', got {config.addition_embed_type!r}")
+    return inputs
+
+
+def exportable_unet(cut: Cut, inputs: Inputs) -> tuple[Exportable, Exportable]:
+    """The full and the shallow pass, the shallow one's example feature being what the full one gives."""
+    n, _, height, width = inputs["sample"].shape
+    stride = cut.feature_stride
+    if height % stride or width % stride:
+        raise BuildError(f"expected latent sizes divisible by {stride} at branch {cut.branch_id}, got {height}x{width}")
+    feature = torch.zeros(n, cut.feature_channels, height // stride, width // stride)
+    full = Exportable("full", _UNet(cut.full), inputs, ("noise_pred", "cached_feature"))
+    return full, Exportable("shallow", _UNet(cut.shallow), inputs | {"cached_feature": feature}, ("noise_pred",))
+
+
+def exportable_text_encoder(encoder: CLIPTextModel, tokens: int) -> Exportable:
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    return Exportable("text_encoder", _TextEncoder(encoder), {"input_ids": ids}, ("encoder_hidden_states",))
+
+
+def exportable_vae_decoder(vae: AutoencoderKL, height: int, width: int) -> Exportable:
+    latents = torch.randn(2, vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
+    return Exportable("vae_decoder", _VAEDecoder(vae), {"latents": latents}, ("image",))
+
+
+def export(part: Exportable) -> ir.Model:
+    """Export one module with a free batch size; every other size is the example's.
+
+    Raises: `BuildError` with the exporter's reason.
+    """
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                part.module,
+                kwargs={"inputs": part.inputs},
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                opset_version=OPSET,
+                dynamic_shapes={"inputs": {name: {0: batch} for name in part.inputs}},
+                dynamo=True,
+                optimize=True,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise BuildError(f"cannot export the {part.role} graph: {cause}") from error
+    if program is None:
+        raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
+    names = [value.name for value in program.model.graph.inputs], [value.name for value in program.model.graph.outputs]
+    if names != (list(part.inputs), list(part.outputs)):
+        raise BuildError(
+            f"expected the {part.role} graph to have {list(part.inputs)} -> {list(part.outputs)}, got {names}"
+        )
+    return program.model
+
+
+def save_graphs(models: Sequence[tuple[str, ir.Model]], folder: Path, weights_name: str) -> int:
+    """Write graphs beside one file of weights; equal tensors are stored once. Returns the bytes this saved."""
+    places: dict[bytes, tuple[int, int]] = {}
+    saved = 0
+    with (folder / weights_name).open("wb") as stream:
+        for _, model in models:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < 1024:
+                    continue
+                content = tensor.tobytes()
+                key = hashlib.sha256(content).digest()
+                if key in places:
+                    saved += len(content)
+                else:
+                    stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
+                    places[key] = (stream.tell(), len(content))
+                    stream.write(content)
+                offset, length = places[key]
+                value.const_value = ir.ExternalTensor(
+                    weights_name,
+                    offset,
+                    length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=value.name or "",
+                    base_dir=folder,
+                )
+    for name, model in models:
+        for node in model.graph.all_nodes():
+            node.metadata_props.clear()  # the exporter's stack traces: a third of the file, and paths of this machine
+        ir.save(model, folder / name)
+    return saved
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own prints, logs and deprecation warnings out of a user's terminal."""
+    logger, registry = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
+    levels = logger.level, registry.level
+    try:
+        logger.setLevel(logging.ERROR)
+        registry.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(levels[0])
+        registry.setLevel(levels[1])

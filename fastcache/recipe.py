@@ -1,0 +1,100 @@
+"""What to build, as one checked value: the flags of `build-engines` or a TOML file.
+
+Knows names and ranges; knows nothing about models on disk or how engines are made.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx"]
+CutKind = Literal["auto", "plain", "projected"]
+DType = Literal["fp32", "fp16", "bf16"]
+Component = Literal["unet", "vae", "text"]
+
+
+class Profile(BaseModel):
+    """How many images a bundle serves at once: least, usual and most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(1, ge=1)
+    opt: int = Field(1, ge=1)
+    max: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected MIN <= OPT <= MAX, got {self}")
+        return self
+
+    @classmethod
+    def parse(cls, text: object) -> object:
+        """`N` or `MIN:OPT:MAX`; anything else is left for validation to refuse."""
+        if not isinstance(text, str | int) or isinstance(text, bool):
+            return text
+        numbers = str(text).split(":")
+        if len(numbers) not in (1, 3) or not all(n.isdecimal() for n in numbers):
+            raise ValueError(f"expected N or MIN:OPT:MAX, got {text!r}")
+        low, usual, high = map(int, numbers * 3 if len(numbers) == 1 else numbers)
+        return {"min": low, "opt": usual, "max": high}
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+class Recipe(BaseModel):
+    """Everything that decides what a bundle contains, given the model's weights and this installation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("demo", min_length=1)
+    revision: str | None = None
+    random_weights: bool = False
+    branch_id: int = Field(0, ge=0)
+    cut: CutKind = "auto"
+    backend: Backend = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: DType = "fp32"
+    height: int | None = Field(None, ge=8, le=8192)
+    width: int | None = Field(None, ge=8, le=8192)
+    batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile()
+    components: tuple[Component, ...] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_unet(self) -> Self:
+        if self.components is not None and "unet" not in self.components:
+            raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
+        return self
+
+
+def recipe_from(values: dict[str, object]) -> Recipe:
+    """A recipe from plain values.
+
+    Raises: `ValueError` with one line for the first value that does not fit.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}, got {first['input']!r}") from None
+
+
+def recipe_from_toml(path: Path) -> Recipe:
+    """A recipe from a TOML file with the fields of `Recipe`.
+
+    Raises: `ValueError` for a file that is missing, not TOML, or holds a value that does not fit.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"expected a recipe file, got {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a TOML recipe in {path}: {error}") from None
+    return recipe_from(values)

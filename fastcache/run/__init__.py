@@ -1,0 +1,1 @@
+"""Bundle to images: plans, samplers, buffers and the loop that runs the engines."""

@@ -1,0 +1,60 @@
+"""A bundle's engines and a batch size -> every tensor the loop needs, allocated once, with the engines bound to them.
+
+This is the one mutable object of the run side. The full engine's `cached_feature` output and the shallow engine's
+`cached_feature` input are the same tensor, so what one writes the other reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastcache_engines import Binding, Engine, TensorSpec
+
+
+class BufferPool:
+    """Tensors for `batch` images, `halves` times each (2 under guidance), over at most `num_calls` U-Net calls.
+
+    `history` has shape (3 * num_calls + 1, N * C * H * W), float32: the rows x_0, e_0, z_0, x_1, e_1, z_1, ... of
+    `SamplerTable.recursion`. `tensors` holds the engines' inputs and outputs by name.
+    """
+
+    def __init__(
+        self, full: Engine, shallow: Engine, *, batch: int, halves: int, num_calls: int, channels: int
+    ) -> None:
+        self.batch, self.halves, self.num_calls = batch, halves, num_calls
+        specs = {s.name: s for e in (full, shallow) for s in (*e.inputs, *e.outputs)}
+        self.tensors: dict[str, Tensor] = {name: _allocate(spec, batch * halves) for name, spec in specs.items()}
+        sample = self.tensors["sample"]
+        self.latent_shape = (batch, channels, *sample.shape[2:])
+        self.model_input = sample.view(halves, batch, *sample.shape[1:])[:, :, :channels]
+        self.history = torch.zeros(3 * num_calls + 1, math.prod(self.latent_shape))
+        self.full: Binding = full.bind(self.tensors)
+        self.shallow: Binding = shallow.bind(self.tensors)
+
+    def latents(self, row: int) -> Tensor:
+        """A history row in the shape of the latents."""
+        return self.history[row].view(self.latent_shape)
+
+    def set_inputs(self, values: Mapping[str, Tensor]) -> None:
+        """Copy the conditioning of a run into place; every call clears what the run before it left.
+
+        Raises: `ValueError` for a missing or unknown input, or one of another shape.
+        """
+        wanted = {n for n in self.tensors if n not in ("sample", "timestep", "noise_pred", "cached_feature")}
+        if wanted != set(values):
+            raise ValueError(f"expected the inputs {', '.join(sorted(wanted))}, got {', '.join(sorted(values))}")
+        for name, value in values.items():
+            if value.shape != self.tensors[name].shape:
+                raise ValueError(f"expected {name} of shape {list(self.tensors[name].shape)}, got {list(value.shape)}")
+            self.tensors[name].copy_(value)
+        self.history.zero_()
+        self.tensors["cached_feature"].fill_(torch.nan)  # a feature of another run could only show as a wrong picture
+
+
+def _allocate(spec: TensorSpec, rows: int) -> Tensor:
+    sizes = [size if isinstance(size, int) else rows for size in spec.shape]
+    return torch.zeros(sizes, dtype=getattr(torch, spec.dtype))
