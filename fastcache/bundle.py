@@ -168,46 +168,57 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True)
+class FileCheck:
+    """Whether one file of a bundle is the one that was built; if not, what is wrong with it."""
+
+    name: str
+    problem: str | None
+
+
+def check_files(folder: Path, manifest: Manifest) -> list[FileCheck]:
+    """Compare every file in a folder with the manifest: nothing missing, changed, added or linked."""
+    expected = {entry.name: entry for entry in manifest.files}
+    found = dict(_entries(folder))
+    found.pop(MANIFEST, None)
+    names = sorted(expected.keys() | found.keys())
+    return [FileCheck(name, _problem(expected.get(name), found.get(name))) for name in names]
+
+
+def _problem(entry: FileEntry | None, file: Path | None) -> str | None:
+    if file is None:
+        return "is missing"
+    if not stat.S_ISREG(file.lstat().st_mode):
+        return "is a link or special file, not a plain one"
+    if entry is None:
+        return "is not named in the manifest"
+    if file.stat().st_size != entry.bytes:
+        return f"has {file.stat().st_size} bytes instead of {entry.bytes}"
+    return None if sha256_of(file) == entry.sha256 else "is not the file that was built (its SHA-256 differs)"
+
+
 def open_bundle(path: str | Path) -> Bundle:
-    """Check every file of a bundle against its manifest: nothing missing, changed, added or linked.
+    """Open a bundle after every file has been checked against its manifest.
 
     Raises: `BundleError` naming the first file that is wrong.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    expected = {entry.name: entry for entry in manifest.files}
-    found = dict(_files(folder))
-    found.pop(MANIFEST)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise BundleError(f"expected {name} in {folder}, but it is missing; build the bundle again")
-        if name not in expected:
-            raise BundleError(
-                f"{folder} holds {name}, which the manifest does not name; remove it or build the bundle again"
-            )
-        entry, file = expected[name], found[name]
-        if file.stat().st_size != entry.bytes:
-            raise BundleError(
-                f"expected {name} to have {entry.bytes} bytes, got {file.stat().st_size}; build the bundle again"
-            )
-        if sha256_of(file) != entry.sha256:
-            raise BundleError(f"{name} is not the file that was built (its SHA-256 differs); build the bundle again")
+    for check in check_files(folder, manifest):
+        if check.problem is not None:
+            raise BundleError(f"{check.name} in {folder} {check.problem}; build the bundle again")
+    names = {entry.name for entry in manifest.files}
     for role, engine in manifest.engines.items():
-        if engine.file not in expected:
-            raise BundleError(f"the {role} engine's file {engine.file!r} is not in the bundle; build the bundle again")
+        if engine.file not in names:
+            raise BundleError(f"the {role} engine's file {engine.file!r} is not in {folder}; build the bundle again")
     return Bundle(folder, manifest)
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder; links and special files are refused, so nothing outside can be reached."""
+def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Everything below a folder but folders; links are not followed, so nothing outside can be reached."""
     for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode):
+        if not stat.S_ISDIR(path.lstat().st_mode):
             yield path.relative_to(folder).as_posix(), path
-        elif not stat.S_ISDIR(mode):
-            raise BundleError(
-                f"expected plain files in {folder}, got a link or special file {path.name}; build the bundle again"
-            )
 
 
 def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
@@ -216,7 +227,7 @@ def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
     draft = Manifest.model_validate(fields | {"files": entries})
     manifest = draft.model_copy(update={"bundle_sha256": draft.digest()})
     write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
-    for path in [*(path for _, path in _files(folder)), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    for path in [*(path for _, path in _entries(folder)), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         _sync(path)
     return manifest
 

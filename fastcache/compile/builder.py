@@ -93,7 +93,7 @@ def build_engines(
     `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels.
 
     Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
-    build itself fails (nothing is left behind); `BundleError` if `output` holds something else and `force` is not set.
+    build itself fails (nothing is left behind). Without `force`, whatever else `output` holds is a `ValueError`.
     """
     recipe = model if isinstance(model, Recipe) else recipe_from({"model": str(model), **fields})
     job, folder = resolve(recipe), Path(output).absolute()
@@ -125,16 +125,21 @@ def _clear_remains(folder: Path) -> None:
 
 
 def _same_bundle(folder: Path, job: Job) -> Bundle | None:
-    """The bundle in place if its key is the job's; nothing if the place is free."""
+    """The bundle in place if it is whole and its key is the job's; nothing if the place is free or it is damaged."""
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not (folder / MANIFEST).is_file():
-        raise BundleError(
-            f"expected {folder} to be free or a bundle, got a folder of other files; name another --output"
-        )
-    if read_manifest(folder).key != job.key:
-        raise BundleError(f"{folder} holds a bundle of another model, recipe or version; pass --force to replace it")
-    return open_bundle(folder)
+        raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
+    try:
+        key = read_manifest(folder).key
+    except BundleError as error:
+        raise ValueError(f"{error}; force the build (--force) to replace it") from None
+    if key != job.key:
+        raise ValueError(f"{folder} holds a bundle of another model, recipe or version; force (--force) to replace it")
+    try:
+        return open_bundle(folder)
+    except BundleError:
+        return None
 
 
 def _run_worker(job: Job, folder: Path, progress: Progress) -> None:

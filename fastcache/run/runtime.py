@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastcache_engines
 from fastcache.bundle import Bundle, Manifest, Role
-from fastcache.errors import BundleError
+from fastcache.errors import BackendUnavailable, BundleError
 from fastcache.run.buffers import BufferPool
 from fastcache_engines import Engine
 
@@ -22,11 +22,11 @@ from fastcache_engines import Engine
 def check_here(manifest: Manifest) -> None:
     """Refuse a bundle that was built for another kind of machine or another version of its backend.
 
-    Raises: `BundleError`; `BackendUnavailable` where the backend is not installed.
+    Raises: `BackendUnavailable` for another machine or a backend that is not installed; `BundleError` for versions.
     """
     here = f"cpu-{platform.machine()}"
     if manifest.device != here:
-        raise BundleError(f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine")
+        raise BackendUnavailable(f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine")
     installed = fastcache_engines.backend(manifest.backend).version()
     built = manifest.versions.get(manifest.backend)
     if installed != built:
