@@ -31,7 +31,7 @@ Role = Literal["full", "shallow", "text_encoder", "vae_decoder"]
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(_Value):
@@ -157,13 +157,16 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
+        unchanged = manifest.bundle_sha256 == manifest.digest()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(
             f"{file} is damaged or of another version ({where}: {first['msg']}); build the bundle again"
         ) from None
-    if manifest.bundle_sha256 != manifest.digest():
+    except ValueError:  # a number that JSON does not have
+        raise BundleError(f"{file} is damaged (not JSON); build the bundle again") from None
+    if not unchanged:
         raise BundleError(f"{file} was changed after the build; build the bundle again")
     return manifest
 
@@ -197,7 +200,7 @@ def _problem(entry: FileEntry | None, file: Path | None) -> str | None:
     return None if sha256_of(file) == entry.sha256 else "is not the file that was built (its SHA-256 differs)"
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle after every file has been checked against its manifest.
 
     Raises: `BundleError` naming the first file that is wrong.
@@ -223,7 +226,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
     """Hash the files of a finished build, write the manifest last, and bring all of it to the disk."""
-    entries = [FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in _files(folder)]
+    entries = [
+        FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in _entries(folder)
+    ]
     draft = Manifest.model_validate(fields | {"files": entries})
     manifest = draft.model_copy(update={"bundle_sha256": draft.digest()})
     write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())

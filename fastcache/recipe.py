@@ -5,6 +5,7 @@ Knows names and ranges; knows nothing about models on disk or how engines are ma
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -15,6 +16,12 @@ Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "te
 CutKind = Literal["auto", "plain", "projected"]
 DType = Literal["fp32", "fp16", "bf16"]
 Component = Literal["unet", "vae", "text"]
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries the recipes inside the package; a checkout, installed as editable or not, has them beside it.
+_RECIPES = next(
+    (p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "engines" / "recipes") if p.is_dir()), _PACKAGE / "recipes"
+)
 
 
 class Profile(BaseModel):
@@ -62,7 +69,7 @@ class Recipe(BaseModel):
     dtype: DType = "fp32"
     height: int | None = Field(None, ge=8, le=8192)
     width: int | None = Field(None, ge=8, le=8192)
-    batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile()
+    batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
     components: tuple[Component, ...] | None = None
 
     @model_validator(mode="after")
@@ -84,6 +91,23 @@ def recipe_from(values: dict[str, object]) -> Recipe:
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where}: {message}, got {first['input']!r}") from None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with fastcache."""
+    return sorted(file.stem for file in _RECIPES.glob("*.toml"))
+
+
+def find_recipe(name: str | os.PathLike[str]) -> Path:
+    """The TOML file of a path, or of a recipe that comes with fastcache.
+
+    Raises: `ValueError` listing the recipes' names if it is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if str(name) in recipe_names():
+        return _RECIPES / f"{name}.toml"
+    raise ValueError(f"expected a recipe file or one of {', '.join(recipe_names())}, got {str(name)!r}")
 
 
 def recipe_from_toml(path: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +96,31 @@ class OnnxRuntimeBinding:
 
 
 def _spec(value: Any) -> TensorSpec:
-    return TensorSpec(value.name, _DTYPES.get(value.type, value.type), tuple(value.shape))
+    dtype: str = value.type
+    return TensorSpec(value.name, _DTYPES.get(dtype, dtype), tuple(value.shape))
 
 
 def _refuse_outside_weights(path: Path) -> None:
-    """External data may name any path on the machine (CVE-2024-27318 and its kin): plain names beside the graph only."""
+    """External data may name any path (CVE-2024-27318 and its kin): only plain names beside the graph are let in."""
     import onnx
 
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decode errors and OS errors share no base class
         raise ValueError(f"{path.name} is not a readable ONNX file: {str(error).splitlines()[0]}") from error
-    for tensor in onnx.external_data_helper._get_all_tensors(model):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+    for location in sorted(_locations(model)):
         file = path.parent / location
         if Path(location).name != location or file.is_symlink() or not file.is_file():
             raise ValueError(f"expected the weights of {path.name} in a file beside it, got {location!r}")
+
+
+def _locations(message: Any) -> set[str]:
+    """Every place that a tensor anywhere in the model says its data is: in subgraphs and functions, and said twice."""
+    found: set[str] = set()
+    for field, value in message.ListFields():
+        if field.name == "external_data":
+            found |= {entry.value for entry in value if entry.key == "location"}
+        elif field.message_type is not None:
+            for part in value if isinstance(value, Sequence) else (value,):
+                found |= _locations(part)
+    return found

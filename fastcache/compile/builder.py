@@ -6,12 +6,15 @@ side finds the model, decides what `auto` means, watches the child and moves the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +96,11 @@ def build_engines(
     `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels.
 
     Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
-    build itself fails (nothing is left behind). Without `force`, whatever else `output` holds is a `ValueError`.
+    build itself fails (nothing is left behind). Another bundle at `output` is a `ValueError` without `force`, a
+    folder of other files always.
     """
-    recipe = model if isinstance(model, Recipe) else recipe_from({"model": str(model), **fields})
-    job, folder = resolve(recipe), Path(output).absolute()
-    if folder.parent.is_file() or folder.is_file():
-        raise ValueError(f"expected a folder to build in, got the file {folder if folder.is_file() else folder.parent}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    given: dict[str, Any] = model.model_dump() if isinstance(model, Recipe) else {"model": os.fspath(model)}
+    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(Path(output).resolve())
     with FileLock(folder.parent / f".{folder.name}.lock"):
         _clear_remains(folder)
         if not force and (bundle := _same_bundle(folder, job)) is not None:
@@ -115,21 +116,38 @@ def build_engines(
     return open_bundle(folder)
 
 
+def _free_or_bundle(folder: Path) -> Path:
+    """The folder, its parents made. Nothing but a bundle is ever replaced, also where the build is forced.
+
+    Raises: `ValueError` for a file, a folder of other files, or one that cannot be made.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder to build in, got {folder}: {error.strerror}; name another output"
+        ) from None
+    return folder
+
+
 def _clear_remains(folder: Path) -> None:
     """Under the lock, whatever temporary folder is there belongs to a build that was killed."""
-    for remains in folder.parent.glob(f".{folder.name}.*.tmp.old"):
-        if not folder.exists():
+    temporary = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp(\.old)?")
+    for remains in [path for path in folder.parent.iterdir() if temporary.fullmatch(path.name)]:
+        if remains.suffix == ".old" and not folder.exists():
             os.replace(remains, folder)
-    for remains in folder.parent.glob(f".{folder.name}.*.tmp*"):
-        shutil.rmtree(remains, ignore_errors=True)
+        else:
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def _same_bundle(folder: Path, job: Job) -> Bundle | None:
     """The bundle in place if it is whole and its key is the job's; nothing if the place is free or it is damaged."""
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
     try:
         key = read_manifest(folder).key
     except BundleError as error:
@@ -146,25 +164,29 @@ def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
     """Run the build in a child that ends when this process does (its standard input closes)."""
     order = json.dumps([job.recipe.model_dump(mode="json"), job.key, str(folder)])
     command = [sys.executable, "-P", "-m", "fastcache.compile.worker", order]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        if child.stdout is None or child.stderr is None:
-            raise BuildError("the build process has no output")
-        error: dict[str, str] | None = None
+    error: dict[str, str] | None = None
+    # Errors go to a file: a pipe that nobody reads until the end would stop the child once it is full.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+    ):
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 event = json.loads(line)
                 if "error" in event:
                     error = event
                 else:
                     progress(event["progress"])
-            details = child.stderr.read()
+            child.wait()  # before its standard input closes, which would end it
         except BaseException:
             child.kill()
             raise
+        log.seek(0)
+        details = log.read()
     if error is not None:
-        raise _ERRORS.get(error["error"], BuildError)(error["message"])
+        failure = _ERRORS.get(error["error"], BuildError)(error["message"])
+        failure.add_note(details)  # the child's traceback, where there is one
+        raise failure
     if child.returncode != 0:
         reason = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         last = (details.strip().splitlines() or ["no message"])[-1]

@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from fastcache.bundle import Role
 from fastcache.cut.partition import Cut
 from fastcache.errors import BuildError
 
@@ -35,7 +36,7 @@ Inputs = dict[str, Tensor]
 class Exportable:
     """A module called with one dict of named tensors, an example of it, and the names of what comes out."""
 
-    role: str
+    role: Role
     module: nn.Module
     inputs: Inputs
     outputs: tuple[str, ...]
@@ -76,8 +77,8 @@ class _VAEDecoder(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
-        self.scale = vae.config.scaling_factor
-        self.shift = vae.config.shift_factor or 0.0
+        config: Any = vae.config
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
 
     def forward(self, inputs: Inputs) -> Tensor:
         latents = inputs["latents"] / self.scale + self.shift
@@ -91,7 +92,8 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int,
 
     Raises: `BuildError` for conditioning that engines do not take yet.
     """
-    config, generator = unet.config, torch.Generator().manual_seed(0)
+    config: Any = unet.config
+    generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
@@ -137,7 +139,8 @@ def exportable_text_encoder(encoder: CLIPTextModel, tokens: int) -> Exportable:
 
 
 def exportable_vae_decoder(vae: AutoencoderKL, height: int, width: int) -> Exportable:
-    latents = torch.randn(2, vae.config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
+    config: Any = vae.config
+    latents = torch.randn(2, config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
     return Exportable("vae_decoder", _VAEDecoder(vae), {"latents": latents}, ("image",))
 
 
@@ -196,7 +199,7 @@ def save_graphs(models: Sequence[tuple[str, ir.Model]], folder: Path, weights_na
                     offset,
                     length,
                     tensor.dtype,
-                    shape=tensor.shape,
+                    shape=ir.Shape(tensor.shape.numpy()),
                     name=value.name or "",
                     base_dir=folder,
                 )
@@ -208,7 +211,7 @@ def save_graphs(models: Sequence[tuple[str, ir.Model]], folder: Path, weights_na
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep the exporter's own prints, logs and deprecation warnings out of a user's terminal."""
     logger, registry = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
     levels = logger.level, registry.level

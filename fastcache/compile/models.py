@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,11 @@ _PIPELINES = {
     "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline",
 }
-_FOLDERS: dict[Component, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "text": ("text_encoder",)}
+_FOLDERS: dict[Component, tuple[str, ...]] = {
+    "unet": ("unet",),
+    "vae": ("vae",),
+    "text": ("text_encoder", "tokenizer"),
+}
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
 
@@ -93,32 +98,54 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     if not index_file.is_file():
         raise ValueError(f"expected a model folder in diffusers' layout (with model_index.json), got {folder}")
     index = _read_json(index_file)
-    if index.get("_class_name") not in _PIPELINES:
+    if str(index.get("_class_name")) not in _PIPELINES:
         raise ValueError(
             f"expected a pipeline of {', '.join(sorted(_PIPELINES))} in {folder}, got {index.get('_class_name')}"
         )
     for part, wanted in _CLASSES.items():
-        got = (index.get(part) or [None, wanted])[1]
-        if got not in (wanted, None):
-            raise ValueError(f"expected {part} of {folder} to be a {wanted}, got {got}")
-    components = tuple(c for c, parts in _FOLDERS.items() if all((folder / p).is_dir() for p in parts))
+        if index.get(part, wanted) not in (wanted, [None, None], ["diffusers", wanted], ["transformers", wanted]):
+            raise ValueError(f"expected {part} of {folder} to be a {wanted}, got {index[part]}")
+    components: tuple[Component, ...] = tuple(
+        c for c, parts in _FOLDERS.items() if all((folder / p).is_dir() for p in parts)
+    )
     if index["_class_name"] == "StableDiffusionXLPipeline":
         components = tuple(c for c in components if c != "text")
     if "unet" not in components:
         raise ValueError(f"expected a unet folder in {folder}, got {', '.join(p.name for p in folder.iterdir())}")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
+    scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
+    return SourceModel(name, folder, _hash_sources(folder, components), scheduler, components)
+
+
+def _hash_sources(folder: Path, components: tuple[Component, ...]) -> str:
+    """The hash of every file that a bundle of these components is made from."""
+    files = [folder / "scheduler" / "scheduler_config.json"]
+    for part in (folder / name for component in components for name in _FOLDERS[component]):
+        if part.name == "tokenizer":
+            files += [file for file in part.iterdir() if file.is_file()]
+        elif not (part / "config.json").is_file():
+            raise ValueError(f"expected a config.json in {part}, got none; save the model again with diffusers")
+        else:
+            files += [part / "config.json", *_weight_files(part)]
     digest = hashlib.sha256()
-    for part in sorted(p for c in components for p in _FOLDERS[c]):
-        for file in [folder / part / "config.json", *_weight_files(folder / part)]:
-            digest.update(f"{part}/{file.name} {sha256_of(file)}\n".encode())
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return SourceModel(name, folder, digest.hexdigest(), _read_json(scheduler), components)
+    for file in sorted(files):
+        digest.update(f"{file.parent.name}/{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a JSON file {file}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(value).__name__}")
+    return value
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -63,7 +63,8 @@ class FullUNet(_Pass):
         """Run everything.
 
         Shapes: `sample` (N, C, H, W); `timestep` () or (N,); `encoder_hidden_states` (N, tokens, width). Returns
-        `noise_pred` (N, C', H, W) and `cached_feature` (N, `Cut.feature_channels`, H / s, W / s), s = `Cut.feature_stride`.
+        `noise_pred` (N, C', H, W) and `cached_feature` (N, `Cut.feature_channels`, H / s, W / s), where s is
+        `Cut.feature_stride`.
         """
         sample, temb, context = self.embeddings(
             sample, timestep, encoder_hidden_states, class_labels, timestep_cond, added_cond_kwargs
@@ -123,7 +124,8 @@ def partition_unet(unet: nn.Module, branch_id: int = 0) -> Cut:
     last = parts.num_skips - 1
     if isinstance(branch_id, bool) or not isinstance(branch_id, int) or not 0 <= branch_id <= last:
         raise PartitionError(f"expected a branch_id from 0 to {last} for this U-Net, got {branch_id!r}")
-    makers = [parts.conv_in, *(layer.resnet or layer.resampler for layer in parts.down)]
+    makers: list[Any] = [parts.conv_in, *(layer.resnet or layer.resampler for layer in parts.down)]
+    consumer: Any = parts.up[last - branch_id].resnet
     stride = 2 ** sum(layer.resampler is not None for layer in parts.down[:branch_id])
-    channels = parts.up[last - branch_id].resnet.in_channels - makers[branch_id].out_channels
+    channels = consumer.in_channels - makers[branch_id].out_channels
     return Cut(FullUNet(parts, branch_id), ShallowUNet(parts, branch_id), branch_id, parts.num_skips, channels, stride)

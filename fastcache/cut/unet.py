@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
         timestep_cond: Tensor | None,
         added_cond_kwargs: dict[str, Any] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unet = self.embedder
+        unet: Any = self.embedder
         if unet.config.center_input_sample:
             sample = 2 * sample - 1.0
         temb = unet.time_embedding(unet.get_time_embed(sample, timestep), timestep_cond)
@@ -107,7 +107,7 @@ class Head(nn.Module):
         self.norm, self.act, self.conv = unet.conv_norm_out, unet.conv_act, unet.conv_out
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.conv(self.act(self.norm(h)) if self.norm is not None else h)
+        return self.conv(h if self.norm is None or self.act is None else self.act(self.norm(h)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def _refuse_unknown(unet: UNet2DConditionModel) -> None:
         for block in blocks:
             if type(block).__name__ not in known:
                 raise PartitionError(
-                    f"cannot cut a U-Net with a {type(block).__name__}; blocks that can be cut: {', '.join(sorted(known))}"
+                    f"cannot cut a U-Net with a {type(block).__name__}; "
+                    f"blocks that can be cut: {', '.join(sorted(known))}"
                 )
     if getattr(unet, "position_net", None) is not None:
         raise PartitionError("cannot cut a GLIGEN U-Net (position_net): its grounding inputs are not supported")
@@ -160,13 +161,14 @@ def _refuse_unknown(unet: UNet2DConditionModel) -> None:
         raise PartitionError("cannot cut a U-Net with FreeU enabled; call disable_freeu() first")
 
 
-def _pairs(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _pairs(block: Any) -> Iterator[tuple[nn.Module, nn.Module | None]]:
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     return zip(block.resnets, attentions, strict=True)
 
 
 def _down_layers(unet: UNet2DConditionModel) -> Iterator[Layer]:
-    for block in unet.down_blocks:
+    blocks: Any = unet.down_blocks
+    for block in blocks:
         for resnet, attention in _pairs(block):
             yield Layer(resnet, attention, None)
         for resampler in block.downsamplers or ():
@@ -174,7 +176,8 @@ def _down_layers(unet: UNet2DConditionModel) -> Iterator[Layer]:
 
 
 def _up_layers(unet: UNet2DConditionModel) -> Iterator[Layer]:
-    for block in unet.up_blocks:
+    blocks: Any = unet.up_blocks
+    for block in blocks:
         *before, last = _pairs(block)
         for resnet, attention in before:
             yield Layer(resnet, attention, None)

@@ -59,7 +59,7 @@ def denoise(
         if isinstance(sampler, ScheduledSampler)
         else table_updates(sampler, pool, generator)
     )
-    timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.tolist()
+    timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.float().unbind()
     halves = (pool.halves, *pool.latent_shape)
     latents = [pool.latents(3 * i) for i in range(plan.num_steps + 1)]
     repeated = [x.expand(halves) for x in latents]

@@ -1,6 +1,7 @@
 """The plain PyTorch meaning of every kernel: what a kernel computes, in the fewest lines that say it.
 
-Knows tensors and nothing else. Outputs go to tensors the caller gives, so that these run in a loop that allocates nothing.
+Knows tensors and nothing else. Outputs go to tensors the caller gives, so that these run in a loop that allocates
+nothing (but for the statistics of a rescaled guidance).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     torch.mv(rows.t(), weights, out=out)
 
 
-def duplicate(latents: Tensor, scale: float, out: Tensor) -> None:
+def duplicate(latents: Tensor, scale: Tensor, out: Tensor) -> None:
     """The model's next input: the scaled latents, once for each half of a guided batch.
 
-    Shapes: `latents` and `out` (halves, N, C, H, W), the first expanded from (N, C, H, W).
+    `scale` is a tensor because torch would make one of a number, at every call.
+
+    Shapes: `latents` and `out` (halves, N, C, H, W), the first expanded from (N, C, H, W); `scale` ().
     """
     torch.mul(latents, scale, out=out)
