@@ -157,16 +157,13 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
-        unchanged = manifest.bundle_sha256 == manifest.digest()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(
             f"{file} is damaged or of another version ({where}: {first['msg']}); build the bundle again"
         ) from None
-    except ValueError:  # a number that JSON does not have
-        raise BundleError(f"{file} is damaged (not JSON); build the bundle again") from None
-    if not unchanged:
+    if manifest.bundle_sha256 != manifest.digest():
         raise BundleError(f"{file} was changed after the build; build the bundle again")
     return manifest
 

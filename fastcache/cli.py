@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
+import os
 import sys
 import time
 import warnings
@@ -81,8 +81,9 @@ def _end(message: str, code: int) -> NoReturn:
 
 def _quiet_libraries() -> None:
     """Other libraries' warnings and progress bars are not for a user of this one."""
-    for name in ("transformers", "diffusers", "torch", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # in the environment, so that workers inherit it
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
@@ -107,7 +108,8 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    console = Console(highlight=False, markup=False)
+    console.print(table, width=None if console.is_terminal else 120)
 
 
 def _value(number: float | None, form: str = ".1f", unit: str = "") -> str:
@@ -514,7 +516,7 @@ def bench(
     ]
     title = f"{settings.model} {settings.width}x{settings.height}, batch {batch} under guidance, {steps} {sampler} steps, "
     title += f"N={cache_interval}, branch {settings.branch_id}, {settings.dtype}, {settings.threads} threads"
-    columns = ["arm", "loop ms p50", "p90", "full step", "shallow step", "overhead", "vs eager", "PSNR dB", "peak GiB"]
+    columns = ["arm", "loop ms", "p90", "full ms", "shallow ms", "overhead", "vs eager", "PSNR dB", "GiB"]
     _print_table(title, columns, rows)
     for r in results:
         if r.skipped is not None:

@@ -89,8 +89,9 @@ def recipe_from(values: dict[str, object]) -> Recipe:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {message}, got {first['input']!r}") from None
+        if first["type"] == "value_error":  # raised above, and complete
+            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(f"{where}: {first['msg']}, got {first['input']!r}") from None
 
 
 def recipe_names() -> list[str]:

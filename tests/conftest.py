@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -10,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
+
+import fastcache
+from fastcache import Bundle
 
 torch.set_num_threads(2)  # tests run in parallel workers
 
@@ -25,3 +31,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run: pytest-xdist gives each a subfolder of it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_model(_shared_folder: Path) -> Path:
+    """A folder with a whole Stable Diffusion of random weights (`tiny_model.py`); not to be changed."""
+    from tiny_model import save_tiny_model
+
+    folder = _shared_folder / "tiny-model"
+    with FileLock(_shared_folder / "tiny-model.lock"):
+        if not (folder / "model_index.json").is_file():  # what is written last
+            save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(_shared_folder: Path, tiny_model: Path) -> Bundle:
+    """`tiny_model` built with all its components, once for all workers; tests that damage it copy it first."""
+    return fastcache.build_engines(tiny_model, output=_shared_folder / "tiny-bundle")
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of `tiny_bundle` to damage."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))

@@ -58,9 +58,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def small_unet(name: str) -> UNet2DConditionModel:
+def small_unet(name: str, **changes: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**(_SMALL | CONFIGS[name])).eval().requires_grad_(False)
+    unet = UNet2DConditionModel(**(_SMALL | CONFIGS[name] | changes)).eval().requires_grad_(False)
     for parameter in unet.parameters():  # norms start as the identity; give every weight a say
         parameter.add_(torch.randn_like(parameter) * 0.02)
     return unet

@@ -81,7 +81,7 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens = [*sorted(letters), *(f"{c}</w>" for c in sorted(letters))]
     merges = [tuple(m) for m in model["merges"]]
     tokens += [a + b for a, b in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, model_max_length=TOKENS)
 
 

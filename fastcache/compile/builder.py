@@ -6,7 +6,6 @@ side finds the model, decides what `auto` means, watches the child and moves the
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -123,10 +122,11 @@ def _free_or_bundle(folder: Path) -> Path:
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"expected a folder to build in, got {folder}, but {place} is a file; name another output")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
         raise ValueError(
             f"expected a folder to build in, got {folder}: {error.strerror}; name another output"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from fastcache.bundle import Role
+from fastcache.compile import graph_passes
 from fastcache.cut.partition import Cut
 from fastcache.errors import BuildError
 
@@ -144,8 +145,10 @@ def exportable_vae_decoder(vae: AutoencoderKL, height: int, width: int) -> Expor
     return Exportable("vae_decoder", _VAEDecoder(vae), {"latents": latents}, ("image",))
 
 
-def export(part: Exportable) -> ir.Model:
+def export(part: Exportable, translations: graph_passes.Translations | None = None) -> ir.Model:
     """Export one module with a free batch size; every other size is the example's.
+
+    `translations` replace the exporter's own for the operators they name.
 
     Raises: `BuildError` with the exporter's reason.
     """
@@ -159,6 +162,7 @@ def export(part: Exportable) -> ir.Model:
                 output_names=list(part.outputs),
                 opset_version=OPSET,
                 dynamic_shapes={"inputs": {name: {0: batch} for name in part.inputs}},
+                custom_translation_table=dict(translations or {}),
                 dynamo=True,
                 optimize=True,
             )

@@ -7,6 +7,9 @@ holds it to 98% on true renders.
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
@@ -28,7 +31,7 @@ def read_scene(image: npt.NDArray[np.uint8]) -> Scene:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
     foreground = np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND_DISTANCE
-    labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
+    labels, count = cast("tuple[npt.NDArray[np.int32], int]", ndimage.label(foreground, structure=np.ones((3, 3))))
     objects = [
         _read_object(pixels, labels == index)
         for index in range(1, count + 1)
@@ -39,7 +42,8 @@ def read_scene(image: npt.NDArray[np.uint8]) -> Scene:
 
 def matches(scene: Scene, wanted: Scene) -> bool:
     """Whether an image shows every attribute asked for, and no further object."""
-    return scene.background == wanted.background and set(scene.objects) == set(wanted.objects)
+    same_objects = Counter(scene.objects) == Counter(wanted.objects)
+    return same_objects and scene.background == wanted.background
 
 
 def _read_object(pixels: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> Object:
@@ -48,17 +52,17 @@ def _read_object(pixels: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -
     extent = max(bottom - top, right - left)
     centre = ((left + right) / 2, (top + bottom) / 2)
     place = min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - centre[0], PLACES[p][1] - centre[1]))
-    inside = ndimage.binary_erosion(mask)
+    inside = np.asarray(ndimage.binary_erosion(mask), np.bool_)
     colour = np.median(pixels[inside if inside.any() else mask], axis=0)
     outline = mask[top:bottom, left:right].astype(np.float32)
     scale = (_GRID / outline.shape[0], _GRID / outline.shape[1])
-    cells = ndimage.zoom(outline, scale, order=1, mode="nearest", grid_mode=True)
+    cells = np.asarray(ndimage.zoom(outline, scale, order=1, mode="nearest", grid_mode=True))
     shape = min(_OUTLINES, key=lambda name: float(np.square(cells - _OUTLINES[name]).mean()))
     return Object("large" if extent > _LARGE_EXTENT else "small", _nearest(COLOURS, colour), shape, place)
 
 
 def _nearest(palette: dict[str, tuple[int, int, int]], colour: npt.NDArray[np.float32]) -> str:
-    return min(palette, key=lambda name: float(np.linalg.norm(np.float32(palette[name]) - colour)))
+    return min(palette, key=lambda name: float(np.linalg.norm(np.array(palette[name], np.float32) - colour)))
 
 
 def _outlines() -> dict[str, npt.NDArray[np.float32]]:

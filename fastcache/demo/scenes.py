@@ -7,7 +7,7 @@ exact, antialiased function of the scene; nothing here knows how a picture is re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 IMAGE_SIZE = 64
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -97,16 +97,13 @@ def describe(scene: Scene, *, sizes: bool, places: bool, background: bool) -> st
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A random scene; two objects three times in five."""
 
-    def choose(names: dict[str, object]) -> str:
+    def choose(names: Iterable[str]) -> str:
         return str(rng.choice(list(names)))
 
-    place = choose(dict.fromkeys(PLACES))
+    place = choose(PLACES)
     places = [place, OPPOSITE[place]] if rng.random() < 0.6 else [place]
-    objects = tuple(
-        Object(choose(dict.fromkeys(RADII)), choose(dict.fromkeys(COLOURS)), choose(dict.fromkeys(SHAPES)), p)
-        for p in places
-    )
-    return Scene(objects, choose(dict.fromkeys(BACKGROUNDS)))
+    objects = tuple(Object(choose(RADII), choose(COLOURS), choose(SHAPES), p) for p in places)
+    return Scene(objects, choose(BACKGROUNDS))
 
 
 def training_scenes(rng: np.random.Generator) -> Iterator[Scene]:
@@ -132,12 +129,12 @@ def render(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
-    image = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    image = np.broadcast_to(np.array(BACKGROUNDS[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3))
     for o in scene.objects:
         dx, dy = rng.uniform(-1.5, 1.5, 2)
         radius = RADII[o.size] * rng.uniform(0.95, 1.05)
         centre_x, centre_y = PLACES[o.place]
         distance = SHAPES[o.shape](x - np.float32(centre_x + dx), y - np.float32(centre_y + dy), radius)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-        image = image + coverage * (np.float32(COLOURS[o.colour]) - image)
+        image = image + coverage * (np.array(COLOURS[o.colour], np.float32) - image)
     return image.round().astype(np.uint8)

@@ -19,7 +19,8 @@ class BufferPool:
     """Tensors for `batch` images, `halves` times each (2 under guidance), over at most `num_calls` U-Net calls.
 
     `history` has shape (3 * num_calls + 1, N * C * H * W), float32: the rows x_0, e_0, z_0, x_1, e_1, z_1, ... of
-    `SamplerTable.recursion`. `tensors` holds the engines' inputs and outputs by name.
+    `SamplerTable.recursion`, which `latents`, `guided` and `noise` hold in the shape of the latents. `tensors` holds
+    the engines' inputs and outputs by name.
     """
 
     def __init__(
@@ -31,16 +32,19 @@ class BufferPool:
         sample = self.tensors["sample"]
         self.latent_shape = (batch, channels, *sample.shape[2:])
         self.model_input = sample.view(halves, batch, *sample.shape[1:])[:, :, :channels]
+        self.noise_pred = self.tensors["noise_pred"].chunk(halves)
         self.history = torch.zeros(3 * num_calls + 1, math.prod(self.latent_shape))
+        shaped = self.history.view(-1, *self.latent_shape)
+        self.latents, self.guided, self.noise = (shaped[kind::3].unbind() for kind in range(3))
+        self.repeated = [x.expand(halves, *self.latent_shape) for x in self.latents]
+        self.run = 0  # which run the buffers belong to, counted by set_inputs
         self.full: Binding = full.bind(self.tensors)
         self.shallow: Binding = shallow.bind(self.tensors)
 
-    def latents(self, row: int) -> Tensor:
-        """A history row in the shape of the latents."""
-        return self.history[row].view(self.latent_shape)
-
     def set_inputs(self, values: Mapping[str, Tensor]) -> None:
-        """Copy the conditioning of a run into place; every call clears what the run before it left.
+        """Copy the conditioning of a new run into place, and spoil the cached feature of the run before it.
+
+        The history needs no clearing: the loop reads only what its run wrote, and at weight 0 noise drawn earlier.
 
         Raises: `ValueError` for a missing or unknown input, or one of another shape.
         """
@@ -51,8 +55,9 @@ class BufferPool:
             if value.shape != self.tensors[name].shape:
                 raise ValueError(f"expected {name} of shape {list(self.tensors[name].shape)}, got {list(value.shape)}")
             self.tensors[name].copy_(value)
-        self.history.zero_()
-        self.tensors["cached_feature"].fill_(torch.nan)  # a feature of another run could only show as a wrong picture
+        self.run += 1
+        # A feature of another run would make a wrong picture; one channel of nan makes none, whatever mixes channels.
+        self.tensors["cached_feature"][:, 0].fill_(torch.nan)
 
 
 def _allocate(spec: TensorSpec, rows: int) -> Tensor:

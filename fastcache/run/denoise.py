@@ -1,7 +1,7 @@
 """Bound engines, a sampler and a plan -> the latents, one step at a time.
 
-`denoise` is a generator: progress, previews and cancelling are its caller's business. Between two engine calls it does
-three things, into buffers that exist: guidance, the sampler's update, the next model input. Knows nothing about
+`denoise` gives an iterator: progress, previews and cancelling are its caller's business. Between two engine calls it
+does three things, into buffers that exist: guidance, the sampler's update, the next model input. Knows nothing about
 prompts, images or files.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastcache_kernels import reference as kernels
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What a finished step left: `latents` is the buffer itself, to be read before the next step, or written to."""
 
@@ -42,64 +43,67 @@ def denoise(
     guidance_rescale: float = 0.0,
     generator: Generators = None,
 ) -> Iterator[Step]:
-    """Run a plan from the noise in `pool.latents(0)`, yielding after each step.
+    """Run a plan from the noise in `pool.latents[0]`, yielding after each step.
 
     The last step's `latents` are the result. `generator` draws the noise of stochastic samplers, one for the whole
     batch or one for each image.
 
-    Raises: `ValueError` where the plan and the sampler do not have the same number of U-Net calls.
+    Raises: `ValueError`, at once, where the plan and the sampler do not have the same number of U-Net calls. A step
+    raises `RuntimeError` where a newer run has taken the pool over.
     """
     if plan.num_steps != len(sampler.timesteps):
         raise ValueError(
             f"expected a plan for the sampler's {len(sampler.timesteps)} U-Net calls, got one for {plan.num_steps}"
         )
-    noise_pred, timestep = pool.tensors["noise_pred"], pool.tensors["timestep"]
     updates = (
         sampler.updates(pool, generator)
         if isinstance(sampler, ScheduledSampler)
         else table_updates(sampler, pool, generator)
     )
+    return _steps(pool, pool.run, sampler, plan, updates, guidance_scale, guidance_rescale)
+
+
+def _steps(
+    pool: BufferPool,
+    run: int,
+    sampler: SamplerTable | ScheduledSampler,
+    plan: CachePlan,
+    updates: Sequence[Callable[[], None]],
+    guidance_scale: float,
+    guidance_rescale: float,
+) -> Iterator[Step]:
+    timestep, noise_pred = pool.tensors["timestep"], pool.noise_pred
     timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.float().unbind()
-    halves = (pool.halves, *pool.latent_shape)
-    latents = [pool.latents(3 * i) for i in range(plan.num_steps + 1)]
-    repeated = [x.expand(halves) for x in latents]
-    guided = [pool.latents(3 * i + 1) for i in range(plan.num_steps)]
     for i, update in enumerate(updates):
-        kernels.duplicate(repeated[i], scales[i], pool.model_input)
+        if pool.run != run:
+            raise RuntimeError("a newer run has taken this one's buffers; finish or drop a stream before the next call")
+        kernels.duplicate(pool.repeated[i], scales[i], pool.model_input)
         timestep.fill_(timesteps[i])
         full = plan.is_full(i)
         (pool.full if full else pool.shallow).run()
         if pool.halves == 2:
-            kernels.guide(noise_pred, guidance_scale, guidance_rescale, guided[i])
+            kernels.guide(noise_pred[0], noise_pred[1], guidance_scale, guidance_rescale, pool.guided[i])
         else:
-            guided[i].copy_(noise_pred)
+            pool.guided[i].copy_(noise_pred[0])
         update()
-        yield Step(i, timesteps[i], full, latents[i + 1])
+        yield Step(i, timesteps[i], full, pool.latents[i + 1])
 
 
 def table_updates(table: SamplerTable, pool: BufferPool, generator: Generators) -> list[Callable[[], None]]:
     """For each call, what turns its noise prediction into the next latents, with every view made beforehand."""
     updates: list[Callable[[], None]] = []
-    for i, rule in enumerate(table.recursion()):
-        rows, out = pool.history[3 * rule.first : 3 * (i + 1)], pool.history[3 * (i + 1)]
-        weights = torch.tensor(rule.weights, dtype=torch.float32)
-        noise = pool.latents(3 * i + 2) if table.draws_noise(i) else None
-        updates.append(_TableUpdate(rows, weights, out, noise, generator))
+    for i, (rule, weights) in enumerate(zip(table.recursion(), table.weights, strict=True)):
+        drawn = table.draws_noise(i)
+        end = 3 * i + 3
+        rows = pool.history[3 * rule.first : end if drawn else end - 1]  # its own noise comes last
+        combine = partial(kernels.combine, rows, weights[:, : len(rows)], pool.history[end : end + 1])
+        updates.append(partial(_draw_and_combine, pool.noise[i], generator, combine) if drawn else combine)
     return updates
 
 
-@dataclass(frozen=True)
-class _TableUpdate:
-    rows: Tensor
-    weights: Tensor
-    out: Tensor
-    noise: Tensor | None
-    generator: Generators
-
-    def __call__(self) -> None:
-        if self.noise is not None:
-            draw(self.noise, self.generator)
-        kernels.combine(self.rows, self.weights, self.out)
+def _draw_and_combine(noise: Tensor, generator: Generators, combine: Callable[[], None]) -> None:
+    draw(noise, generator)
+    combine()
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,8 @@ class ScheduledSampler:
     def updates(self, pool: BufferPool, generator: Generators) -> list[Callable[[], None]]:
         def updater(i: int, timestep: Tensor) -> Callable[[], None]:
             def update() -> None:
-                x, e, out = pool.latents(3 * i), pool.latents(3 * i + 1), pool.latents(3 * i + 3)
-                out.copy_(self.scheduler.step(e, timestep, x, **self.step_kwargs).prev_sample)
+                previous = self.scheduler.step(pool.guided[i], timestep, pool.latents[i], **self.step_kwargs)
+                pool.latents[i + 1].copy_(previous.prev_sample)
 
             return update
 

@@ -6,11 +6,13 @@ prompts and pictures; how a step runs is `denoise.py`'s business.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,7 +26,14 @@ from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import Generators, ScheduledSampler, Step, denoise, draw
 from fastcache.run.plan import CachePlan
 from fastcache.run.runtime import Runtime, run_once
-from fastcache.run.sampler import NonlinearSamplerError, SamplerTable, Scheduler, compile_sampler, make_scheduler
+from fastcache.run.sampler import (
+    NonlinearSamplerError,
+    SamplerTable,
+    Scheduler,
+    compile_sampler,
+    make_scheduler,
+    same_sampler,
+)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["FastCachePipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -53,7 +62,7 @@ def load(path: str | os.PathLike[str], *, threads: int = 0) -> FastCachePipeline
 
     Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
     """
-    return FastCachePipeline(open_bundle(path), threads=threads)
+    return FastCachePipeline(open_bundle(Path(path)), threads=threads)
 
 
 class FastCachePipeline:
@@ -97,7 +106,8 @@ class FastCachePipeline:
 
         `cache_interval` N refreshes the cached feature every Nth step (1: no caching); `plan` says it step by step.
         One generator a picture makes a picture independent of its neighbours in the batch. `callback_on_step_end`
-        gets (pipeline, step, timestep, {"latents": ...}) and may return other latents.
+        gets (pipeline, step, timestep, {"latents": ...}) and may return other latents; unipc's corrector takes these
+        otherwise than in diffusers.
 
         Shapes: `latents` (N, C, H / 8, W / 8) as drawn from a unit normal; `prompt_embeds` (N, tokens, width). Returns
         PIL images, a float array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], or latents.
@@ -126,7 +136,7 @@ class FastCachePipeline:
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        result = run.pool.latents(0)
+        result = run.pool.latents[0]
         for step in run.steps:
             result = step.latents
             if callback_on_step_end is not None:
@@ -174,7 +184,7 @@ class FastCachePipeline:
             raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
         pool = self.runtime.pool(batch=batch, guided=guided, num_calls=plan.num_steps)
         pool.set_inputs({"encoder_hidden_states": encoder_hidden_states, **conditioning})
-        noise = pool.latents(0)
+        noise = pool.latents[0]
         if latents is None:
             draw(noise, generator)
         elif latents.shape != noise.shape:
@@ -204,9 +214,10 @@ class FastCachePipeline:
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         built = self.bundle.manifest.height, self.bundle.manifest.width
-        if (height or built[0], width or built[1]) != built:
+        wanted = built[0] if height is None else height, built[1] if width is None else width
+        if wanted != built:
             raise ValueError(
-                f"expected {built[0]}x{built[1]}, the size this bundle was built for, got {height}x{width}; "
+                f"expected {built[0]}x{built[1]}, the size this bundle was built for, got {wanted[0]}x{wanted[1]}; "
                 "build another with --height and --width"
             )
 
@@ -221,9 +232,10 @@ class FastCachePipeline:
             return compile_sampler(sampler, num_steps, **_step_arguments(sampler, eta))
         except NonlinearSamplerError as error:
             warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=4)
-        cast(Any, sampler).set_timesteps(num_steps)
+        own = copy.deepcopy(sampler)
+        own.set_timesteps(num_steps)
         one = list(generator) if isinstance(generator, Sequence) else generator
-        return ScheduledSampler(sampler, _step_arguments(sampler, eta, one))
+        return ScheduledSampler(own, _step_arguments(own, eta, one))
 
     def _compile_table(self, name: str, num_steps: int, eta: float) -> SamplerTable:
         scheduler = make_scheduler(name, self.bundle.manifest.model.scheduler)
@@ -239,10 +251,10 @@ class FastCachePipeline:
             raise ValueError(
                 f"expected a plan for branch {manifest.branch_id}, which the bundle was cut at, got {plan.branches}"
             )
-        name = sampler if isinstance(sampler, str) else None
-        for what, wanted, here in (("model", plan.model, manifest.model.name), ("sampler", plan.sampler, name)):
-            if wanted is not None and here is not None and wanted != here:
-                raise ValueError(f"expected a plan made for {what} {here}, got one for {wanted}")
+        if plan.model not in (None, manifest.model.name):
+            raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
+        if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):
+            raise ValueError(f"expected a plan made for sampler {sampler}, got one for {plan.sampler}")
         return plan
 
     def _embeds(

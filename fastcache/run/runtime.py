@@ -26,12 +26,15 @@ def check_here(manifest: Manifest) -> None:
     """
     here = f"cpu-{platform.machine()}"
     if manifest.device != here:
-        raise BackendUnavailable(f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine")
+        raise BackendUnavailable(
+            f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine"
+        )
     installed = fastcache_engines.backend(manifest.backend).version()
     built = manifest.versions.get(manifest.backend)
     if installed != built:
         raise BundleError(
-            f"expected a bundle for {manifest.backend} {installed}, which is installed, got one for {built}; build it again"
+            f"expected a bundle for {manifest.backend} {installed}, which is installed, got one for {built}; "
+            "build it again"
         )
 
 
@@ -72,7 +75,8 @@ class Runtime:
         profile = self.manifest.profiles["batch"]
         if not profile.min <= batch <= profile.max:
             raise ValueError(
-                f"expected {profile.min} to {profile.max} images at once, got {batch}; build with --batch MIN:OPT:MAX for more"
+                f"expected {profile.min} to {profile.max} images at once, got {batch}; "
+                "build with --batch MIN:OPT:MAX for more"
             )
         halves, pool = 1 + guided, self._pool
         if pool is None or (pool.batch, pool.halves) != (batch, halves) or pool.num_calls < num_calls:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-MAX_WINDOW: Final = 4  # linear multistep of order 4 is the deepest history of the named samplers
+MAX_WINDOW: Final = 5  # PLMS of order 4 passes over one of its first calls: the deepest history but UniPC's
 
 # Of a row's largest entry: the named samplers leave 4e-15 in a window that holds, 2e-6 and more in one too small.
 _WINDOW_TOLERANCE: Final = 1e-8
@@ -104,6 +104,11 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     return cast(Scheduler, scheduler_class.from_config(known, **choice.overrides))
 
 
+def same_sampler(name: str, other: str) -> bool:
+    """Whether two names stand for the same sampler, as `pndm` and `plms` do."""
+    return name == other or (name in SAMPLERS and SAMPLERS[name] is SAMPLERS.get(other))
+
+
 @dataclass(frozen=True)
 class Update:
     """x_{i+1} = weights @ history[3 * first : 3 * (i + 1)], the update after U-Net call i.
@@ -129,6 +134,8 @@ class SamplerTable:
     loop starts from, so already scaled by init_noise_sigma. The model sees input_scale[i] * x_i at
     timesteps[i].
 
+    `stepwise` holds the updates as the scheduler itself makes them from the x, e and z of its calls.
+
     Shapes: timesteps, input_scale, x (calls,); eps, noise (calls, calls), lower triangular; all float64.
     """
 
@@ -139,6 +146,7 @@ class SamplerTable:
     noise: Tensor
     init_noise_sigma: float
     noise_drawn: tuple[bool, ...]
+    stepwise: tuple[Update, ...] = ()
 
     @property
     def num_calls(self) -> int:
@@ -154,16 +162,34 @@ class SamplerTable:
         return self.noise_drawn[call]
 
     def recursion(self) -> tuple[Update, ...]:
-        """Each row of the table rewritten over the fewest past calls, so that a step reads few tensors."""
+        """Each row of the table rewritten over few past calls, so that a step reads few tensors.
+
+        Where the scheduler itself looks back over MAX_WINDOW calls at most, the updates are its own, and so also
+        right when a callback has replaced some x. UniPC's are rewritten: its corrector keeps a sample of its own,
+        which holds every call so far.
+        """
         return self._recursion
 
     @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights of `recursion` as the loop multiplies by them. Shapes: each (1, 3 * window), float32."""
+        return tuple(torch.tensor([update.weights], dtype=torch.float32) for update in self.recursion())
+
+    @cached_property
     def _recursion(self) -> tuple[Update, ...]:
+        if self.stepwise and max(update.window for update in self.stepwise) <= MAX_WINDOW:
+            return self.stepwise
         calls = self.num_calls
         rows = torch.zeros(calls + 1, 1 + 2 * calls, dtype=torch.float64, device="cpu")
         rows[0, 0] = 1.0
         rows[1:, 0], rows[1:, 1::2], rows[1:, 2::2] = self.x, self.eps, self.noise
         return tuple(_update(rows, call) for call in range(calls))
+
+
+def _own_update(row: Tensor, call: int) -> Update:
+    """An update that is given in the basis of the history, from the first call that it uses."""
+    first = min([*row.nonzero().flatten().tolist(), 3 * call]) // 3
+    return Update(first, _floats(row[3 * first : 3 * (call + 1)]))
 
 
 def _update(rows: Tensor, call: int) -> Update:
@@ -214,7 +240,9 @@ def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 
     timesteps: Tensor = prepared.timesteps[begin_index:]
     calls = len(timesteps)
     basis = torch.eye(1 + 2 * calls, dtype=torch.float64, device="cpu")  # x_T, e_0 .., z_0 ..
-    trace = _trace(prepared, timesteps, step_kwargs, basis[0], basis[1 : 1 + calls], basis[1 + calls :])
+    trace = _trace(prepared, timesteps, step_kwargs, basis[:1], basis[1 : 1 + calls], basis[1 + calls :])
+    history = torch.eye(3 * calls, dtype=torch.float64, device="cpu")  # x_0, e_0, z_0, x_1, e_1, z_1, ...
+    stepwise = _trace(prepared, timesteps, step_kwargs, history[::3], history[1::3], history[2::3]).samples
     table = SamplerTable(
         timesteps=timesteps.to("cpu", torch.float64),
         input_scale=torch.tensor(trace.input_scale, dtype=torch.float64, device="cpu"),
@@ -223,6 +251,7 @@ def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 
         noise=trace.samples[:, 1 + calls :].clone(),
         init_noise_sigma=float(getattr(prepared, "init_noise_sigma", 1.0)),
         noise_drawn=trace.noise_drawn,
+        stepwise=tuple(_own_update(row, call) for call, row in enumerate(stepwise)),
     )
     _check_superposition(prepared, timesteps, step_kwargs, table)
     return table
@@ -299,16 +328,21 @@ def _trace(
     eps: Tensor,
     noise: Tensor,
 ) -> _Trace:
-    """Run a copy of the prepared scheduler. Shapes: x (width,), eps and noise (calls, width)."""
+    """Run a copy of the prepared scheduler, from x[0]; each call takes its own x if there is one, else the last result.
+
+    Shapes: x (1, width) or (calls, width), eps and noise (calls, width).
+    """
     scheduler: Any = copy.deepcopy(prepared)
     scale_input: Callable[..., Tensor] = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64, device="cpu")
-    sample = x[None, None, None]  # some schedulers count on (batch, channel, height, width)
+    sample = x[0][None, None, None]  # some schedulers count on (batch, channel, height, width)
     samples, scales, drawn = list[Tensor](), list[float](), list[bool]()
     for call, timestep in enumerate(timesteps):
         where = f"step {call} (timestep {float(timestep):g}) of {type(prepared).__name__}"
         try:
             scales.append(scale_input(one, timestep).item())
+            if call < len(x):
+                sample = x[call][None, None, None]
             with _Float64Step(noise[call][None, None, None]) as mode:
                 output = eps[call][None, None, None]
                 sample = scheduler.step(output, timestep, sample, return_dict=False, **step_kwargs)[0]
@@ -339,7 +373,7 @@ def _check_superposition(
     generator = torch.Generator(device="cpu").manual_seed(0)
     data = torch.randn(1 + 2 * calls, _PROBES, dtype=torch.float64, device="cpu", generator=generator)
     x, eps, noise = data[0] * table.init_noise_sigma, data[1 : 1 + calls], data[1 + calls :]
-    got = _trace(prepared, timesteps, step_kwargs, x, eps, noise).samples
+    got = _trace(prepared, timesteps, step_kwargs, x[None], eps, noise).samples
     expected = table.x[:, None] * x + table.eps @ eps + table.noise @ noise
     off = (got - expected).abs().amax(1) / expected.abs().amax(1)
     for call in range(calls):

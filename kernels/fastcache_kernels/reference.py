@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 
-def guide(noise_pred: Tensor, guidance_scale: float, rescale: float, out: Tensor) -> None:
-    """Classifier-free guidance of stacked predictions, first half unconditional, second half conditional.
+def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float, rescale: float, out: Tensor) -> None:
+    """Classifier-free guidance.
 
-    Shapes: `noise_pred` (2N, C, H, W); `out` (N, C, H, W), float32.
+    Shapes: all (N, C, H, W); `out` float32.
     Source: arXiv 2207.12598, equation 6; the rescaled form is arXiv 2305.08891, equations 15 and 16.
     """
-    unconditional, conditional = noise_pred.chunk(2)
     torch.lerp(unconditional, conditional, guidance_scale, out=out)
     if rescale > 0:
         axes = tuple(range(1, out.ndim))
@@ -27,9 +26,9 @@ def guide(noise_pred: Tensor, guidance_scale: float, rescale: float, out: Tensor
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     """A sampler's update: the weighted sum of its history.
 
-    Shapes: `rows` (R, E); `weights` (R,); `out` (E,), none of it in `rows`.
+    Shapes: `rows` (R, E); `weights` (1, R); `out` (1, E), none of it in `rows`.
     """
-    torch.mv(rows.t(), weights, out=out)
+    torch.mm(weights, rows, out=out)
 
 
 def duplicate(latents: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -40,7 +40,7 @@ CONTRACT = (
 )
 SHAPE = (1, 4, 6, 6)
 DRAWING = {"ddpm", "euler_a", "dpm++_2m_sde", "lcm"}
-WIDEST = {"pndm": 4, "lms": 4, "unipc": 3, "heun": 2, "dpm++_2m": 2, "dpm++_2m_karras": 2, "dpm++_2m_sde": 2}
+WIDEST = {"pndm": 5, "lms": 4, "unipc": 3, "heun": 2, "dpm++_2m": 2, "dpm++_2m_karras": 2, "dpm++_2m_sde": 2}
 
 
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -138,6 +138,7 @@ def test_table_and_recursion_follow_diffusers(name: str, prediction_type: str, n
     assert table.timesteps.tolist() == scheduler.timesteps.tolist()
     assert table.init_noise_sigma == float(scheduler.init_noise_sigma)
     assert table.widest_window == WIDEST.get(name, 1) <= MAX_WINDOW
+    assert (table.recursion() == table.stepwise) == (name != "unipc")
     assert any(table.noise_drawn) == (name in DRAWING)
 
 
@@ -183,8 +184,8 @@ def test_schedulers_without_a_name_of_ours(class_name: str) -> None:
 
 
 def test_the_dense_row_is_what_remains_where_no_window_holds() -> None:
-    """x_{i+1} = x_i + the sum of all e so far: no four calls know the older e apart."""
-    calls = 8
+    """x_{i+1} = x_i + the sum of all e so far: no five calls know the older e apart."""
+    calls = 12
     counts = torch.arange(calls, 0, -1, dtype=torch.float64)
     eps = torch.stack([(counts - (calls - 1 - i)).clamp(min=0) ** 3 for i in range(calls)])
     zeros, ones = torch.zeros(calls, calls, dtype=torch.float64), torch.ones(calls, dtype=torch.float64)

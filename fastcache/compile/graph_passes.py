@@ -1,0 +1,66 @@
+"""How torch operators become ONNX ones where a backend has a better form than the exporter's.
+
+Knows graphs; knows nothing about what they compute for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset20 as op
+from onnxscript.values import Op, Opset
+
+from fastcache.errors import BuildError
+
+Translations = Mapping[Callable[..., Any], Callable[..., Any]]
+
+# What the exporter must know of ONNX Runtime's operator: its inputs, attributes and the type they share.
+_SCHEMA = onnx.defs.OpSchema(
+    "MultiHeadAttention",
+    "com.microsoft",
+    1,
+    inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+    outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+    attributes=[
+        onnx.defs.OpSchema.Attribute("num_heads", onnx.defs.OpSchema.AttrType.INT, required=True),
+        onnx.defs.OpSchema.Attribute("scale", onnx.defs.OpSchema.AttrType.FLOAT, required=False),
+    ],
+)
+
+
+def fused_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`scaled_dot_product_attention` as ONNX Runtime's `MultiHeadAttention`, which on a CPU is flash attention.
+
+    Shapes: `query` (N, heads, tokens, width), `key` and `value` (N, heads, other tokens, width).
+    Source: arXiv 2205.14135; ONNX Runtime's contributed operators.
+    """
+    if attn_mask is not None or is_causal or enable_gqa or dropout_p:
+        raise BuildError("expected attention without mask, causality, shared heads or dropout; export it unfused")
+    heads = query.shape[1]
+
+    def rows(x: Any) -> Any:  # (N, heads, tokens, width) -> (N, tokens, heads * width)
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
+    attributes = {} if scale is None else {"scale": scale}
+    multi_head_attention = Op(Opset("com.microsoft", 1), "MultiHeadAttention", _SCHEMA)
+    attended = multi_head_attention(rows(query), rows(key), rows(value), num_heads=heads, **attributes)
+    split = op.Reshape(attended, op.Constant(value_ints=[0, 0, heads, -1]))
+    return op.Transpose(split, perm=[0, 2, 1, 3])
+
+
+FUSED_ATTENTION: Translations = {
+    torch.ops.aten.scaled_dot_product_attention.default: fused_attention,
+}

@@ -1,0 +1,149 @@
+"""Exported graphs compute what the PyTorch modules compute, at any batch size, and say nothing of the machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fastcache import BuildError, partition_unet
+from fastcache.compile import export
+from fastcache.cut.partition import Cut
+from fastcache.parity import relative_error
+from fastcache_engines import onnxruntime
+from small_unets import small_unet
+
+TOLERANCE = 1e-5  # parity.TOLERANCE, 1e-3, is for engines of any size; these graphs are a hundred times nearer
+CASES = [(name, branch_id) for name in ("sd15", "sdxl", "class-labels") for branch_id in (0, 2)]
+# Exporting takes seconds for each layer: two blocks of one layer each have every kind of layer that four have.
+FEW_LAYERS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+    },
+}
+FEW_LAYERS["class-labels"] = FEW_LAYERS["sd15"]
+NAMES = {
+    "sd15": ["sample", "timestep", "encoder_hidden_states"],
+    "sdxl": ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"],
+    "class-labels": ["sample", "timestep", "encoder_hidden_states", "class_labels"],
+}
+
+
+def with_few_layers(name: str) -> UNet2DConditionModel:
+    return small_unet(name, block_out_channels=(32, 64), layers_per_block=1, **FEW_LAYERS[name])
+
+
+def inputs_of(cut_name: str, unet: torch.nn.Module, batch: int) -> export.Inputs:
+    """Inputs whose rows all differ, timesteps and class labels among them."""
+    inputs = export.unet_inputs(unet, batch, 8, 8, 7)
+    inputs["timestep"] = torch.tensor([981.0, 17.0, 400.5])[:batch]
+    if cut_name == "class-labels":
+        inputs["class_labels"] = torch.tensor([3, 9, 0])[:batch]
+    if "time_ids" in inputs:
+        inputs["time_ids"] = inputs["time_ids"] + torch.arange(batch)[:, None]
+    return inputs
+
+
+def save(cut: Cut, inputs: export.Inputs, folder: Path) -> int:
+    parts = export.exportable_unet(cut, inputs)
+    return export.save_graphs([(f"{part.role}.onnx", export.export(part)) for part in parts], folder, "unet.weights")
+
+
+@pytest.mark.parametrize(("name", "branch_id"), CASES)
+@torch.no_grad()
+def test_graphs_compute_what_the_model_computes(name: str, branch_id: int, tmp_path: Path) -> None:
+    compare(name, with_few_layers(name), branch_id, tmp_path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_whole_unet(tmp_path: Path) -> None:
+    compare("sd15", small_unet("sd15"), 5, tmp_path)
+
+
+def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Path) -> None:
+    """Export, then compare both engines with the modules they came from at three batch sizes."""
+    cut = partition_unet(unet, branch_id)
+    duplicated_bytes = save(cut, inputs_of(name, unet, 2), tmp_path)
+    full, shallow = onnxruntime.load(tmp_path / "full.onnx"), onnxruntime.load(tmp_path / "shallow.onnx")
+    assert [spec.name for spec in full.inputs] == NAMES[name]
+    assert [spec.name for spec in full.outputs] == ["noise_pred", "cached_feature"]
+    assert [spec.name for spec in shallow.inputs] == [*NAMES[name], "cached_feature"]
+    assert [spec.name for spec in shallow.outputs] == ["noise_pred"]
+    for batch in (1, 2, 3):
+        inputs = inputs_of(name, unet, batch)
+        expected = export.call_unet(unet, inputs).sample
+        noise_pred, feature = export.call_unet(cut.full, inputs)
+        assert torch.equal(noise_pred, expected)
+        tensors: dict[str, Tensor] = inputs | {
+            "noise_pred": torch.full_like(expected, torch.nan),
+            "cached_feature": torch.full_like(feature, torch.nan),
+        }
+        full.bind(tensors).run()
+        of_full = tensors["noise_pred"].clone()
+        assert relative_error(of_full, expected) < TOLERANCE
+        assert relative_error(tensors["cached_feature"], feature) < TOLERANCE
+        tensors["noise_pred"].fill_(torch.nan)
+        shallow.bind(tensors).run()
+        assert relative_error(tensors["noise_pred"], of_full) < TOLERANCE
+    check_files(tmp_path, duplicated_bytes)
+
+
+def check_files(folder: Path, duplicated_bytes: int) -> None:
+    """Weights are beside the graphs, stored once, and the graphs hold no path and no name of this machine."""
+    external: dict[str, list[tuple[int, int]]] = {}
+    for role in ("full", "shallow"):
+        content = (folder / f"{role}.onnx").read_bytes()
+        assert not re.search(rb"\.py\b|site-packages|File \"|/(home|root|tmp|usr|work|Users)/", content)
+        model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
+        onnx.checker.check_model(str(folder / f"{role}.onnx"))
+        places = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
+        assert {place["location"] for place in places} == {"unet.weights"}
+        external[role] = [(int(place["offset"]), int(place["length"])) for place in places]
+    both = external["full"] + external["shallow"]
+    assert set(external["shallow"]) & set(external["full"])
+    assert duplicated_bytes == sum(n for _, n in both) - sum(n for _, n in set(both))
+    assert duplicated_bytes > 0
+    size = (folder / "unet.weights").stat().st_size
+    assert size <= sum(-(-n // 4096) * 4096 for _, n in set(both))
+    assert max(offset + length for offset, length in both) == size
+    assert all(offset % 4096 == 0 for offset, _ in both)
+
+
+def test_sizes_that_do_not_halve_are_refused() -> None:
+    unet = small_unet("sd15")
+    with pytest.raises(BuildError, match=r"expected latent sizes divisible by 4 at branch 6, got 8x10"):
+        export.exportable_unet(partition_unet(unet, 6), export.unet_inputs(unet, 1, 8, 10, 7))
+
+
+def test_conditioning_that_engines_do_not_take_is_refused() -> None:
+    unet = small_unet("sd15")
+    unet.register_to_config(addition_embed_type="image")
+    with pytest.raises(BuildError, match=r"expected addition_embed_type None or 'text_time', got 'image'"):
+        export.unet_inputs(unet, 1, 8, 8, 7)
+    unet.register_to_config(addition_embed_type=None, class_embed_type="projection")
+    with pytest.raises(BuildError, match=r"got class_embed_type='projection'"):
+        export.unet_inputs(unet, 1, 8, 8, 7)
+
+
+def test_what_cannot_be_exported_is_one_line() -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, inputs: export.Inputs) -> Tensor:
+            return inputs["x"] if inputs["x"].sum() > 0 else -inputs["x"]
+
+    with pytest.raises(BuildError, match=r"^cannot export the full graph: ") as caught:
+        export.export(export.Exportable("full", Branching(), {"x": torch.ones(2, 3)}, ("y",)))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,194 @@
+"""ONNX Runtime works on the caller's own tensors, and loads nothing from outside a graph's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+import fastcache_engines
+from fastcache import Bundle
+from fastcache_engines import BackendUnavailable, TensorSpec, onnxruntime
+
+SIZE = 512
+
+
+def save_graph(folder: Path, *locations: str) -> Path:
+    """y = x + w for x of shape (batch, 512); w lies at the first location, and is said to lie at the others."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[SIZE])
+    if locations:
+        weight.data_location = TensorProto.EXTERNAL
+        for location in locations:
+            weight.external_data.add(key="location", value=location)
+    else:
+        weight.raw_data = np.arange(SIZE, dtype=np.float32).tobytes()
+    shape = ["batch", SIZE]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    folder.mkdir(exist_ok=True)
+    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    return folder / "graph.onnx"
+
+
+def save_weights(file: Path) -> Path:
+    file.write_bytes(np.arange(SIZE, dtype=np.float32).tobytes())
+    return file
+
+
+def test_what_a_graph_takes_and_gives(tmp_path: Path) -> None:
+    engine = onnxruntime.load(save_graph(tmp_path))
+    assert engine.inputs == (TensorSpec("x", "float32", ("batch", SIZE)),)
+    assert engine.outputs == (TensorSpec("y", "float32", ("batch", SIZE)),)
+
+
+def test_the_bound_tensors_are_the_ones_read_and_written(tmp_path: Path) -> None:
+    x, y, unused = torch.zeros(2, SIZE), torch.full((2, SIZE), torch.nan), torch.full((1,), 7.0)
+    places = x.data_ptr(), y.data_ptr()
+    binding = onnxruntime.load(save_graph(tmp_path)).bind({"x": x, "y": y, "unused": unused})
+    view = y.view(-1)
+    for value in (0.0, 1.0, -2.5):
+        x.fill_(value)  # no binding again: the next run reads what is there
+        binding.run()
+        assert torch.equal(view, (value + torch.arange(SIZE)).repeat(2))
+    assert (x.data_ptr(), y.data_ptr()) == places
+    assert unused.item() == 7
+
+
+def test_a_binding_keeps_its_tensors_alive(tmp_path: Path) -> None:
+    y = torch.empty(1, SIZE)
+    binding = onnxruntime.load(save_graph(tmp_path)).bind({"x": torch.ones(1, SIZE), "y": y})
+    noise = [torch.full((1, SIZE), 9.0) for _ in range(100)]  # would take over x's memory, were it freed
+    binding.run()
+    assert torch.equal(y[0], 1.0 + torch.arange(SIZE))
+    assert len(noise) == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"x": None}, "expected a tensor named 'x' to bind, got y"),
+        ({"y": None}, "expected a tensor named 'y' to bind, got x"),
+        ({"x": torch.zeros(2, SIZE, dtype=torch.float64)}, "expected 'x' to be contiguous float32 .*, got float64"),
+        ({"x": torch.zeros(2, SIZE - 1)}, rf"expected 'x' .* got float32 \[2, {SIZE - 1}\]"),
+        ({"x": torch.zeros(SIZE)}, rf"expected 'x' .* got float32 \[{SIZE}\]"),
+        ({"x": torch.zeros(2, 2, SIZE)}, r"expected 'x' .* got float32 \[2, 2, "),
+        ({"y": torch.zeros(3, SIZE)}, rf"expected 'y' .* got float32 \[3, {SIZE}\]"),  # batch is one number for all
+        ({"x": torch.zeros(SIZE, 2).T}, "expected 'x' .* got non-contiguous float32"),
+        ({"y": torch.zeros(2, 2 * SIZE)[:, ::2]}, "expected 'y' .* got non-contiguous float32"),
+        ({"x": torch.zeros(2, SIZE, device="meta")}, "expected 'x' .* on cpu, got float32 .* on meta"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    engine = onnxruntime.load(save_graph(tmp_path))
+    tensors = {"x": torch.zeros(2, SIZE), "y": torch.zeros(2, SIZE)} | change
+    with pytest.raises(ValueError, match=expected) as caught:
+        engine.bind({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_beside_the_graph(tmp_path: Path) -> None:
+    save_weights(tmp_path / "weights")
+    y = torch.empty(1, SIZE)
+    onnxruntime.load(save_graph(tmp_path, "weights")).bind({"x": torch.zeros(1, SIZE), "y": y}).run()
+    assert torch.equal(y[0], torch.arange(SIZE, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("location", ["../outside", "inner/../../outside", "{absolute}", "link", "missing", "", ".."])
+def test_weights_outside_are_refused(tmp_path: Path, location: str) -> None:
+    outside = save_weights(tmp_path / "outside")
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    (folder / "inner").mkdir()
+    (folder / "link").symlink_to(outside)
+    location = location.format(absolute=outside)
+    with pytest.raises(ValueError, match=r"expected the weights of graph.onnx in a file beside it, got ") as caught:
+        onnxruntime.load(save_graph(folder, location))
+    assert repr(location) in str(caught.value)
+
+
+def test_of_two_places_both_are_looked_at(tmp_path: Path) -> None:
+    save_weights(tmp_path / "outside")
+    for locations in (("weights", "../outside"), ("../outside", "weights")):
+        path = save_graph(tmp_path / "graph", *locations)
+        save_weights(tmp_path / "graph" / "weights")
+        with pytest.raises(ValueError, match=r"beside it, got '../outside'"):
+            onnxruntime.load(path)
+
+
+def test_tensors_inside_nodes_are_looked_at(tmp_path: Path) -> None:
+    path = save_graph(tmp_path)
+    model = onnx.load(path)
+    hidden = TensorProto(name="c", data_type=TensorProto.FLOAT, dims=[SIZE], data_location=TensorProto.EXTERNAL)
+    hidden.external_data.add(key="location", value="/etc/hostname")
+    branch = helper.make_graph([helper.make_node("Constant", [], ["z"], value=hidden)], "branch", [], [])
+    model.graph.node.append(helper.make_node("If", ["w"], ["z"], then_branch=branch, else_branch=branch))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"beside it, got '/etc/hostname'"):
+        onnxruntime.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", bytes(range(256)) * 8])
+def test_garbage_is_one_line_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "graph.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"graph\.onnx") as caught:
+        onnxruntime.load(tmp_path / "graph.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.onnx"):
+        onnxruntime.load(tmp_path / "none.onnx")
+
+
+def test_a_graph_that_onnxruntime_refuses(tmp_path: Path) -> None:
+    path = save_graph(tmp_path)
+    model = onnx.load(path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot load graph\.onnx: .*NoSuchOperator"):
+        onnxruntime.load(path)
+
+
+def test_a_backend_of_another_name() -> None:
+    with pytest.raises(BackendUnavailable, match=r"expected a backend of this version .*, got 'tensorrt'"):
+        fastcache_engines.backend("tensorrt")
+
+
+def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"pip install onnxruntime"):
+        onnxruntime.version()
+
+
+def test_full_and_shallow_share_one_feature_buffer(tiny_bundle: Bundle) -> None:
+    """Invariants 2 and 5: the full engine's output buffer is the shallow engine's input buffer."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(tiny_bundle.file("reference.safetensors"))
+    expected = tensors["noise_pred"].clone()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    full = onnxruntime.load(tiny_bundle.engine_path("full")).bind(tensors)
+    shallow = onnxruntime.load(tiny_bundle.engine_path("shallow")).bind(tensors)
+    scale = expected.abs().max().item()
+    for _ in range(2):
+        tensors["cached_feature"].fill_(torch.nan)
+        full.run()
+        torch.testing.assert_close(tensors["noise_pred"], expected, rtol=0, atol=1e-5 * scale)
+        tensors["noise_pred"].fill_(torch.nan)
+        shallow.run()
+        torch.testing.assert_close(tensors["noise_pred"], expected, rtol=0, atol=1e-5 * scale)
+    tensors["cached_feature"].add_(1)
+    shallow.run()
+    assert not torch.allclose(tensors["noise_pred"], expected, rtol=0, atol=1e-3 * scale)
+    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == places
