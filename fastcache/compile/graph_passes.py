@@ -61,6 +61,6 @@ def fused_attention(
     return op.Transpose(split, perm=[0, 2, 1, 3])
 
 
-FUSED_ATTENTION: Translations = {
-    torch.ops.aten.scaled_dot_product_attention.default: fused_attention,
-}
+FUSED_ATTENTION: Translations = {torch.ops.aten.scaled_dot_product_attention.default: fused_attention}
+
+BY_BACKEND: Mapping[str, Translations] = {"onnxruntime": FUSED_ATTENTION}

@@ -27,7 +27,7 @@ from safetensors.torch import save
 import fastcache_engines
 from fastcache import bundle as bundles
 from fastcache.bundle import Role
-from fastcache.compile import export
+from fastcache.compile import export, graph_passes
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import SourceModel, state_bytes
 from fastcache.cut.partition import Cut, partition_unet
@@ -75,7 +75,8 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     inputs = export.unet_inputs(unet, 2, size.latent_height, size.latent_width, info.tokens or _CLIP_TOKENS)
     num_branches = cut.num_branches
     say(f"exporting full and shallow U-Nets, branch {recipe.branch_id} of {num_branches}")
-    graphs = _build_unet(unet, cut, inputs, folder)
+    translations = graph_passes.BY_BACKEND.get(recipe.backend)
+    graphs = _build_unet(unet, cut, inputs, folder, translations)
     del unet, cut, inputs
     roles = list(graphs.roles)
     if "text" in components:
@@ -83,7 +84,7 @@ def build(job: Job, folder: Path, say: Progress) -> None:
         roles += _build_text_encoder(model, folder).roles
     if "vae" in components:
         say("exporting the VAE decoder")
-        roles += _build_vae_decoder(model, size, folder).roles
+        roles += _build_vae_decoder(model, size, folder, translations).roles
     say(f"checking the {recipe.backend} engines against the model")
     engines, parity = _engine_entries(recipe, roles, folder), _check_parity(recipe, folder)
     say("sealing the bundle")
@@ -165,29 +166,39 @@ def _require_space(folder: Path, weights_bytes: int) -> None:
         raise BuildError(f"expected {needed / 2**30:.1f} GiB free in {folder.parent}, got {free / 2**30:.1f} GiB")
 
 
-def _build_unet(unet: UNet2DConditionModel, cut: Cut, inputs: export.Inputs, folder: Path) -> _Written:
+def _build_unet(
+    unet: UNet2DConditionModel,
+    cut: Cut,
+    inputs: export.Inputs,
+    folder: Path,
+    translations: graph_passes.Translations | None,
+) -> _Written:
     """Export full and shallow; keep what the model itself computes for one input, for `verify`."""
     full, shallow = export.exportable_unet(cut, inputs)
     with torch.no_grad():
         reference = {"noise_pred": export.call_unet(unet, inputs).sample, "cached_feature": full.module(inputs)[1]}
     bundles.write_whole(folder / bundles.REFERENCE, save(inputs | reference))
-    return _write(folder, [full, shallow], "unet.weights")
+    return _write(folder, [full, shallow], "unet.weights", translations)
 
 
 def _build_text_encoder(model: SourceModel, folder: Path) -> _Written:
     tokenizer = model.load_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder = export.exportable_text_encoder(model.load_text_encoder(), int(tokenizer.model_max_length))
-    return _write(folder, [encoder], "text_encoder.weights")
+    return _write(folder, [encoder], "text_encoder.weights", None)  # causal attention, which is not fused
 
 
-def _build_vae_decoder(model: SourceModel, size: _Size, folder: Path) -> _Written:
+def _build_vae_decoder(
+    model: SourceModel, size: _Size, folder: Path, translations: graph_passes.Translations | None
+) -> _Written:
     decoder = export.exportable_vae_decoder(model.load_vae(), size.latent_height, size.latent_width)
-    return _write(folder, [decoder], "vae_decoder.weights")
+    return _write(folder, [decoder], "vae_decoder.weights", translations)
 
 
-def _write(folder: Path, parts: list[export.Exportable], weights_name: str) -> _Written:
-    models = [(f"{part.role}.onnx", export.export(part)) for part in parts]
+def _write(
+    folder: Path, parts: list[export.Exportable], weights_name: str, translations: graph_passes.Translations | None
+) -> _Written:
+    models = [(f"{part.role}.onnx", export.export(part, translations)) for part in parts]
     saved = export.save_graphs(models, folder, weights_name)
     return _Written([part.role for part in parts], (folder / weights_name).stat().st_size, saved)
 
