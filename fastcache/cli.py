@@ -6,28 +6,34 @@ failed. Everything heavy is imported inside the command that needs it, so that `
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.exceptions import TyperException
+
+from fastcache.console import (
+    CheckFailed,
+    end,
+    exit_code,
+    figure,
+    notes,
+    print_json,
+    print_table,
+    progress,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from fastcache.bundle import Bundle
     from fastcache.recipe import Recipe
-    from fastcache.run.pipeline import FastCachePipeline
     from fastcache.run.plan import CachePlan
+    from fastcache.study.bench import ArmResult
 
 app = typer.Typer(
     name="fastcache",
@@ -37,83 +43,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-notes = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 EnginesOption = Annotated[Path, typer.Option("--engines", help="A bundle, as build-engines makes it.")]
+Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
-
-
-class CheckFailed(Exception):
-    """A check did not pass; the result itself is on stdout."""
 
 
 def main() -> None:
     """Run the command line; an error is one line on stderr, with a traceback only under `--debug`."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    _quiet_libraries()
+    quiet_libraries()
     try:
         sys.exit(app(arguments, standalone_mode=False) or 0)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except TyperException as error:
-        _end(f"{error.format_message()} (see --help)", 2)
+        message = error.format_message()
+        end(f"{message} (see --help)" if message else "", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _end("stopped", 130)
+        end("stopped", 130)
     except Exception as error:
         if debug:
             raise
-        _end(str(error) or type(error).__name__, _exit_code(error))
-
-
-def _exit_code(error: Exception) -> int:
-    from fastcache.errors import BackendUnavailable, BuildError, BundleError
-
-    codes = {BackendUnavailable: 3, BundleError: 4, CheckFailed: 4, BuildError: 5, ValueError: 2, OSError: 2}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
-
-
-def _end(message: str, code: int) -> NoReturn:
-    notes.print(f"[red]error:[/red] {' '.join(message.split())}", soft_wrap=True, markup=True)
-    sys.exit(code)
-
-
-def _quiet_libraries() -> None:
-    """Other libraries' warnings and progress bars are not for a user of this one."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # in the environment, so that workers inherit it
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A function that shows what is being done: one live line on a terminal, plain lines elsewhere."""
-    if not notes.is_terminal:
-        yield lambda message: notes.print(message, soft_wrap=True, markup=False)
-        return
-    with notes.status("starting") as status:
-        yield lambda message: status.update(str(message).replace("[", "\\["))
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
-def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    console.print(table, width=None if console.is_terminal else 120)
-
-
-def _value(number: float | None, form: str = ".1f", unit: str = "") -> str:
-    return "-" if number is None else f"{number:{form}}{unit}"
+        end(str(error) or type(error).__name__, exit_code(error))
 
 
 @app.command()
@@ -129,25 +84,31 @@ def demo(
     """
     import fastcache
     from fastcache.bundle import write_whole
+    from fastcache.run.pipeline import FastCachePipeline
     from fastcache.study.demo import report, run_demo
 
     output.mkdir(parents=True, exist_ok=True)
-    with _progress() as say:
+    with progress() as say:
         bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
-        pipe = _pipeline(bundle)
+        pipe = FastCachePipeline(bundle)
         intervals = sorted({2, 3, 5, cache_interval} - {1})
         rows = run_demo(pipe, intervals, steps, output, say)
     result = report(pipe, rows, steps)
     write_whole(output / "report.json", json.dumps(result, indent=1).encode())
     if json_:
-        _print_json(result)
+        print_json(result)
         return
-    _print_table(
+    print_table(
         f"The bundled model, {len(result['prompts'])} pictures at once, {steps} steps, {bundle.manifest.backend}",
         ["plan", "time", "speed-up", "PSNR to uncached"],
         [
-            [r.plan, _value(r.time_ms, ".0f", " ms"), _value(r.speedup_vs_uncached, ".2f", "x"), _value(r.psnr_db, ".1f", " dB")]
-            for r in rows
+            [
+                row.plan,
+                figure(row.time_ms, ".0f", " ms"),
+                figure(row.speedup_vs_uncached, ".2f", "x"),
+                figure(row.psnr_db, ".1f", " dB"),
+            ]
+            for row in rows
         ],
     )
     typer.echo(f"pictures: {output / 'grid.png'}\nreport:   {output / 'report.json'}\nengines:  {bundle.path}")
@@ -162,10 +123,10 @@ def _is_stale(folder: Path) -> bool:
     from fastcache.bundle import read_manifest
     from fastcache.compile.builder import resolve
     from fastcache.errors import BundleError
-    from fastcache.recipe import Recipe
+    from fastcache.recipe import recipe_from
 
     try:
-        return read_manifest(folder).key != resolve(Recipe()).key
+        return read_manifest(folder).key != resolve(recipe_from({})).key
     except BundleError:
         return True
 
@@ -180,26 +141,30 @@ def doctor(json_: Json = False) -> None:
 
     result = examine()
     if json_:
-        _print_json(result)
+        print_json(result)
         return
-    _print_table(
+    print_table(
         f"Python {result['python']}, {result['device']}, {result['threads']} threads",
         ["backend", "builds", "runs", "version", "what to know"],
         [
-            [b["name"], "yes" if b["can_build"] else "no", "yes" if b["can_run"] else "no", b["version"] or "-", b["reason"]]
+            [b["name"], _yes(b["can_build"]), _yes(b["can_run"]), b["version"] or "-", b["reason"]]
             for b in result["backends"]
         ],
     )
     typer.echo(f"auto picks {result['auto']['backend']}: {result['auto']['reason']}")
 
 
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 @app.command()
 def build_engines(
     output: OutputFolder,
-    model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset with --random-weights.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or packaged name, instead of flags.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
     revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, onnxruntime, openvino, inductor, tensorrt or tensorrt-rtx.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
     branch_id: Annotated[int, typer.Option(help="The skip connection to cut at, 0 the shallowest.")] = 0,
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -207,9 +172,9 @@ def build_engines(
     width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all the model has if left out.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="Seeded random weights, for speed only.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed; replace another bundle.")] = False,
+    components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
+    random_weights: RandomWeights = False,
+    force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     json_: Json = False,
 ) -> None:
     """Build a bundle of engines from a model.
@@ -240,7 +205,7 @@ def build_engines(
             "components": tuple(components.split(",")) if components is not None else None,
         }
         chosen = recipe_from(flags)
-    with _progress() as say:
+    with progress() as say:
         bundle = fastcache.build_engines(chosen, output, force=force, progress=say)
     _show_bundle(bundle, json_)
 
@@ -248,12 +213,12 @@ def build_engines(
 def _show_bundle(bundle: Bundle, as_json: bool) -> None:
     manifest = bundle.manifest
     if as_json:
-        _print_json({"path": str(bundle.path), **manifest.to_json()})
+        print_json({"path": str(bundle.path), **manifest.to_json()})
         return
     typer.echo(
-        f"{bundle.path}: {manifest.model.name}, branch {manifest.branch_id} of {manifest.num_branches}, {manifest.cut} cut, "
-        f"{manifest.width}x{manifest.height}, {manifest.profiles['batch']} images, {manifest.dtype}, {manifest.backend} "
-        f"{manifest.versions[manifest.backend]} on {manifest.device}\n"
+        f"{bundle.path}: {manifest.model.name}, branch {manifest.branch_id} of {manifest.num_branches}, "
+        f"{manifest.cut} cut, {manifest.width}x{manifest.height}, {manifest.profiles['batch']} images, "
+        f"{manifest.dtype}, {manifest.backend} {manifest.versions[manifest.backend]} on {manifest.device}\n"
         f"built in {manifest.build_seconds:.0f} s; full vs model {manifest.parity.full_vs_model:.1e}, shallow vs full "
         f"{manifest.parity.shallow_vs_full:.1e} (tolerance {manifest.parity.tolerance:g})"
     )
@@ -269,15 +234,16 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle
 
     manifest = read_manifest(folder)
     if json_:
-        _print_json(manifest.to_json())
+        print_json(manifest.to_json())
         return
     _show_bundle(Bundle(folder, manifest), False)
     rows: list[list[str]] = []
     for role, engine in manifest.engines.items():
         for kind, specs in (("in", engine.inputs), ("out", engine.outputs)):
             rows += [[f"{role} {kind}", s.name, s.dtype, "x".join(map(str, s.shape))] for s in specs]
-    _print_table("Engines", ["engine", "tensor", "dtype", "shape"], rows)
-    _print_table("Files", ["file", "bytes", "SHA-256"], [[f.name, f"{f.bytes:,}", f.sha256[:16]] for f in manifest.files])
+    print_table("Engines", ["engine", "tensor", "dtype", "shape"], rows)
+    files = [[file.name, f"{file.bytes:,}", file.sha256[:16]] for file in manifest.files]
+    print_table("Files", ["file", "bytes", "SHA-256"], files)
     typer.echo(
         f"weights {manifest.weights_bytes:,} bytes, of which full and shallow share {manifest.duplicated_bytes:,}\n"
         f"model weights SHA-256 {manifest.weights_sha256}\nbundle SHA-256        {manifest.bundle_sha256}\n"
@@ -292,7 +258,6 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.
     Example: fastcache verify demo-output/engines
     """
     import fastcache_engines
-
     from fastcache.bundle import REFERENCE, Bundle, check_files, read_manifest
     from fastcache.parity import TOLERANCE, measure_parity
     from fastcache.run.runtime import check_here
@@ -315,16 +280,17 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.
         "tolerance": TOLERANCE,
     }
     if json_:
-        _print_json(result)
+        print_json(result)
     elif result["ok"]:
         typer.echo(
             f"{folder}: {len(checks)} files as built; full vs model {result['full_vs_model']:.1e}, "
             f"shallow vs full {result['shallow_vs_full']:.1e} (tolerance {TOLERANCE:g})"
         )
     if problems:
-        raise CheckFailed("; ".join(f"{c.name} {c.problem}" for c in problems) + f" in {folder}; build the bundle again")
+        wrong = "; ".join(f"{check.name} {check.problem}" for check in problems)
+        raise CheckFailed(f"{wrong} in {folder}; build the bundle again")
     if not result["ok"]:
-        raise CheckFailed(f"expected errors up to {TOLERANCE:g}, got {worst:.1e}; build the bundle again on this machine")
+        raise CheckFailed(f"expected errors up to {TOLERANCE:g}, got {worst:.1e}; build the bundle again here")
 
 
 @app.command()
@@ -335,7 +301,7 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
     num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    sampler: Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")] = "ddim",
+    sampler: Sampler = "ddim",
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
     seed: Annotated[int, typer.Option(min=0, help="The first image's seed.")] = 0,
     cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
@@ -344,9 +310,13 @@ def generate(
 ) -> None:
     """Draw images with a bundle's engines.
 
-    Example: fastcache generate --engines demo-output/engines --prompt "a large red circle" --cache-interval 3 --output out.png
+    Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
     """
+    import torch
+    from rich.progress import Progress
+
     from fastcache.bundle import open_bundle, write_whole
+    from fastcache.run.pipeline import FastCachePipeline, png_bytes
 
     if plan is not None and cache_interval is not None:
         raise ValueError("expected --cache-interval or --plan, got both")
@@ -355,20 +325,34 @@ def generate(
     if output.suffix and num_images > 1:
         raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
     chosen = _read_plan(plan) if plan is not None else None
-    pipe = _pipeline(open_bundle(engines))
+    pipe = FastCachePipeline(open_bundle(engines))
+    said = {"prompt": prompt, "negative_prompt": negative_prompt, "sampler": sampler, "steps": steps}
     start, images, used = time.perf_counter(), list[dict[str, Any]](), chosen
     (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
     most = pipe.bundle.manifest.profiles["batch"].max
-    for first in range(0, num_images, most):
-        seeds = [seed + k for k in range(first, min(first + most, num_images))]
-        result = _draw(pipe, prompt, negative_prompt, seeds, steps, sampler, guidance_scale, cache_interval, chosen)
-        used = result.plan
-        for own, image in zip(seeds, result.images, strict=True):
-            path = output if output.suffix else output / f"{own:05d}.png"
-            write_whole(path, _png(image, pipe, prompt, negative_prompt, own, steps, sampler, guidance_scale, result.plan))
-            images.append({"path": str(path), "seed": own})
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("drawing", total=None)
+        for first in range(0, num_images, most):
+            seeds = [seed + k for k in range(first, min(first + most, num_images))]
+            result = pipe(
+                [prompt] * len(seeds),
+                negative_prompt=negative_prompt,
+                sampler=sampler,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                cache_interval=cache_interval or 1,
+                plan=chosen,
+                generator=[torch.Generator().manual_seed(own) for own in seeds],
+                callback_on_step_end=lambda *_: bar.advance(task),
+            )
+            used = result.plan
+            for own, image in zip(seeds, result.images, strict=True):
+                path = output if output.suffix else output / f"{own:05d}.png"
+                made = pipe.provenance(result.plan) | said | {"guidance_scale": guidance_scale, "seed": own}
+                write_whole(path, png_bytes(image, made))
+                images.append({"path": str(path), "seed": own})
     if json_:
-        _print_json(
+        print_json(
             {
                 "images": images,
                 "plan": json.loads(used.to_json()) if used else None,
@@ -377,79 +361,14 @@ def generate(
             }
         )
     else:
-        typer.echo("\n".join(str(image["path"]) for image in images))
-
-
-def _draw(
-    pipe: FastCachePipeline,
-    prompt: str,
-    negative_prompt: str,
-    seeds: list[int],
-    steps: int,
-    sampler: str,
-    guidance_scale: float,
-    cache_interval: int | None,
-    plan: CachePlan | None,
-) -> Any:
-    import torch
-    from rich.progress import Progress
-
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("drawing", total=None)
-        return pipe(
-            [prompt] * len(seeds),
-            negative_prompt=negative_prompt,
-            num_inference_steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            cache_interval=cache_interval or 1,
-            plan=plan,
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-            callback_on_step_end=lambda _pipe, _step, _timestep, _tensors: bar.advance(task),
-        )
-
-
-def _png(
-    image: Any,
-    pipe: FastCachePipeline,
-    prompt: str,
-    negative_prompt: str,
-    seed: int,
-    steps: int,
-    sampler: str,
-    guidance_scale: float,
-    plan: CachePlan,
-) -> bytes:
-    """The image as a PNG that says how it was made, in text chunks."""
-    from PIL.PngImagePlugin import PngInfo
-
-    import fastcache
-
-    info = PngInfo()
-    manifest = pipe.bundle.manifest
-    for key, value in {
-        "Software": f"fastcache {fastcache.__version__}",
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": str(seed),
-        "steps": str(steps),
-        "sampler": sampler,
-        "guidance_scale": str(guidance_scale),
-        "plan": plan.to_json(),
-        "model": manifest.model.name,
-        "bundle_sha256": manifest.bundle_sha256,
-    }.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+        typer.echo("\n".join(image["path"] for image in images))
 
 
 @app.command()
 def bench(
     engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model to build (kept in the user's cache folder) and time.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="Seeded random weights, for speed only.")] = False,
+    model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
+    random_weights: RandomWeights = False,
     arms: Annotated[str, typer.Option(help="Which to run, by commas.")] = "eager,deepcache,compile,engine,engine+cache",
     cache_interval: Annotated[int, typer.Option(min=1, help="Refresh every N steps in the caching arms.")] = 3,
     branch_id: Annotated[int | None, typer.Option(min=0, help="The cut; the bundle's own if left out, else 0.")] = None,
@@ -458,7 +377,7 @@ def bench(
     width: Annotated[int | None, typer.Option(help="Image width in pixels.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    sampler: Annotated[str, typer.Option(help="A sampler by its usual name.")] = "ddim",
+    sampler: Sampler = "ddim",
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
@@ -470,12 +389,13 @@ def bench(
     import torch
 
     from fastcache.bundle import write_whole
-    from fastcache.study.bench import ARMS, BenchSettings, environment, run_bench
+    from fastcache.study.arms import ARMS, BenchSettings
+    from fastcache.study.bench import document, run_bench
 
     wanted = tuple(arms.split(","))
     if unknown := [a for a in wanted if a not in ARMS]:
         raise ValueError(f"expected arms out of {', '.join(ARMS)}, got {', '.join(unknown)}")
-    with _progress() as say:
+    with progress() as say:
         bundle = _bundle_to_bench(engines, model, random_weights, branch_id, height, width, batch, dtype, say)
         manifest = bundle.manifest
         settings = BenchSettings(
@@ -496,31 +416,35 @@ def bench(
             threads=torch.get_num_threads(),
         )
         results = run_bench(bundle, settings, say)
-    quality = "random weights: no quality figure" if manifest.model.random_weights else "PSNR of the decoded images"
-    document = {
-        "environment": environment(settings.threads),
-        "settings": {**asdict(settings), "guidance_scale": 7.5, "build_seconds": manifest.build_seconds, "quality": quality},
-        "arms": [r.to_json() for r in results],
-    }
-    if json_file is not None and str(json_file) != "-":
-        write_whole(json_file, (json.dumps(document, indent=1) + "\n").encode())
+    result = document(bundle, settings, results)
     if str(json_file) == "-":
-        _print_json(document)
+        print_json(result)
         return
-    rows = [
-        [r.name, _value(r.loop_ms_p50), _value(r.loop_ms_p90), _value(r.full_step_ms_p50), _value(r.shallow_step_ms_p50)]
-        + [_value(r.overhead_ms_per_step, ".3f"), _value(r.speedup_vs_eager, ".2f", "x"), _value(r.psnr_db_vs_eager)]
-        + [_value(r.peak_bytes / 2**30 if r.peak_bytes else None, ".2f")]
-        for r in results
-        if r.skipped is None
+    if json_file is not None:
+        write_whole(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    print_table(
+        f"{settings.model} {settings.width}x{settings.height}, batch {batch} under guidance, {steps} {sampler} steps, "
+        f"N={cache_interval}, branch {settings.branch_id}, {settings.dtype}, {settings.threads} threads",
+        ["arm", "loop ms", "p90", "full ms", "shallow ms", "overhead", "vs eager", "PSNR dB", "GiB"],
+        [_bench_row(arm) for arm in results if arm.skipped is None],
+    )
+    for arm in results:
+        if arm.skipped is not None:
+            typer.echo(f"{arm.name}: skipped, {arm.skipped}")
+
+
+def _bench_row(arm: ArmResult) -> list[str]:
+    return [
+        arm.name,
+        figure(arm.loop_ms_p50),
+        figure(arm.loop_ms_p90),
+        figure(arm.full_step_ms_p50),
+        figure(arm.shallow_step_ms_p50),
+        figure(arm.overhead_ms_per_step, ".3f"),
+        figure(arm.speedup_vs_eager, ".2f", "x"),
+        figure(arm.psnr_db_vs_eager),
+        figure(arm.peak_bytes / 2**30 if arm.peak_bytes else None, ".2f"),
     ]
-    title = f"{settings.model} {settings.width}x{settings.height}, batch {batch} under guidance, {steps} {sampler} steps, "
-    title += f"N={cache_interval}, branch {settings.branch_id}, {settings.dtype}, {settings.threads} threads"
-    columns = ["arm", "loop ms", "p90", "full ms", "shallow ms", "overhead", "vs eager", "PSNR dB", "GiB"]
-    _print_table(title, columns, rows)
-    for r in results:
-        if r.skipped is not None:
-            typer.echo(f"{r.name}: skipped, {r.skipped}")
 
 
 def _bundle_to_bench(
@@ -532,7 +456,7 @@ def _bundle_to_bench(
     width: int | None,
     batch: int,
     dtype: str,
-    say: Any,
+    say: Callable[[str], None],
 ) -> Bundle:
     """The bundle named, if it fits the flags; or one built for them and kept in the user's cache folder."""
     import platformdirs
@@ -569,12 +493,12 @@ def plan(
     engines: EnginesOption,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")],
     output: Annotated[Path, typer.Option(help="The plan file to write (JSON).")],
-    sampler: Annotated[str, typer.Option(help="The sampler the plan is for.")] = "ddim",
-    uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N steps.")] = None,
-    nonuniform: Annotated[int | None, typer.Option(min=1, help="As many refreshes as every N, dense around --center.")] = None,
-    center: Annotated[float | None, typer.Option(help="The step to refresh most around; 0.3 of all if left out.")] = None,
+    sampler: Sampler = "ddim",
+    uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
+    nonuniform: Annotated[int | None, typer.Option(min=1, help="As many, dense around --center.")] = None,
+    center: Annotated[float | None, typer.Option(help="The densest step; 0.3 of all if left out.")] = None,
     power: Annotated[float | None, typer.Option(help="How fast refreshes thin out; 1.4 if left out.")] = None,
-    as_shipped: Annotated[bool, typer.Option("--as-shipped", help="The formula as DeepCache's code has it.")] = False,
+    as_shipped: Annotated[bool, typer.Option("--as-shipped", help="As DeepCache's code has it.")] = False,
     json_: Json = False,
 ) -> None:
     """Write a plan: which steps refresh the cached feature.
@@ -586,7 +510,8 @@ def plan(
     from fastcache.run.sampler import compile_sampler, make_scheduler
 
     if (uniform is None) == (nonuniform is None):
-        raise ValueError("expected one of --uniform and --nonuniform, got " + ("neither" if uniform is None else "both"))
+        got = "neither" if uniform is None else "both"
+        raise ValueError(f"expected one of --uniform and --nonuniform, got {got}")
     if uniform is not None and (center is not None or power is not None or as_shipped):
         raise ValueError("expected --center, --power and --as-shipped only with --nonuniform, got them with --uniform")
     manifest = read_manifest(engines)
@@ -600,7 +525,7 @@ def plan(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
     if json_:
-        _print_json(json.loads(made.to_json()))
+        print_json(json.loads(made.to_json()))
     else:
         refreshes = ", ".join(map(str, made.refresh_steps))
         typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {refreshes}")
@@ -615,12 +540,6 @@ def _read_plan(path: Path) -> CachePlan:
         raise ValueError(f"expected a plan file, got {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _pipeline(bundle: Bundle) -> FastCachePipeline:
-    from fastcache.run.pipeline import FastCachePipeline
-
-    return FastCachePipeline(bundle)
 
 
 if __name__ == "__main__":

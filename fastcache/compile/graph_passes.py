@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset20 as op
+from onnxscript import opset20
 from onnxscript.values import Op, Opset
 
 from fastcache.errors import BuildError
@@ -49,6 +49,7 @@ def fused_attention(
     """
     if attn_mask is not None or is_causal or enable_gqa or dropout_p:
         raise BuildError("expected attention without mask, causality, shared heads or dropout; export it unfused")
+    op: Any = opset20  # traced, so its arguments are symbols, not the arrays its annotations say
     heads = query.shape[1]
 
     def rows(x: Any) -> Any:  # (N, heads, tokens, width) -> (N, tokens, heads * width)

@@ -115,6 +115,8 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
     scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
+    if index["_class_name"] != "StableDiffusionXLPipeline":
+        scheduler |= {"steps_offset": 1, "clip_sample": False}  # diffusers' pipelines set these, whatever the file says
     return SourceModel(name, folder, _hash_sources(folder, components), scheduler, components)
 
 

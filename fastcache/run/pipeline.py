@@ -7,9 +7,10 @@ prompts and pictures; how a step runs is `denoise.py`'s business.
 from __future__ import annotations
 
 import copy
+import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fastcache.bundle import Bundle, open_bundle
@@ -144,6 +146,16 @@ class FastCachePipeline:
                 if changed and changed.get("latents") is not None:
                     result.copy_(changed["latents"])
         return PipelineOutput(self._images(result.clone(), output_type), run.plan)
+
+    def provenance(self, plan: CachePlan) -> dict[str, object]:
+        """What of a picture's making the pipeline knows, for `png_bytes`."""
+        manifest = self.bundle.manifest
+        return {
+            "Software": f"fastcache {manifest.versions['fastcache']}",
+            "model": manifest.model.name,
+            "plan": plan.to_json(),
+            "bundle_sha256": manifest.bundle_sha256,
+        }
 
     def stream(self, prompt: str | Sequence[str], **arguments: Any) -> Iterator[Step]:
         """The steps of a run as they finish; stop reading to cancel. Arguments as in `__call__`, but for the output's.
@@ -317,3 +329,13 @@ def _step_arguments(scheduler: Scheduler, eta: float, generator: Any = None) -> 
     accepted = inspect.signature(scheduler.step).parameters
     arguments = {"eta": eta, "generator": generator}
     return {name: value for name, value in arguments.items() if name in accepted and value}
+
+
+def png_bytes(image: Image.Image, provenance: Mapping[str, object]) -> bytes:
+    """The image as a PNG that says in text chunks how it was made."""
+    info = PngInfo()
+    for key, value in provenance.items():
+        info.add_itxt(key, str(value))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()

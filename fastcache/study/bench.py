@@ -6,69 +6,31 @@ take turns, round by round, so that whatever else the machine does hits all of t
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import statistics
 import subprocess
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 import torch
-from fastcache_engines import Binding
 from torch import Tensor
 
 import fastcache
 from fastcache.bundle import Bundle
 from fastcache.compile.models import SourceModel, find_model
-from fastcache.run.pipeline import FastCachePipeline
-from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import make_scheduler
+from fastcache.study.arms import GUIDANCE_SCALE, Arm, BenchSettings, LoopTimes, serve
 from fastcache.study.quality import psnr_db
 
-Arm = Literal["eager", "deepcache", "compile", "engine", "engine+cache"]
-ARMS: tuple[Arm, ...] = get_args(Arm)
 PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
-GUIDANCE_SCALE = 7.5
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What every arm runs: the same model, size, steps and inputs. Sizes in pixels."""
-
-    model: str
-    random_weights: bool
-    bundle: str
-    arms: tuple[Arm, ...]
-    cache_interval: int
-    branch_id: int
-    steps: int
-    height: int
-    width: int
-    batch: int
-    sampler: str
-    dtype: str
-    warmup: int
-    repeats: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class LoopTimes:
-    """One run of the denoising loop: the whole, and each U-Net call, in milliseconds."""
-
-    loop_ms: float
-    call_ms: tuple[float, ...]
-    full: tuple[bool, ...]
-    peak_bytes: int | None
-    latents: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,10 +56,6 @@ class ArmResult:
         return {name: value for name, value in asdict(self).items() if name != "skipped"}
 
 
-class _Runner(Protocol):
-    def __call__(self, arm: Arm) -> LoopTimes: ...
-
-
 def run_bench(bundle: Bundle, settings: BenchSettings, say: Callable[[str], None]) -> list[ArmResult]:
     """Warm up and time every arm, one round after the other."""
     model = find_model(settings.model, random_weights=settings.random_weights)
@@ -108,7 +66,9 @@ def run_bench(bundle: Bundle, settings: BenchSettings, say: Callable[[str], None
         for i in range(settings.warmup + settings.repeats):
             warm = i < settings.warmup
             say(f"{'warm-up' if warm else 'round'} {i + 1 if warm else i + 1 - settings.warmup}")
-            for arm in (a for a in settings.arms if a not in skipped):
+            for arm in settings.arms:
+                if arm in skipped:
+                    continue
                 try:
                     times = workers.run(arm)
                 except ArmFailed as error:
@@ -116,7 +76,9 @@ def run_bench(bundle: Bundle, settings: BenchSettings, say: Callable[[str], None
                     continue
                 if not warm:
                     runs[arm].append(times)
-    pictures = {} if model.random_weights else _decode(model, {arm: r[-1].latents for arm, r in runs.items() if r})
+    pictures: Mapping[str, Tensor] = (
+        {} if model.random_weights else _decode(model, {arm: r[-1].latents for arm, r in runs.items() if r})
+    )
     results = [
         ArmResult(arm, skipped=skipped[arm]) if arm in skipped else _summary(arm, runs[arm], bundle, settings)
         for arm in settings.arms
@@ -124,10 +86,27 @@ def run_bench(bundle: Bundle, settings: BenchSettings, say: Callable[[str], None
     return [_against_eager(result, results, pictures) for result in results]
 
 
+def document(bundle: Bundle, settings: BenchSettings, results: Sequence[ArmResult]) -> dict[str, Any]:
+    """A benchmark as JSON: the machine, what was asked for, and each arm's figures."""
+    random = bundle.manifest.model.random_weights
+    conditions = {
+        "guidance_scale": GUIDANCE_SCALE,
+        "build_seconds": bundle.manifest.build_seconds,
+        "bundle_sha256": bundle.manifest.bundle_sha256,
+        "quality": "random weights: no quality figure" if random else "PSNR of the decoded images",
+    }
+    return {
+        "environment": environment(settings.threads),
+        "settings": {**asdict(settings), **conditions},
+        "arms": [result.to_json() for result in results],
+    }
+
+
 def make_inputs(bundle: Bundle, model: SourceModel, settings: BenchSettings) -> dict[str, Tensor]:
     """The conditioning and the noise that all arms share: a real prompt for a real model, else seeded random rows.
 
-    Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first; `latents` (N, C, h, w).
+    Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first; `latents`
+    (N, C, h, w).
     """
     manifest, generator = bundle.manifest, torch.Generator().manual_seed(0)
     rows = 2 * settings.batch
@@ -171,15 +150,17 @@ def environment(threads: int) -> dict[str, Any]:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _commit() -> str | None:
     root = Path(fastcache.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 
@@ -213,22 +194,22 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _against_eager(result: ArmResult, results: list[ArmResult], pictures: dict[Arm, Tensor]) -> ArmResult:
+def _against_eager(result: ArmResult, results: list[ArmResult], pictures: Mapping[str, Tensor]) -> ArmResult:
     eager = next((r for r in results if r.name == "eager" and r.loop_ms_p50 is not None), None)
     if eager is None or eager.loop_ms_p50 is None or result.loop_ms_p50 is None:
         return result
     ratio = round(eager.loop_ms_p50 / result.loop_ms_p50, 3)
-    reference, own = pictures.get("eager"), pictures.get(result.name)  # type: ignore[call-overload]
+    reference, own = pictures.get("eager"), pictures.get(result.name)
     if reference is None or own is None or result.name == "eager":
         return replace(result, speedup_vs_eager=ratio)
     psnr = psnr_db(own, reference)
     return replace(result, speedup_vs_eager=ratio, psnr_db_vs_eager=round(min(psnr, 200.0), 2))
 
 
-def _decode(model: SourceModel, latents: dict[Arm, Tensor]) -> dict[Arm, Tensor]:
+def _decode(model: SourceModel, latents: Mapping[Arm, Tensor]) -> dict[str, Tensor]:
     if "vae" not in model.components:
         return {}
-    vae = model.load_vae()
+    vae: Any = model.load_vae()
     with torch.no_grad():
         return {
             arm: (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) for arm, x in latents.items()
@@ -244,7 +225,7 @@ class _Workers:
 
     def __init__(self, settings: BenchSettings, inputs: dict[str, Tensor]) -> None:
         self._arguments = settings, inputs
-        self._started: dict[bool, tuple[Any, multiprocessing.connection.Connection]] = {}
+        self._started: dict[bool, tuple[Any, Connection]] = {}
 
     def __enter__(self) -> _Workers:
         return self
@@ -260,7 +241,7 @@ class _Workers:
         if of_engines not in self._started:
             context = multiprocessing.get_context("spawn")
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, of_engines, *self._arguments), daemon=True)
+            process = context.Process(target=serve, args=(there, of_engines, *self._arguments), daemon=True)
             process.start()
             there.close()
             self._started[of_engines] = process, here
@@ -273,153 +254,3 @@ class _Workers:
         if isinstance(answer, str):
             raise ArmFailed(answer)
         return answer
-
-
-def _serve(pipe: multiprocessing.connection.Connection, of_engines: bool, settings: BenchSettings, inputs: Any) -> None:
-    """A worker's life: load once, then run the arm named in each message."""
-    torch.set_num_threads(settings.threads)
-    runner: _Runner | None = None
-    while True:
-        try:
-            arm = pipe.recv()
-        except EOFError:
-            return
-        try:
-            runner = runner or (EngineArms if of_engines else TorchArms)(settings, inputs)
-            _reset_peak()
-            times = runner(arm)
-            pipe.send(replace(times, peak_bytes=_peak_bytes()))
-        except Exception as error:  # whatever stops an arm is that arm's reason, not the end of the others
-            if os.environ.get("FASTCACHE_DEBUG"):
-                traceback.print_exc()
-            pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-
-
-class TorchArms:
-    """diffusers' own pipeline over latents, plain, compiled, or with the DeepCache package's helper."""
-
-    def __init__(self, settings: BenchSettings, inputs: dict[str, Tensor]) -> None:
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-        self.settings, self.inputs = settings, inputs
-        model = find_model(settings.model, random_weights=settings.random_weights)
-        unet = model.load_unet()
-        if unet.config.in_channels != unet.config.out_channels:
-            raise ValueError(f"diffusers' text-to-image pipeline does not run a U-Net of {unet.config.in_channels} channels")
-        scheduler = make_scheduler(settings.sampler, model.scheduler)
-        parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": scheduler}
-        if "text_embeds" in inputs:
-            self.pipe: Any = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
-        else:
-            self.pipe = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-        self.pipe.set_progress_bar_config(disable=True)
-        self.unets = {"eager": unet, "deepcache": unet}
-
-    def __call__(self, arm: Arm) -> LoopTimes:
-        if arm == "compile" and "compile" not in self.unets:
-            self.unets["compile"] = torch.compile(self.unets["eager"])
-        self.pipe.unet = self.unets[arm]
-        if arm != "deepcache":
-            return self._run(1)
-        from DeepCache import DeepCacheSDHelper
-
-        helper = DeepCacheSDHelper(pipe=self.pipe)
-        helper.set_params(cache_interval=self.settings.cache_interval, cache_branch_id=self.settings.branch_id)
-        helper.enable()
-        try:
-            return self._run(self.settings.cache_interval)
-        finally:
-            helper.disable()
-
-    def _run(self, interval: int) -> LoopTimes:
-        starts, ends = list[float](), list[float]()
-        hooks = [
-            self.pipe.unet.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
-            self.pipe.unet.register_forward_hook(lambda *_: ends.append(time.perf_counter())),
-        ]
-        negative, positive = self.inputs["encoder_hidden_states"].chunk(2)
-        arguments: dict[str, Any] = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
-        if "text_embeds" in self.inputs:
-            pooled = self.inputs["text_embeds"].chunk(2)
-            arguments |= {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
-        try:
-            start = time.perf_counter()
-            latents = self.pipe(
-                **arguments,
-                height=self.settings.height,
-                width=self.settings.width,
-                num_inference_steps=self.settings.steps,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=torch.Generator().manual_seed(1),
-                latents=self.inputs["latents"],
-                output_type="latent",
-            ).images
-            loop_ms = (time.perf_counter() - start) * 1e3
-        finally:
-            for hook in hooks:
-                hook.remove()
-        calls = tuple((end - begin) * 1e3 for begin, end in zip(starts, ends, strict=True))
-        return LoopTimes(loop_ms, calls, tuple(i % interval == 0 for i in range(len(calls))), None, latents)
-
-
-class _Timed:
-    """A binding that notes how long each run took."""
-
-    def __init__(self, binding: Binding, calls: list[float]) -> None:
-        self.binding, self._calls = binding, calls
-
-    def run(self) -> None:
-        start = time.perf_counter()
-        self.binding.run()
-        self._calls.append((time.perf_counter() - start) * 1e3)
-
-
-class EngineArms:
-    """The bundle's engines in fastcache's own loop, all full or after a uniform plan."""
-
-    def __init__(self, settings: BenchSettings, inputs: dict[str, Tensor]) -> None:
-        self.settings, self.inputs = settings, dict(inputs)
-        self.latents = self.inputs.pop("latents")
-        self.pipe = fastcache.load(settings.bundle, threads=settings.threads)
-
-    def __call__(self, arm: Arm) -> LoopTimes:
-        start = time.perf_counter()
-        pipe: FastCachePipeline = self.pipe
-        run = pipe.start(
-            **self.inputs,
-            guided=True,
-            num_inference_steps=self.settings.steps,
-            cache_interval=1 if arm == "engine" else self.settings.cache_interval,
-            sampler=self.settings.sampler,
-            generator=torch.Generator().manual_seed(1),
-            latents=self.latents,
-            guidance_scale=GUIDANCE_SCALE,
-        )
-        calls = list[float]()
-        pool, bindings = run.pool, (run.pool.full, run.pool.shallow)
-        pool.full, pool.shallow = (_Timed(binding, calls) for binding in bindings)
-        try:
-            for step in run.steps:
-                latents = step.latents
-        finally:
-            pool.full, pool.shallow = bindings
-        loop_ms = (time.perf_counter() - start) * 1e3
-        plan: CachePlan = run.plan
-        full = tuple(plan.is_full(i) for i in range(plan.num_steps))
-        return LoopTimes(loop_ms, tuple(calls), full, None, latents.clone())
-
-
-def _reset_peak() -> None:
-    """Let the kernel count this process's peak anew (Linux; elsewhere there is no such figure)."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

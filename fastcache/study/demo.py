@@ -73,8 +73,9 @@ def run_demo(
         for interval in every
     ]
     for row in rows:
+        name = "uncached" if row.interval == 1 else f"N{row.interval}"
         for k, picture in enumerate(pictures[row.interval]):
-            _save(_to_pil(picture), output / f"{'uncached' if row.interval == 1 else f'N{row.interval}'}-{k}.png")
+            _save(_to_pil(picture), output / f"{name}-{k}.png")
     _save(grid([(_label(row), list(pictures[row.interval])) for row in rows]), output / "grid.png")
     return rows
 
@@ -115,9 +116,9 @@ def grid(rows: list[tuple[str, list[Tensor]]]) -> Image.Image:
         y = _HEADER + r * (_CELL + _MARGIN)
         pen.multiline_text((_MARGIN, y + _CELL // 3), label, "black", font=small, spacing=6)
         for c, picture in enumerate(pictures):
-            cell = _to_pil(picture).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (label_width + c * (_CELL + _MARGIN), y))
-            pen.rectangle((label_width + c * (_CELL + _MARGIN), y, label_width + c * (_CELL + _MARGIN) + _CELL, y + _CELL), outline="gray")
+            x = label_width + c * (_CELL + _MARGIN)
+            sheet.paste(_to_pil(picture).resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
+            pen.rectangle((x, y, x + _CELL, y + _CELL), outline="gray")
     return sheet
 
 

@@ -6,9 +6,9 @@ import os
 import platform
 from typing import Any, get_args
 
-import fastcache_engines
 import torch
 
+import fastcache_engines
 from fastcache.errors import BackendUnavailable
 from fastcache.recipe import Backend
 
