@@ -70,8 +70,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def figure(number: float | None, form: str = ".1f", unit: str = "") -> str:

@@ -10,9 +10,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BACKENDS", "Backend", "BackendUnavailable", "Binding", "Engine", "TensorSpec", "backend", "check_tensors"]
 

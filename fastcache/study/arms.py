@@ -168,6 +168,7 @@ class EngineArms:
         self.settings, self.inputs = settings, inputs
         self.conditioning: dict[str, Any] = {name: rows for name, rows in inputs.items() if name != "latents"}
         self.pipe = fastcache.load(settings.bundle, threads=settings.threads)
+        self.pipe.runtime.pool(batch=settings.batch, guided=True, num_calls=settings.steps)  # loads the engines
 
     def __call__(self, arm: Arm) -> LoopTimes:
         start = time.perf_counter()

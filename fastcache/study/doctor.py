@@ -35,6 +35,9 @@ def examine() -> dict[str, Any]:
 
 
 def _backend(name: str) -> dict[str, Any]:
+    if name not in fastcache_engines.BACKENDS:
+        reason = "not in this version of fastcache"
+        return {"name": name, "can_build": False, "can_run": False, "version": None, "reason": reason}
     try:
         version = fastcache_engines.backend(name).version()
     except BackendUnavailable as error:
