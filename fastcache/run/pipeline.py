@@ -50,8 +50,8 @@ class PipelineOutput:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What is settled before the first step of a run."""
+class Run:
+    """What `FastCachePipeline.start` settled: the buffers, the sampler, the plan, and the steps still to take."""
 
     pool: BufferPool
     sampler: SamplerTable | ScheduledSampler
@@ -182,7 +182,7 @@ class FastCachePipeline:
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         **conditioning: Tensor,
-    ) -> _Run:
+    ) -> Run:
         """Settle sampler and plan, fill the buffers, and return the run, its first step not yet taken.
 
         Shapes: `encoder_hidden_states` (2N, tokens, width) if guided, unconditional half first, else (N, ...);
@@ -207,7 +207,7 @@ class FastCachePipeline:
         steps = denoise(
             pool, table, plan, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, generator=generator
         )
-        return _Run(pool, table, plan, steps)
+        return Run(pool, table, plan, steps)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""
