@@ -65,7 +65,7 @@ def images(pipeline: Any, *, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
 def test_all_full_draws_what_diffusers_draws(pipe: FastCachePipeline, reference: StableDiffusionPipeline) -> None:
     expected = images(reference, num_inference_steps=25)
     assert psnr_db(images(pipe, num_inference_steps=25), expected) >= 50
-    assert psnr_db(images(pipe, generator=seeded(1)[0]), expected) < 30
+    assert psnr_db(images(pipe, generator=seeded(1)[0]), expected) < 40
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
@@ -107,7 +107,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(pipe: FastCachePipeline) ->
     for i, prompt in enumerate(prompts):
         alone = images(pipe, prompt=prompt, generator=seeded(i), cache_interval=3, sampler="euler_a")
         assert psnr_db(together[i : i + 1], alone) >= 60
-    assert psnr_db(together[0], together[2]) < 30
+    assert psnr_db(together[0], together[2]) < 40
 
 
 def embeds_of(reference: StableDiffusionPipeline, **texts: str) -> dict[str, Tensor]:
