@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fastcache",
-    help="The fastest way to run a diffusion U-Net: full and shallow engines, switched step by step.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,6 +68,21 @@ def main() -> None:
         if debug:
             raise
         end(str(error) or type(error).__name__, exit_code(error))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import fastcache
+
+        typer.echo(fastcache.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """The fastest way to run a diffusion U-Net: full and shallow engines, switched step by step."""
 
 
 @app.command()
@@ -303,7 +317,7 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     sampler: Sampler = "ddim",
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
-    seed: Annotated[int, typer.Option(min=0, help="The first image's seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
     json_: Json = False,

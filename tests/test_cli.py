@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fastcache import __version__
 from fastcache.bundle import Bundle
 from fastcache.cli import main
 from fastcache.run.plan import CachePlan
@@ -46,6 +47,10 @@ def test_every_command_has_help_with_an_example(fastcache: Any, command: str) ->
     assert result.code == 0
     assert "Usage" in result.out
     assert not command or "Example: fastcache" in result.out
+
+
+def test_version(fastcache: Any) -> None:
+    assert fastcache("--version").out.strip() == __version__
 
 
 def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
@@ -143,6 +148,8 @@ BAD = [
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--num-images", 2), 2, "folder"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--sampler", "nope"), 2, "dpm++_2m"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--plan", "none.json"), 2, "none.json"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--guidance-scale", "nan"), 2, "finite"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--seed", 2**64), 2, "--seed"),
     (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 4, "nowhere"),
     (("plan", "--engines", "BUNDLE", "--steps", 5, "--output", "p.json"), 2, "--uniform"),
     (("plan", "--engines", "BUNDLE", "--steps", 0, "--uniform", 2, "--output", "p.json"), 2, "steps"),

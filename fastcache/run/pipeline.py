@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,6 +122,8 @@ class FastCachePipeline:
         if output_type != "latent":
             self.bundle.engine_path("vae_decoder")
         self._check_size(height, width)
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
         guided = guidance_scale > 1
         embeds = self._embeds(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, guided
