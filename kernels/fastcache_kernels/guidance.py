@@ -1,0 +1,166 @@
+"""A noise prediction -> the next latents and the model's next input, as one launch that reads its step from memory.
+
+Checks the loop's buffers once, chooses block sizes and launches `triton_guidance.py`'s kernels; where no kernel can be
+launched it computes the plain PyTorch meaning. Knows tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcache_kernels import reference
+from fastcache_kernels.launch import Argument, Launch, prepare
+from fastcache_kernels.values import FLOATS, StepTables, expect
+
+CHUNKS = 64  # a sample's partial sums, for its standard deviation; one program each
+BLOCK, NUM_WARPS = 256, 4  # latents are tiny: many programs of little work each, for latency
+STATISTICS_BLOCK = 1024
+
+
+class GuidanceStep:
+    """The loop's own work between two model calls, on the loop's own buffers.
+
+    `ring` (ring calls, 3, N, C, H, W), float32, holds the rows x, e and z of the last calls, call i in place
+    i % ring calls: the latents, the guided prediction and the noise drawn. `ring_calls` of the tables says how many.
+
+    `run` reads `noise_pred` and the number of the step, i, from device memory. It writes the call's e, the next call's
+    x, and while there is a next call its `model_input` (scaled x, for each half, in the first C channels) and
+    `timestep`. Before it, the call's noise stands in its z, or in `noise[i]`, from where it is copied to z; a sampler
+    that draws none needs neither. It allocates nothing and waits for nothing.
+
+    A whole loop that is captured needs no counting on the device: give each of its launches a view of
+    `torch.arange(steps)` for `step`. Shapes: `noise_pred` (halves * N, C, H, W), halves 2 under guidance and 1 without;
+    `model_input` (halves * N, C or more, H, W); `timestep` (halves * N,), float32; `step` (1,), int32;
+    `noise` (steps, N, C, H, W), float32.
+
+    Raises: `ValueError` for tensors that do not fit.
+    Source: arXiv 2207.12598, equation 6 (guidance); arXiv 2305.08891, equations 15 and 16 (rescaling).
+    """
+
+    def __init__(
+        self,
+        noise_pred: Tensor,
+        ring: Tensor,
+        tables: StepTables,
+        step: Tensor,
+        model_input: Tensor,
+        timestep: Tensor,
+        *,
+        rescale: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> None:
+        self._noise_pred, self._ring, self._tables, self._step = noise_pred, ring, tables, step
+        self._model_input, self._timestep = model_input, timestep
+        self._noise, self._rescale = noise, float(rescale)
+        self._check()
+        self._samples, self._channels = ring.shape[2], ring.shape[3]
+        self._halves = noise_pred.shape[0] // self._samples
+        self._launch = self._launches() or self._compute
+
+    def start(self) -> None:
+        """Write the first call's model input and timestep, from the latents in the ring's first row."""
+        halves = self._model_input.unflatten(0, (-1, self._samples))[:, :, : self._channels]
+        halves.copy_(self._ring[0, 0] * self._tables.input_scales[0])
+        self._timestep.copy_(self._tables.timesteps[0].expand_as(self._timestep))
+
+    def run(self) -> None:
+        self._launch()
+
+    def _check(self) -> None:
+        ring, tables, device = self._ring, self._tables, self._ring.device
+        calls, steps = tables.ring_calls, tables.num_steps
+        if ring.ndim != 6 or ring.numel() == 0 or ring.numel() >= 2**31:
+            raise ValueError(f"expected ring of shape (calls, 3, N, C, H, W), none of them 0, got {list(ring.shape)}")
+        samples, channels, *plane = ring.shape[2:]
+        fp32 = (torch.float32,)
+        expect("ring", ring, (calls, 3, samples, channels, *plane), fp32, device)
+        rows = self._noise_pred.shape[0]
+        if rows not in (samples, 2 * samples):
+            raise ValueError(f"expected noise_pred of {samples} or {2 * samples} rows for {samples} images, got {rows}")
+        expect("noise_pred", self._noise_pred, (rows, channels, *plane), FLOATS, device)
+        inputs = self._model_input.shape[1] if self._model_input.ndim == 4 else 0
+        if inputs < channels:
+            raise ValueError(
+                f"expected model_input of {channels} channels or more, got {list(self._model_input.shape)}"
+            )
+        expect("model_input", self._model_input, (rows, inputs, *plane), FLOATS, device)
+        expect("timestep", self._timestep, (rows,), fp32, device)
+        expect("step", self._step, (1,), (torch.int32,), device)
+        expect("the tables' weights", tables.weights, (steps, calls, 3), fp32, device)
+        for name in ("guidance", "input_scales", "timesteps"):
+            expect(f"the tables' {name}", getattr(tables, name), (steps,), fp32, device)
+        if self._noise is not None:
+            expect("noise", self._noise, (steps, samples, channels, *plane), fp32, device)
+        if not 0 <= self._rescale <= 1:
+            raise ValueError(f"expected rescale from 0 to 1, got {self._rescale:g}")
+
+    def _launches(self) -> Launch | None:
+        """The kernels, the standard deviations' only where they are needed; None where they cannot be launched."""
+        plane = self._ring.shape[4] * self._ring.shape[5]
+        size = self._channels * plane
+        sizes: dict[str, Argument] = {"size": size, "chunk": -(-size // CHUNKS)}
+        if self._rescale == 0 or self._halves == 1:
+            return self._step_launch(self._ring, sizes, plane, 0.0)
+        partials = torch.empty(self._samples, CHUNKS, 4, device=self._ring.device)
+        statistics = prepare(
+            "guidance_statistics",
+            (CHUNKS, self._samples, 1),
+            {
+                "noise_pred": self._noise_pred,
+                "guidance": self._tables.guidance,
+                "step": self._step,
+                "partials": partials,
+                **sizes,
+            },
+            num_warps=NUM_WARPS,
+            BLOCK=STATISTICS_BLOCK,
+        )
+        step = self._step_launch(partials, sizes, plane, self._rescale)
+        if statistics is None or step is None:
+            return None
+
+        def launch() -> None:
+            statistics()
+            step()
+
+        return launch
+
+    def _step_launch(self, partials: Tensor, sizes: dict[str, Argument], plane: int, rescale: float) -> Launch | None:
+        tables, noise, size = self._tables, self._noise, self._channels * plane
+        arguments: dict[str, Argument] = {
+            "noise_pred": self._noise_pred,
+            "ring": self._ring,
+            "noise": self._ring if noise is None else noise,
+            "model_input": self._model_input,
+            "timestep": self._timestep,
+            "weights": tables.weights,
+            "guidance": tables.guidance,
+            "input_scales": tables.input_scales,
+            "timesteps": tables.timesteps,
+            "step": self._step,
+            "partials": partials,
+            **sizes,
+            "ring_calls": tables.ring_calls,
+            "num_steps": tables.num_steps,
+            "noise_rows": 0 if noise is None else tables.num_steps,
+            "noise_stride": 0 if noise is None else self._samples * size,
+            "input_stride": self._model_input.shape[1] * plane,
+            "halves": self._halves,
+            "rescale": rescale,
+        }
+        rows = max(16, 1 << (3 * tables.ring_calls - 1).bit_length())  # five calls, as the named samplers need
+        grid = (-(-size // BLOCK), self._samples, 1)
+        return prepare("guidance_step", grid, arguments, num_warps=NUM_WARPS, ROWS=rows, CHUNKS=CHUNKS, BLOCK=BLOCK)
+
+    def _compute(self) -> None:
+        reference.guidance_step(
+            self._noise_pred,
+            self._ring,
+            self._tables,
+            self._step,
+            self._model_input,
+            self._timestep,
+            rescale=self._rescale,
+            noise=self._noise,
+        )

@@ -1,0 +1,279 @@
+"""concat_groupnorm_silu against float64: dtypes, odd shapes, groups over the joint, forecasts, what it refuses."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fastcache_kernels import launch, norm, ops
+from fastcache_kernels.feature import empty_feature, store_feature
+from fastcache_kernels.norm import concat_groupnorm_silu
+from fastcache_kernels.reference import restored
+from fastcache_kernels.values import Adjustment, Forecast, StoredFeature
+
+CPU = torch.device("cpu")
+# half a unit in the last place of the largest values, 4 or so, and float32's own error
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+class Inputs:
+    """Random tensors for one call; the cached half lies elsewhere than the skip connection, so groups mix both."""
+
+    def __init__(
+        self,
+        cached: int,
+        skip: int,
+        groups: int,
+        *,
+        samples: int = 2,
+        plane: tuple[int, int] = (5, 7),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        mean: float = 2.0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.cached = (normal(samples, cached, *plane) + mean).to(device, dtype)
+        self.skip = (2 * normal(samples, skip, *plane)).to(device, dtype)
+        self.weight = normal(cached + skip).to(device, dtype)
+        self.bias = normal(cached + skip).to(device, dtype)
+        self.groups = groups
+        self.adjust = Adjustment(normal(samples, cached).to(device), normal(samples, cached).to(device))
+        self.previous = (self.cached + normal(samples, cached, *plane).to(device)).to(dtype)
+
+    def run(self, cached: Tensor | StoredFeature | None = None, **options: Any) -> Tensor:
+        return concat_groupnorm_silu(
+            self.cached if cached is None else cached, self.skip, self.weight, self.bias, self.groups, **options
+        )
+
+    def expected(self, feature: Tensor | None = None) -> Tensor:
+        """In float64, by torch."""
+        both = torch.cat([(self.cached if feature is None else feature).double(), self.skip.double()], 1)
+        return functional.silu(functional.group_norm(both, self.groups, self.weight.double(), self.bias.double(), 1e-5))
+
+    def close(self, got: Tensor, expected: Tensor) -> None:
+        tolerance = TOLERANCE[self.skip.dtype]
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_runs_here_is_what_is_meant(device: torch.device) -> None:
+    """With the interpreter or on a GPU it is the kernels that are tested, and not their PyTorch meaning."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    assert launch.can_launch(device) == (interpreted or device.type == "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("cached", "skip", "groups"),
+    [(2, 2, 2), (2, 4, 2), (3, 7, 5), (1, 3, 1), (3, 1, 4)],
+    ids=["joint between groups", "joint within one", "joint within one of five", "one group", "a group a channel"],
+)
+def test_against_float64(cached: int, skip: int, groups: int, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(cached, skip, groups, dtype=dtype, device=device)
+    inputs.close(inputs.run(), inputs.expected())
+
+
+@pytest.mark.parametrize("plane", [(1, 2), (16, 32), (23, 23), (47, 47)], ids=["2", "512", "529", "2209"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_planes_of_less_than_a_block_and_of_more(
+    plane: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs = Inputs(3, 3, 2, samples=1, plane=plane, dtype=dtype, device=device)
+    inputs.close(inputs.run(), inputs.expected())
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_shape(device: torch.device, data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 4))
+    channels = groups * data.draw(st.integers(1, 3))
+    cached = data.draw(st.integers(1, channels - 1)) if channels > 1 else 0
+    if cached == 0:
+        groups, channels, cached = 1, 2, 1
+    plane = data.draw(st.tuples(st.integers(1, 9), st.integers(2, 9)))
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    samples = data.draw(st.integers(1, 2))
+    inputs = Inputs(cached, channels - cached, groups, samples=samples, plane=plane, dtype=dtype, device=device)
+    inputs.close(inputs.run(), inputs.expected())
+
+
+def test_a_group_of_more_channels_than_are_read_at_once(device: torch.device) -> None:
+    inputs = Inputs(60, 70, 1, samples=1, plane=(1, 2), device=device)
+    inputs.close(inputs.run(), inputs.expected())
+
+
+def test_a_mean_far_from_zero_costs_no_variance(device: torch.device) -> None:
+    """The sum of squares less the square of the sum would be wrong by half the variance: 4096^2 * 2^-24 is 1."""
+    inputs = Inputs(3, 3, 2, samples=1, plane=(23, 23), device=device, mean=4096.0)
+    inputs.skip += 4096
+    torch.testing.assert_close(inputs.run().double(), inputs.expected(), rtol=2e-3, atol=2e-3)
+
+
+@DTYPES
+def test_the_concat_on_request(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(5, 3, 2, dtype=dtype, device=device)
+    joined = torch.full((2, 8, 5, 7), torch.nan, dtype=dtype, device=device)
+    out = torch.empty_like(joined)
+    assert inputs.run(joined=joined, out=out) is out
+    inputs.close(out, inputs.expected())
+    assert torch.equal(joined, torch.cat([inputs.cached, inputs.skip], 1))
+
+
+@DTYPES
+def test_adjusted(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(2, 4, 2, dtype=dtype, device=device)
+    scale, shift = (tensor.double()[:, :, None, None] for tensor in (inputs.adjust.scale, inputs.adjust.shift))
+    inputs.close(inputs.run(adjust=inputs.adjust), inputs.expected(inputs.cached.double() * scale + shift))
+
+
+@DTYPES
+def test_forecast_with_the_weight_of_the_step_in_memory(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(2, 4, 2, dtype=dtype, device=device)
+    weights, step = torch.tensor([0.25, 0.75], device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    forecast = Forecast(StoredFeature(inputs.previous), weights, step)
+    joined = torch.empty(2, 6, 5, 7, dtype=dtype, device=device)
+    out = torch.empty_like(joined)
+    run = norm.bind(
+        inputs.cached, inputs.skip, inputs.weight, inputs.bias, 2, out=out, joined=joined, forecast=forecast
+    )
+    for i, weight in enumerate((0.25, 0.75)):
+        step.fill_(i)
+        run()
+        feature = inputs.cached.double() + weight * (inputs.cached.double() - inputs.previous.double())
+        inputs.close(out, inputs.expected(feature))
+        inputs.close(joined[:, :2], feature)
+
+
+def test_forecast_and_adjusted(device: torch.device) -> None:
+    inputs = Inputs(2, 4, 2, device=device)
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    forecast = Forecast(StoredFeature(inputs.previous), torch.tensor([0.5], device=device), step)
+    scale, shift = (tensor.double()[:, :, None, None] for tensor in (inputs.adjust.scale, inputs.adjust.shift))
+    feature = (1.5 * inputs.cached.double() - 0.5 * inputs.previous.double()) * scale + shift
+    inputs.close(inputs.run(adjust=inputs.adjust, forecast=forecast), inputs.expected(feature))
+
+
+def test_statistics_that_are_known_hold_for_another_skip_and_another_adjustment(device: torch.device) -> None:
+    inputs = Inputs(2, 4, 2, device=device)
+    statistics = torch.full((2, 6, 2), torch.nan, device=device)
+    inputs.run(statistics=statistics)
+    both = torch.cat([inputs.cached, inputs.skip], 1).double().flatten(2)
+    expected = torch.stack([both.mean(2), both.var(2, correction=0) * 35], 2)
+    torch.testing.assert_close(statistics.double(), expected, rtol=1e-5, atol=1e-5)
+    inputs.skip = inputs.skip * 3 + 1
+    statistics[:, 2:] = torch.nan
+    inputs.close(inputs.run(statistics=statistics, cached_known=True), inputs.expected())
+    scale, shift = (tensor.double()[:, :, None, None] for tensor in (inputs.adjust.scale, inputs.adjust.shift))
+    got = inputs.run(statistics=statistics, cached_known=True, adjust=inputs.adjust)
+    inputs.close(got, inputs.expected(inputs.cached.double() * scale + shift))
+
+
+@DTYPES
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "e4m3"])
+def test_a_quantised_feature_in_slots(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(4, 2, 2, dtype=dtype, device=device)
+    slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    pools = [empty_feature((4, 4, 5, 7), stored, groups=2, device=device) for _ in range(2)]
+    new, old = (StoredFeature(pool.values, pool.scales, slots) for pool in pools)
+    store_feature(inputs.cached, new)
+    store_feature(inputs.previous, old)
+    inputs.close(inputs.run(new), inputs.expected(restored(new)))
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    forecast = Forecast(old, torch.tensor([0.5], device=device), step)
+    feature = 1.5 * restored(new).double() - 0.5 * restored(old).double()
+    inputs.close(inputs.run(new, forecast=forecast), inputs.expected(feature))
+
+
+def test_slots_without_quantising(device: torch.device) -> None:
+    inputs = Inputs(4, 4, 2, device=device)
+    pool = torch.full((3, 4, 5, 7), torch.nan, device=device)
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    store_feature(inputs.cached, StoredFeature(pool, slots=slots))
+    inputs.close(inputs.run(StoredFeature(pool, slots=slots)), inputs.expected())
+    assert pool[1].isnan().all()
+
+
+def test_as_an_operator(device: torch.device) -> None:
+    inputs = Inputs(5, 3, 2, device=device)
+    arguments = (inputs.cached, inputs.skip, inputs.weight, inputs.bias, 2, 1e-5)
+    inputs.close(ops.concat_groupnorm_silu(*arguments), inputs.expected())
+    normed, joined = ops.concat_groupnorm_silu_joined(*arguments)
+    inputs.close(normed, inputs.expected())
+    assert torch.equal(joined, torch.cat([inputs.cached, inputs.skip], 1))
+    last = inputs.skip.contiguous(memory_format=torch.channels_last)
+    inputs.close(ops.concat_groupnorm_silu(inputs.cached, last, *arguments[2:]), inputs.expected())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"skip": torch.zeros(2, 3, 5)}, r"expected skip of shape \(N, C, H, W\)"),
+        ({"skip": torch.zeros(0, 3, 5, 7)}, "none of them 0"),
+        (
+            {"skip": torch.zeros(2, 3, 5, 7, dtype=torch.float64)},
+            "expected skip to be contiguous float32 or .* got float64",
+        ),
+        ({"skip": torch.zeros(2, 3, 7, 5).mT}, "expected skip .* got non-contiguous float32"),
+        ({"cached": torch.zeros(2, 5, 5, 7, dtype=torch.float16)}, "expected cached .* float32 .* got float16"),
+        ({"cached": torch.zeros(3, 5, 5, 7)}, r"expected cached .* \[2, 5, 5, 7\] .* got float32 \[3, 5, 5, 7\]"),
+        ({"cached": torch.zeros(2, 5, 7, 5)}, r"one height and width, got \[7, 5\] and \[5, 7\]"),
+        ({"cached": torch.zeros(2, 5, 35)}, "expected cached to have four axes"),
+        ({"cached": torch.zeros(2, 5, 5, 7, device="meta")}, "expected cached .* on cpu, got .* on meta"),
+        ({"num_groups": 3}, r"expected num_groups to divide 5 \+ 3 channels, got 3"),
+        ({"num_groups": 0}, "got 0"),
+        ({"weight": torch.zeros(7)}, r"expected weight .* \[8\] .* got float32 \[7\]"),
+        ({"bias": torch.zeros(8, dtype=torch.float16)}, "expected bias .* got float16"),
+        ({"out": torch.zeros(2, 8, 5, 6)}, "expected out"),
+        ({"joined": torch.zeros(2, 5, 5, 7)}, "expected joined"),
+        ({"statistics": torch.zeros(2, 8)}, "expected statistics"),
+        ({"cached_known": True}, "give statistics"),
+        ({"adjust": Adjustment(torch.zeros(2, 5), torch.zeros(5))}, "expected the adjustment's shift"),
+        ({"cached": StoredFeature(torch.zeros(2, 5, 5, 7), torch.ones(2, 5))}, "expected cached .* int8 or float8"),
+        (
+            {"cached": StoredFeature(torch.zeros(2, 5, 5, 7, dtype=torch.int8), torch.ones(2, 2))},
+            "a divisor of its 5 channels",
+        ),
+        (
+            {"cached": StoredFeature(torch.zeros(2, 5, 5, 7), slots=torch.zeros(2, dtype=torch.int64))},
+            "expected cached's slots .* int32",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change: dict[str, Any], expected: str) -> None:
+    inputs = Inputs(5, 3, 2)
+    arguments = {
+        "cached": inputs.cached,
+        "skip": inputs.skip,
+        "weight": inputs.weight,
+        "bias": inputs.bias,
+        "num_groups": 2,
+    }
+    with pytest.raises(ValueError, match=expected) as caught:
+        concat_groupnorm_silu(**arguments | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_forecasts_that_do_not_fit() -> None:
+    inputs = Inputs(5, 3, 2)
+    step, weights = torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    previous = StoredFeature(inputs.previous)
+    slotted = StoredFeature(inputs.previous, slots=torch.arange(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="expected the forecast's previous"):
+        inputs.run(forecast=Forecast(StoredFeature(inputs.previous[:1]), weights, step))
+    with pytest.raises(ValueError, match=r"expected the forecast's step .* int32"):
+        inputs.run(forecast=Forecast(previous, weights, step.long()))
+    with pytest.raises(ValueError, match="in the same slots"):
+        inputs.run(forecast=Forecast(slotted, weights, step))
+    with pytest.raises(ValueError, match="no known statistics with a forecast"):
+        inputs.run(statistics=torch.zeros(2, 8, 2), cached_known=True, forecast=Forecast(previous, weights, step))
