@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcache.errors import BundleError
-from fastcache.recipe import Component, Profile, Recipe
+from fastcache.recipe import Component, Device, DType, Profile, Recipe
 from fastcache_engines import TensorSpec
 
 SCHEMA = "fastcache.bundle/1"
@@ -43,9 +43,10 @@ class FileEntry(_Value):
 
 
 class EngineEntry(_Value):
-    """An engine: the file a backend loads, and what it takes and gives."""
+    """An engine: the file a backend loads, the arithmetic it runs in, and what it takes and gives."""
 
     file: str
+    dtype: DType
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -63,8 +64,13 @@ class ModelInfo(_Value):
 
 
 class Parity(_Value):
-    """Largest errors relative to the largest reference value, as measured when the bundle was built."""
+    """Largest errors relative to the largest reference value, as measured when the bundle was built.
 
+    `measured_on` is what computed: the engines themselves (the backend's name), or their ONNX graphs on another
+    backend where the engines cannot run on the machine that built them.
+    """
+
+    measured_on: str
     full_vs_model: float
     shallow_vs_full: float
     tolerance: float
@@ -81,7 +87,7 @@ class Manifest(_Value):
     num_branches: int
     cut: Literal["plain", "projected"]
     backend: str
-    dtype: str
+    dtype: DType
     height: int
     width: int
     components: tuple[Component, ...]
@@ -97,6 +103,11 @@ class Manifest(_Value):
     build_seconds: float
     files: tuple[FileEntry, ...]
     bundle_sha256: str = ""
+
+    @property
+    def device_type(self) -> Device:
+        """The kind of device of `device`, which names the machine: `cpu-x86_64`, `cuda-sm90`."""
+        return "cuda" if self.device.startswith("cuda") else "cpu"
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)

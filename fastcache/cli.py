@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,9 +30,10 @@ from fastcache.console import (
 )
 
 if TYPE_CHECKING:
-    from fastcache.bundle import Bundle
+    from fastcache.bundle import Bundle, Manifest, Parity
     from fastcache.recipe import Recipe
     from fastcache.run.plan import CachePlan
+    from fastcache.study.arms import BenchSettings
     from fastcache.study.bench import ArmResult
 
 app = typer.Typer(
@@ -53,7 +54,7 @@ OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to writ
 def main() -> None:
     """Run the command line; an error is one line on stderr, with a traceback only under `--debug`."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    debug = debug_asked()
     quiet_libraries()
     try:
         sys.exit(app(arguments, standalone_mode=False) or 0)
@@ -68,6 +69,10 @@ def main() -> None:
         if debug:
             raise
         end(str(error) or type(error).__name__, exit_code(error))
+
+
+def debug_asked() -> bool:
+    return "--debug" in sys.argv[1:]
 
 
 def _version(asked: bool) -> None:
@@ -159,13 +164,22 @@ def doctor(json_: Json = False) -> None:
         return
     print_table(
         f"Python {result['python']}, {result['device']}, {result['threads']} threads",
-        ["backend", "builds", "runs", "version", "what to know"],
+        ["backend", "device", "builds", "runs", "version", "dtypes", "what to know"],
         [
-            [b["name"], _yes(b["can_build"]), _yes(b["can_run"]), b["version"] or "-", b["reason"]]
+            [
+                b["name"],
+                b["device"],
+                _yes(b["can_build"]),
+                _yes(b["can_run"]),
+                b["version"] or "-",
+                " ".join(b["dtypes"]),
+                b["reason"],
+            ]
             for b in result["backends"]
         ],
     )
-    typer.echo(f"auto picks {result['auto']['backend']}: {result['auto']['reason']}")
+    typer.echo(f"auto picks {result['auto']['backend']} on the {result['auto']['device']}: {result['auto']['reason']}")
+    typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
 
 
 def _yes(value: bool) -> str:
@@ -181,13 +195,17 @@ def build_engines(
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
     branch_id: Annotated[int, typer.Option(help="The skip connection to cut at, 0 the shallowest.")] = 0,
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPUs to build for, by commas: 8.6,8.9 (tensorrt-rtx).")
+    ] = None,
+    onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     json_: Json = False,
 ) -> None:
@@ -217,6 +235,8 @@ def build_engines(
             "dtype": dtype,
             "random_weights": random_weights,
             "components": tuple(components.split(",")) if components is not None else None,
+            "compute_capability": tuple(compute_capability.split(",")) if compute_capability is not None else (),
+            "onnx_only": onnx_only,
         }
         chosen = recipe_from(flags)
     with progress() as say:
@@ -233,8 +253,7 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         f"{bundle.path}: {manifest.model.name}, branch {manifest.branch_id} of {manifest.num_branches}, "
         f"{manifest.cut} cut, {manifest.width}x{manifest.height}, {manifest.profiles['batch']} images, "
         f"{manifest.dtype}, {manifest.backend} {manifest.versions[manifest.backend]} on {manifest.device}\n"
-        f"built in {manifest.build_seconds:.0f} s; full vs model {manifest.parity.full_vs_model:.1e}, shallow vs full "
-        f"{manifest.parity.shallow_vs_full:.1e} (tolerance {manifest.parity.tolerance:g})"
+        f"built in {manifest.build_seconds:.0f} s; on {manifest.parity.measured_on}: {_figures(manifest.parity)}"
     )
 
 
@@ -247,8 +266,9 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle
     from fastcache.bundle import Bundle, read_manifest
 
     manifest = read_manifest(folder)
+    facts = _engine_facts(folder, manifest)
     if json_:
-        print_json(manifest.to_json())
+        print_json({**manifest.to_json(), "engine_facts": facts})
         return
     _show_bundle(Bundle(folder, manifest), False)
     rows: list[list[str]] = []
@@ -256,6 +276,11 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle
         for kind, specs in (("in", engine.inputs), ("out", engine.outputs)):
             rows += [[f"{role} {kind}", s.name, s.dtype, "x".join(map(str, s.shape))] for s in specs]
     print_table("Engines", ["engine", "tensor", "dtype", "shape"], rows)
+    print_table(
+        "What the files say of themselves",
+        ["engine", "file", "arithmetic", "facts"],
+        [[role, e.file, e.dtype, _facts_text(facts[role])] for role, e in manifest.engines.items()],
+    )
     files = [[file.name, f"{file.bytes:,}", file.sha256[:16]] for file in manifest.files]
     print_table("Files", ["file", "bytes", "SHA-256"], files)
     typer.echo(
@@ -265,46 +290,103 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle
     )
 
 
+def _engine_facts(folder: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """For each engine, what its backend can tell of the file without loading it, or why it cannot."""
+    import dataclasses
+
+    from fastcache.errors import BackendUnavailable
+    from fastcache_engines import backend, onnx_files
+
+    describe = onnx_files.describe if manifest.recipe.onnx_only else backend(manifest.backend).describe
+    facts: dict[str, dict[str, Any]] = {}
+    for role, engine in manifest.engines.items():
+        try:
+            facts[role] = dataclasses.asdict(describe(folder / engine.file))
+        except (BackendUnavailable, ValueError, OSError) as error:
+            facts[role] = {"unknown": str(error)}
+    return facts
+
+
+def _facts_text(facts: dict[str, Any]) -> str:
+    """The facts in one cell; tensors have a table of their own."""
+    shown = {key: value for key, value in facts.items() if key not in ("inputs", "outputs", "sha256", "operators")}
+    if "operators" in facts:
+        shown["most"] = " ".join(f"{name}:{count}" for name, count in list(facts["operators"].items())[:4])
+    return ", ".join(
+        f"{key} {value if isinstance(value, str | int) else json.dumps(value)}" for key, value in shown.items()
+    )
+
+
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")], json_: Json = False) -> None:
     """Check every hash of a bundle, and that its engines compute what the model does.
 
+    Engines that were built here for another machine are checked as far as they can be, and the result says so.
+
     Example: fastcache verify demo-output/engines
     """
     import fastcache_engines
-    from fastcache.bundle import REFERENCE, Bundle, check_files, read_manifest
-    from fastcache.parity import TOLERANCE, measure_parity
-    from fastcache.run.runtime import check_here
+    from fastcache.bundle import check_files, read_manifest
+    from fastcache.run.runtime import check_here, measure_here
 
     manifest = read_manifest(folder)
     checks = check_files(folder, manifest)
     problems = [c for c in checks if c.problem is not None]
-    parity = None
+    parity, not_run = None, None
     if not problems:
-        check_here(manifest)
-        bundle = Bundle(folder, manifest)
-        backend = fastcache_engines.backend(manifest.backend)
-        parity = measure_parity(backend, bundle.engine_path("full"), bundle.engine_path("shallow"), folder / REFERENCE)
+        support = fastcache_engines.backend(manifest.backend).support(manifest.device_type)
+        if support.can_build and not support.can_run:
+            not_run = support.reason
+        else:
+            check_here(manifest)
+            parity = measure_here(folder, manifest)
     worst = max(parity.full_vs_model, parity.shallow_vs_full) if parity else None
+    tolerance = manifest.parity.tolerance
     result = {
-        "ok": worst is not None and worst <= TOLERANCE,
+        "ok": not problems and (not_run is not None or (worst is not None and worst <= tolerance)),
         "files": [{"name": c.name, "ok": c.problem is None, "problem": c.problem} for c in checks],
         "full_vs_model": parity.full_vs_model if parity else None,
         "shallow_vs_full": parity.shallow_vs_full if parity else None,
-        "tolerance": TOLERANCE,
+        "tolerance": tolerance,
+        "not_run": not_run,
+        "at_build": manifest.parity.model_dump(),
     }
     if json_:
         print_json(result)
     elif result["ok"]:
-        typer.echo(
-            f"{folder}: {len(checks)} files as built; full vs model {result['full_vs_model']:.1e}, "
-            f"shallow vs full {result['shallow_vs_full']:.1e} (tolerance {TOLERANCE:g})"
-        )
+        typer.echo(f"{folder}: {len(checks)} files as built; {_parity_text(manifest, parity, not_run)}")
     if problems:
         wrong = "; ".join(f"{check.name} {check.problem}" for check in problems)
         raise CheckFailed(f"{wrong} in {folder}; build the bundle again")
     if not result["ok"]:
-        raise CheckFailed(f"expected errors up to {TOLERANCE:g}, got {worst:.1e}; build the bundle again here")
+        if debug_asked():
+            _show_layers(folder, manifest)
+        raise CheckFailed(f"expected errors up to {tolerance:g}, got {worst:.1e}; build the bundle again here")
+
+
+def _show_layers(folder: Path, manifest: Manifest) -> None:
+    """On stderr: the first tensors that leave the tolerance, in the order in which they are computed."""
+    from fastcache.study.layers import compare_layers
+
+    wrong = [layer for layer in compare_layers(folder, manifest) if not layer.error <= manifest.parity.tolerance]
+    rows = [[layer.role, layer.operator, layer.tensor, f"{layer.error:.1e}"] for layer in wrong[:20]]
+    title = f"{len(wrong)} tensors beyond {manifest.parity.tolerance:g}, the first {len(rows)}"
+    print_table(title, ["engine", "operator", "tensor", "error"], rows, console=notes)
+
+
+def _figures(parity: Parity) -> str:
+    return (
+        f"full vs model {parity.full_vs_model:.1e}, shallow vs full {parity.shallow_vs_full:.1e} "
+        f"(tolerance {parity.tolerance:g})"
+    )
+
+
+def _parity_text(manifest: Manifest, measured: Parity | None, not_run: str | None) -> str:
+    """What was measured now, or that nothing was, and what the build measured instead."""
+    if measured is not None:
+        return _figures(measured)
+    built = manifest.parity
+    return f"the engines were NOT run: {not_run}. At the build, on {built.measured_on}: {_figures(built)}"
 
 
 @app.command()
@@ -383,63 +465,87 @@ def bench(
     engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.")] = None,
     model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
     random_weights: RandomWeights = False,
-    arms: Annotated[str, typer.Option(help="Which to run, by commas.")] = "eager,deepcache,compile,engine,engine+cache",
+    arms: Annotated[
+        str | None,
+        typer.Option(help="By commas: eager, deepcache, compile, engine, engine+cache, each [:BACKEND][:DTYPE]."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of engine arms that name none: auto, or one that doctor lists.")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
     cache_interval: Annotated[int, typer.Option(min=1, help="Refresh every N steps in the caching arms.")] = 3,
     branch_id: Annotated[int | None, typer.Option(min=0, help="The cut; the bundle's own if left out, else 0.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     height: Annotated[int | None, typer.Option(help="Image height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of engine arms that name none: fp32, fp16 or bf16; fp32 if left out.")
+    ] = None,
     sampler: Sampler = "ddim",
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    chart: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
 ) -> None:
-    """Time the denoising loop of PyTorch eager, the DeepCache package and the engines, side by side.
+    """Time the denoising loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
 
-    Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache --steps 20
+    Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache:openvino:bf16 --steps 20
     """
+    import platformdirs
     import torch
 
     from fastcache.bundle import write_whole
-    from fastcache.study.arms import ARMS, BenchSettings
     from fastcache.study.bench import document, run_bench
+    from fastcache.study.chart import check_chartable, draw_chart
+    from fastcache.study.lineup import Wishes, build_bundles, no_arm_ran, of_bundle, of_model
 
-    wanted = tuple(arms.split(","))
-    if unknown := [a for a in wanted if a not in ARMS]:
-        raise ValueError(f"expected arms out of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    if (engines is None) == (model is None):
+        raise ValueError("expected either --engines or --model, got " + ("neither" if model is None else "both"))
+    if chart is not None:
+        check_chartable(arms)
+    for file in (json_file, chart):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    wishes = Wishes(arms, backend, device, dtype, branch_id, height, width)
+    common: dict[str, Any] = {
+        "cache_interval": cache_interval,
+        "steps": steps,
+        "batch": batch,
+        "sampler": sampler,
+        "warmup": warmup,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+    }
     with progress() as say:
-        bundle = _bundle_to_bench(engines, model, random_weights, branch_id, height, width, batch, dtype, say)
-        manifest = bundle.manifest
-        settings = BenchSettings(
-            model=manifest.recipe.model,
-            random_weights=manifest.model.random_weights,
-            bundle=str(bundle.path),
-            arms=tuple(a for a in ARMS if a in wanted),
-            cache_interval=cache_interval,
-            branch_id=manifest.branch_id,
-            steps=steps,
-            height=manifest.height,
-            width=manifest.width,
-            batch=batch,
-            sampler=sampler,
-            dtype=manifest.dtype,
-            warmup=warmup,
-            repeats=repeats,
-            threads=torch.get_num_threads(),
-        )
-        results = run_bench(bundle, settings, say)
-    result = document(bundle, settings, results)
+        if engines is not None:
+            settings, lineup, bundles = of_bundle(engines, wishes, common)
+        else:
+            settings, lineup = of_model(str(model), random_weights, wishes, common)
+            folder = Path(platformdirs.user_cache_dir("fastcache")) / "engines"
+            bundles, lineup = build_bundles(lineup, settings, folder, say)
+        measured = run_bench(settings, lineup, bundles, say)
+    result = document(settings, bundles, measured)
     if str(json_file) == "-":
         print_json(result)
-        return
-    if json_file is not None:
-        write_whole(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    else:
+        if json_file is not None:
+            write_whole(json_file, (json.dumps(result, indent=1) + "\n").encode())
+        _show_bench(settings, measured.results)
+    if all(arm.skipped is not None for arm in measured.results):
+        raise no_arm_ran([arm.skipped or "" for arm in measured.results])
+    if chart is not None:
+        draw_chart(result, chart)
+        notes.print(f"chart: {chart}", markup=False, soft_wrap=True)
+
+
+def _show_bench(settings: BenchSettings, results: Sequence[ArmResult]) -> None:
     print_table(
-        f"{settings.model} {settings.width}x{settings.height}, batch {batch} under guidance, {steps} {sampler} steps, "
-        f"N={cache_interval}, branch {settings.branch_id}, {settings.dtype}, {settings.threads} threads",
-        ["arm", "loop ms", "p90", "full ms", "shallow ms", "overhead", "vs eager", "PSNR dB", "GiB"],
+        f"{settings.model} {settings.width}x{settings.height}, batch {settings.batch} under guidance, "
+        f"{settings.steps} {settings.sampler} steps, N={settings.cache_interval}, branch {settings.branch_id}, "
+        f"{settings.device}, {settings.threads} threads\n"
+        "ms: the loop (median, p90), a U-Net call in full and shallow, the rest of a step; then times as fast",
+        ["arm", "loop ms", "p90", "full", "shallow", "rest", "x eager", "x DeepCache", "PSNR", "GiB"],
         [_bench_row(arm) for arm in results if arm.skipped is None],
     )
     for arm in results:
@@ -456,50 +562,10 @@ def _bench_row(arm: ArmResult) -> list[str]:
         figure(arm.shallow_step_ms_p50),
         figure(arm.overhead_ms_per_step, ".3f"),
         figure(arm.speedup_vs_eager, ".2f", "x"),
+        figure(arm.speedup_vs_deepcache, ".2f", "x"),
         figure(arm.psnr_db_vs_eager),
         figure(arm.peak_bytes / 2**30 if arm.peak_bytes else None, ".2f"),
     ]
-
-
-def _bundle_to_bench(
-    engines: Path | None,
-    model: str | None,
-    random_weights: bool,
-    branch_id: int | None,
-    height: int | None,
-    width: int | None,
-    batch: int,
-    dtype: str,
-    say: Callable[[str], None],
-) -> Bundle:
-    """The bundle named, if it fits the flags; or one built for them and kept in the user's cache folder."""
-    import platformdirs
-
-    import fastcache
-    from fastcache.bundle import open_bundle
-    from fastcache.compile.builder import resolve
-    from fastcache.recipe import recipe_from
-
-    if (engines is None) == (model is None):
-        raise ValueError("expected either --engines or --model, got " + ("neither" if model is None else "both"))
-    if engines is not None:
-        bundle = open_bundle(engines)
-        built = bundle.manifest
-        for name, asked, is_ in (
-            ("height", height, built.height),
-            ("width", width, built.width),
-            ("branch-id", branch_id, built.branch_id),
-            ("dtype", dtype, built.dtype),
-        ):
-            if asked not in (None, is_):
-                raise ValueError(f"expected --{name} {is_}, which {engines} was built for, got {asked}")
-        return bundle
-    values: dict[str, object] = {"model": model, "random_weights": random_weights, "branch_id": branch_id or 0}
-    recipe = recipe_from({**values, "height": height, "width": width, "dtype": dtype, "batch": f"1:{batch}:{batch}"})
-    cache = Path(platformdirs.user_cache_dir("fastcache")) / "engines"
-    folder = cache / f"{str(model).replace('/', '-')[-40:].strip('-.')}-{resolve(recipe).key[:16]}"
-    say(f"engines in {folder}")
-    return fastcache.build_engines(recipe, folder, progress=say)
 
 
 @app.command()

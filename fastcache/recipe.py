@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx"]
+Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"]
+Device = Literal["cpu", "cuda"]
 CutKind = Literal["auto", "plain", "projected"]
 DType = Literal["fp32", "fp16", "bf16"]
 Component = Literal["unet", "vae", "text"]
@@ -65,12 +66,14 @@ class Recipe(BaseModel):
     branch_id: int = Field(0, ge=0)
     cut: CutKind = "auto"
     backend: Backend = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device | None = None
     dtype: DType = "fp32"
     height: int | None = Field(None, ge=8, le=8192)
     width: int | None = Field(None, ge=8, le=8192)
     batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
     components: tuple[Component, ...] | None = None
+    compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    onnx_only: bool = False
 
     @model_validator(mode="after")
     def _has_a_unet(self) -> Self:

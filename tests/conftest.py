@@ -7,7 +7,12 @@ import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that outnumber the cores wait for each other at every barrier, spinning: 50 times slower.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
@@ -17,7 +22,7 @@ from filelock import FileLock
 import fastcache
 from fastcache import Bundle
 
-torch.set_num_threads(2)  # tests run in parallel workers
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 hypothesis.settings.register_profile("fastcache", deadline=None)  # a busy machine is not a failing test
 hypothesis.settings.load_profile("fastcache")

@@ -14,6 +14,7 @@ from fastcache import __version__
 from fastcache.bundle import Bundle
 from fastcache.cli import main
 from fastcache.run.plan import CachePlan
+from fastcache_engines import BACKENDS, choose
 
 
 class Result:
@@ -55,17 +56,22 @@ def test_version(fastcache: Any) -> None:
 
 def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
     report = fastcache("doctor", "--json").json
-    backends = {b["name"]: b for b in report["backends"]}
-    assert set(backends) == {"onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx"}
-    assert backends["onnxruntime"]["can_build"]
-    assert backends["onnxruntime"]["can_run"]
-    assert all(b["reason"] for b in backends.values())
-    assert report["auto"]["backend"] == "onnxruntime"
+    rows = {(row["name"], row["device"]): row for row in report["backends"]}
+    assert {name for name, _ in rows} == set(BACKENDS)
+    assert rows["onnxruntime", "cpu"]["can_build"]
+    assert rows["onnxruntime", "cpu"]["can_run"]
+    assert all(row["reason"] and row["dtypes"] for row in rows.values())
+    assert report["auto"]["backend"] == choose(report["auto"]["device"], "fp32")[0]
+    assert report["auto"]["reason"]
 
 
 def test_inspect_shows_the_manifest(fastcache: Any, tiny_bundle: Bundle) -> None:
     shown = fastcache("inspect", tiny_bundle.path, "--json").json
+    facts = shown.pop("engine_facts")
     assert shown == json.loads((tiny_bundle.path / "manifest.json").read_text())
+    assert set(facts) == set(shown["engines"])
+    assert facts["full"]["nodes"] > facts["shallow"]["nodes"] > 10
+    assert facts["full"]["operators"]["Conv"] > 0
     text = fastcache("inspect", tiny_bundle.path)
     assert "cached_feature" in text.out
     assert shown["bundle_sha256"] in text.out
@@ -155,7 +161,7 @@ BAD = [
     (("plan", "--engines", "BUNDLE", "--steps", 0, "--uniform", 2, "--output", "p.json"), 2, "steps"),
     (("build-engines", "--output", "e"), 2, "--model"),
     (("build-engines", "--model", "demo", "--output", "e", "--branch-id", 12), 2, "0 to 11"),
-    (("build-engines", "--model", "demo", "--output", "e", "--backend", "tensorrt"), 3, "onnxruntime"),
+    (("build-engines", "--model", "demo", "--output", "e", "--backend", "tensorrt"), 3, "tensorrt"),
     (("build-engines", "--model", "demo", "--output", "e", "--device", "cuda"), 3, "cpu"),
     (("build-engines", "--model", "no/such-model", "--output", "e"), 2, "no/such-model"),
     (("build-engines", "--model", "sd15", "--output", "e"), 2, "--random-weights"),

@@ -1,26 +1,43 @@
-"""An ONNX file -> an engine of ONNX Runtime on the CPU, bound to torch tensors without copies."""
+"""An ONNX file -> an engine of ONNX Runtime, on the CPU or a CUDA GPU, bound to torch tensors without copies."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastcache_engines import BackendUnavailable, TensorSpec, check_tensors
+from fastcache_engines import (
+    BackendUnavailable,
+    BuildOptions,
+    DType,
+    LoadOptions,
+    Support,
+    TensorSpec,
+    check_tensors,
+)
+from fastcache_engines.onnx_files import describe, refuse_outside_weights
+
+__all__ = ["DTYPES", "NAME", "SOURCE", "TYPED", "build", "describe", "evaluate", "load", "support", "version"]
 
 NAME = "onnxruntime"
+SOURCE: Literal["onnx"] = "onnx"
+TYPED = True
+DTYPES: Mapping[str, tuple[DType, ...]] = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
 
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
+
+Providers = Sequence[tuple[str, dict[str, Any]]]
 
 
 def version() -> str:
@@ -28,10 +45,14 @@ def version() -> str:
 
     Raises: `BackendUnavailable` where ONNX Runtime is not installed.
     """
-    return _onnxruntime().__version__
+    return library().__version__
 
 
-def _onnxruntime() -> Any:
+def library() -> Any:
+    """The onnxruntime module.
+
+    Raises: `BackendUnavailable` where it is not installed.
+    """
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendUnavailable("ONNX Runtime is not installed; run: pip install onnxruntime")
     import onnxruntime
@@ -39,30 +60,95 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def load(path: Path, *, threads: int = 0) -> OnnxRuntimeEngine:
-    """An engine from an ONNX file; `threads` 0 means as many as torch uses.
+def support(device: str) -> Support:
+    if device == "cuda":
+        return provider_support("CUDAExecutionProvider")
+    try:
+        return Support(version(), True, True, "ready, on the CPU in fp32")
+    except BackendUnavailable as error:
+        return Support(None, False, False, str(error))
+
+
+def provider_support(provider: str) -> Support:
+    """Whether an execution provider for GPUs is in the installed build, and a GPU is there to run it."""
+    try:
+        found = version()
+    except BackendUnavailable as error:
+        return Support(None, False, False, str(error))
+    if provider not in library().get_available_providers():
+        reason = f"this build of ONNX Runtime has no {provider}; run: pip install 'fastcache[gpu]'"
+    elif not torch.cuda.is_available():
+        reason = "PyTorch finds no CUDA GPU; install an NVIDIA driver and a CUDA build of PyTorch"
+    else:
+        return Support(found, True, True, f"ready, on {torch.cuda.get_device_name()}")
+    return Support(found, False, False, reason)
+
+
+def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
+    """Nothing to do: the ONNX files are the engines."""
+    return {role: path.name for role, path in graphs.items()}
+
+
+def load(path: Path, options: LoadOptions = LoadOptions()) -> OnnxRuntimeEngine:
+    """An engine from an ONNX file.
 
     Raises: `BackendUnavailable`; `ValueError` for weights outside the graph's folder or a graph that does not load.
     """
-    return OnnxRuntimeEngine(path, threads=threads)
+    if options.device == "cpu":
+        return OnnxRuntimeEngine(path, options, [("CPUExecutionProvider", {})])
+    require(provider_support("CUDAExecutionProvider"))
+    stream = torch.cuda.Stream()
+    # One graph launch replaces a thousand kernel launches.
+    cuda = {"user_compute_stream": str(stream.cuda_stream), "enable_cuda_graph": "1"}
+    return OnnxRuntimeEngine(path, options, [("CUDAExecutionProvider", cuda)], stream)
+
+
+def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = LoadOptions()) -> dict[str, Tensor]:
+    """Every output of a graph on the CPU, its nodes as they stand, in new tensors: for comparing, not for speed.
+
+    Raises: as `load`.
+    """
+    refuse_outside_weights(path)
+    runtime = library()
+    settings = runtime.SessionOptions()
+    settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    results = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
+
+
+def require(found: Support) -> None:
+    """Raise `BackendUnavailable` where a backend cannot run."""
+    if not found.can_run:
+        raise BackendUnavailable(found.reason)
 
 
 class OnnxRuntimeEngine:
-    """One ONNX graph in an inference session. Source: ONNX Runtime's IO binding."""
+    """One ONNX graph in an inference session. On a GPU it runs in `stream`, as each binding's own CUDA graph.
+
+    Source: ONNX Runtime's IO binding, and its CUDA execution provider's documentation on CUDA graphs.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
-        runtime = _onnxruntime()
-        _refuse_outside_weights(path)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
+    def __init__(
+        self, path: Path, options: LoadOptions, providers: Providers, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        runtime = library()
+        refuse_outside_weights(path)
+        settings = runtime.SessionOptions()
+        settings.intra_op_num_threads = options.threads or torch.get_num_threads()
+        settings.log_severity_level = 3
         # Full and shallow are two sessions with a pool each: one's idle threads must not spin while the other runs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        if options.device == "cuda":
+            # A node that would run on the CPU would copy back and forth in every step: better to hear of it at once.
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        self._device, self._stream, self._bindings = options.device, stream, 0
         try:
-            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = runtime.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise ValueError(f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}") from error
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
@@ -70,8 +156,11 @@ class OnnxRuntimeEngine:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeBinding:
         """Bind by address: the graph reads and writes the tensors themselves."""
-        check_tensors((*self.inputs, *self.outputs), tensors, "cpu")
-        return OnnxRuntimeBinding(self._session, self.inputs, self.outputs, tensors)
+        check_tensors((*self.inputs, *self.outputs), tensors, self._device)
+        self._bindings += 1
+        return OnnxRuntimeBinding(
+            self._session, self.inputs, self.outputs, tensors, self._stream, graph_id=self._bindings
+        )
 
 
 class OnnxRuntimeBinding:
@@ -83,46 +172,44 @@ class OnnxRuntimeBinding:
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         tensors: Mapping[str, Tensor],
+        stream: torch.cuda.Stream | None,
+        graph_id: int,
     ) -> None:
-        import numpy as np
+        import onnx
 
-        self._session, self._binding = session, session.io_binding()
+        self._session, self._binding, self._stream = session, session.io_binding(), stream
         self._tensors = [tensors[spec.name] for spec in (*inputs, *outputs)]
         for specs, bind in ((inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
             for spec in specs:
                 tensor = tensors[spec.name]
-                bind(spec.name, "cpu", 0, np.dtype(spec.dtype), list(tensor.shape), tensor.data_ptr())
+                kind = onnx.TensorProto.DataType.Value(_ONNX_NAMES[spec.dtype])
+                bind(spec.name, tensor.device.type, 0, kind, list(tensor.shape), tensor.data_ptr())
+        self._options = library().RunOptions()
+        if stream is not None:
+            self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        if self._stream is None:
+            self._session.run_with_iobinding(self._binding, self._options)
+            return
+        # ONNX Runtime takes torch's default stream, 0, for none given, so it has a stream of its own, in order with it.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        self._session.run_with_iobinding(self._binding, self._options)
+        current.wait_stream(self._stream)
+
+
+_ONNX_NAMES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
 
 
 def _spec(value: Any) -> TensorSpec:
     dtype: str = value.type
     return TensorSpec(value.name, _DTYPES.get(dtype, dtype), tuple(value.shape))
-
-
-def _refuse_outside_weights(path: Path) -> None:
-    """External data may name any path (CVE-2024-27318 and its kin): only plain names beside the graph are let in."""
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's decode errors and OS errors share no base class
-        raise ValueError(f"{path.name} is not a readable ONNX file: {str(error).splitlines()[0]}") from error
-    for location in sorted(_locations(model)):
-        file = path.parent / location
-        if Path(location).name != location or file.is_symlink() or not file.is_file():
-            raise ValueError(f"expected the weights of {path.name} in a file beside it, got {location!r}")
-
-
-def _locations(message: Any) -> set[str]:
-    """Every place that a tensor anywhere in the model says its data is: in subgraphs and functions, and said twice."""
-    found: set[str] = set()
-    for field, value in message.ListFields():
-        if field.name == "external_data":
-            found |= {entry.value for entry in value if entry.key == "location"}
-        elif field.message_type is not None:
-            for part in value if isinstance(value, Sequence) else (value,):
-                found |= _locations(part)
-    return found

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -28,7 +27,7 @@ import fastcache_engines
 from fastcache.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
-from fastcache.recipe import Component, Recipe, recipe_from
+from fastcache.recipe import Component, Device, Recipe, recipe_from
 
 Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
@@ -46,6 +45,7 @@ class Job:
     model: SourceModel
     versions: dict[str, str]
     device: str
+    reason: str = field(compare=False)  # why this backend
 
     @property
     def key(self) -> str:
@@ -64,22 +64,52 @@ def resolve(recipe: Recipe) -> Job:
         raise ValueError(
             f"expected components of {recipe.model} ({', '.join(model.components)}), got {', '.join(missing)}"
         )
-    name = next(iter(fastcache_engines.BACKENDS)) if recipe.backend == "auto" else recipe.backend
-    version = fastcache_engines.backend(name).version()
-    if recipe.device != "cpu":
-        raise BackendUnavailable(f"expected device cpu, which {name} runs on, got {recipe.device}")
-    if recipe.dtype != "fp32":
-        raise BackendUnavailable(f"expected dtype fp32, which {name} runs on a CPU, got {recipe.dtype}")
-    if recipe.cut == "projected":
-        raise BackendUnavailable("expected cut plain or auto, the cuts of this version, got projected")
-    settled = recipe.model_copy(update={"backend": name, "cut": "plain", "components": components})
+    name, device, reason = _settle_backend(recipe)
+    settled = recipe.model_copy(update={"backend": name, "device": device, "components": components})
     versions = {
         "fastcache": fastcache.__version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        name: version,
+        name: fastcache_engines.backend(name).version(),
     }
-    return Job(settled, model, versions, f"cpu-{platform.machine()}")
+    return Job(settled, model, versions, _target(settled, device), reason)
+
+
+def _settle_backend(recipe: Recipe) -> tuple[str, Device, str]:
+    """The backend, the device and why, with every wish that cannot be met refused.
+
+    Raises: `BackendUnavailable`.
+    """
+    here: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.backend == "auto":
+        device = recipe.device or here
+        name, reason = fastcache_engines.choose(device, recipe.dtype)
+        return name, device, reason
+    backend = fastcache_engines.backend(recipe.backend)
+    devices = cast("tuple[Device, ...]", tuple(backend.DTYPES))
+    device = recipe.device or (here if here in devices else devices[0])
+    dtypes = backend.DTYPES.get(device)
+    if dtypes is None:
+        raise BackendUnavailable(f"expected device {' or '.join(devices)}, which {backend.NAME} runs on, got {device}")
+    if recipe.dtype not in dtypes:
+        raise BackendUnavailable(
+            f"expected dtype {' or '.join(dtypes)}, which {backend.NAME} has on a {device.upper()}, got {recipe.dtype}"
+        )
+    found = backend.support(device)
+    if not (found.can_build or recipe.onnx_only):
+        raise BackendUnavailable(found.reason)
+    if recipe.onnx_only and backend.SOURCE != "onnx":
+        raise BackendUnavailable(f"expected a backend that builds from ONNX for --onnx-only, got {backend.NAME}")
+    return recipe.backend, device, "as asked for"
+
+
+def _target(recipe: Recipe, device: Device) -> str:
+    """The machine that the bundle is for: the one at hand, or GPUs by their compute capability."""
+    if device == "cuda" and recipe.compute_capability:
+        return "cuda-" + "+".join(f"sm{capability.replace('.', '')}" for capability in recipe.compute_capability)
+    if device == "cuda" and not torch.cuda.is_available():
+        return "cuda-any"  # graphs, or TensorRT-RTX's engines for every GPU of compute capability 8.0 or later
+    return fastcache_engines.device_here(device)
 
 
 def build_engines(
@@ -107,6 +137,8 @@ def build_engines(
             return bundle
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir()
+        if given.get("backend", "auto") == "auto":
+            progress(f"backend {job.recipe.backend}: {job.reason}")
         try:
             _run_worker(job, temporary, progress)
             publish(temporary, folder)

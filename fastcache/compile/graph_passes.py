@@ -1,4 +1,4 @@
-"""How torch operators become ONNX ones where a backend has a better form than the exporter's.
+"""How torch operators become ONNX ones where a backend, or a precision, needs another form than the exporter's.
 
 Knows graphs; knows nothing about what they compute for.
 """
@@ -14,6 +14,7 @@ from onnxscript import opset20
 from onnxscript.values import Op, Opset
 
 from fastcache.errors import BuildError
+from fastcache.recipe import DType
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -64,4 +65,39 @@ def fused_attention(
 
 FUSED_ATTENTION: Translations = {torch.ops.aten.scaled_dot_product_attention.default: fused_attention}
 
-BY_BACKEND: Mapping[str, Translations] = {"onnxruntime": FUSED_ATTENTION}
+
+def group_norm_in_float32(
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """`group_norm` whose statistics are float32 whatever the graph's type: a float16 sum of squares overflows at 65504.
+
+    Shapes: `input` (N, C, H, W); `weight` and `bias` (C,). Source: arXiv 1803.08494, equation 1.
+    """
+    op: Any = opset20
+    wide = _float32(op, input)
+    grouped = op.Reshape(wide, op.Constant(value_ints=[0, num_groups, -1]))
+    ones, zeros = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
+    normed = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(input))
+    for factor, apply in ((weight, op.Mul), (bias, op.Add)):
+        if factor is not None:
+            normed = apply(normed, op.Reshape(_float32(op, factor), op.Constant(value_ints=[-1, 1, 1])))
+    return op.CastLike(normed, input)
+
+
+def _float32(op: Any, value: Any) -> Any:
+    return op.Cast(value, to=onnx.TensorProto.FLOAT)
+
+
+# ONNX's LayerNormalization has float32 statistics of itself (its stash_type).
+NORMS_IN_FLOAT32: Translations = {torch.ops.aten.group_norm.default: group_norm_in_float32}
+
+
+def translations(backend: str, dtype: DType) -> Translations:
+    """What a backend's graphs are exported with, for a graph of the dtype's own types."""
+    attention = FUSED_ATTENTION if backend == "onnxruntime" else {}
+    return {**attention, **(NORMS_IN_FLOAT32 if dtype != "fp32" else {})}

@@ -16,11 +16,11 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 
@@ -30,13 +30,15 @@ from fastcache.bundle import Role
 from fastcache.compile import export, graph_passes
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import SourceModel, state_bytes
-from fastcache.cut.partition import Cut, partition_unet
+from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
-from fastcache.parity import TOLERANCE, measure_parity
-from fastcache.recipe import Recipe
+from fastcache.parity import TOLERANCE, measure_parity, module_parity
+from fastcache.recipe import Device, DType, Recipe
+from fastcache_engines import BuildOptions, LoadOptions
 
 _CLIP_TOKENS = 77
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
+_LARGEST_FP16 = 65504.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,6 @@ class _Size:
     width: int
     latent_height: int
     latent_width: int
-
-
-@dataclass(frozen=True)
-class _Written:
-    """Graphs that share one file of weights: its size, and what it would take more if equal tensors were repeated."""
-
-    roles: list[Role]
-    weights_bytes: int
-    duplicated_bytes: int
 
 
 def build(job: Job, folder: Path, say: Progress) -> None:
@@ -71,25 +64,151 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     info = _describe(model, unet)
     size = _size(unet, recipe, info)
     _require_space(folder, state_bytes(unet))
-    cut = partition_unet(unet, recipe.branch_id)
-    inputs = export.unet_inputs(unet, 2, size.latent_height, size.latent_width, info.tokens or _CLIP_TOKENS)
-    num_branches = cut.num_branches
-    say(f"exporting full and shallow U-Nets, branch {recipe.branch_id} of {num_branches}")
-    translations = graph_passes.BY_BACKEND.get(recipe.backend)
-    graphs = _build_unet(unet, cut, inputs, folder, translations)
-    del unet, cut, inputs
-    roles = list(graphs.roles)
+    workshop = _Workshop(job, folder, say)
+    num_branches = workshop.make_unet(unet, size, info.tokens or _CLIP_TOKENS)
+    del unet
     if "text" in components:
-        say("exporting the text encoder")
-        roles += _build_text_encoder(model, folder).roles
+        workshop.make_text_encoder()
     if "vae" in components:
-        say("exporting the VAE decoder")
-        roles += _build_vae_decoder(model, size, folder, translations).roles
-    say(f"checking the {recipe.backend} engines against the model")
-    engines, parity = _engine_entries(recipe, roles, folder), _check_parity(recipe, folder)
+        workshop.make_vae_decoder(size)
     say("sealing the bundle")
-    fields = _manifest_fields(job, info, size, num_branches, graphs, engines, parity)
+    fields = _manifest_fields(job, info, size, num_branches, workshop)
     bundles.seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
+
+
+@dataclass
+class _Workshop:
+    """Makes one engine after the other, and keeps what the manifest says of them."""
+
+    job: Job
+    folder: Path
+    say: Progress
+    engines: dict[Role, bundles.EngineEntry] = field(default_factory=dict)
+    weights_bytes: int = 0
+    duplicated_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.recipe = self.job.recipe
+        self.device: Device = self.recipe.device or "cpu"
+        self.dtype: DType = self.recipe.dtype
+        self.backend = fastcache_engines.backend(self.recipe.backend)
+        self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
+        self.parity: bundles.Parity | None = None
+
+    def make_unet(self, unet: UNet2DConditionModel, size: _Size, tokens: int) -> int:
+        """The full and the shallow engine, checked against the model. Returns the number of branches."""
+        inputs = export.unet_inputs(unet, 2, size.latent_height, size.latent_width, tokens)
+        cut = partition_unet(unet, self.recipe.branch_id, self.recipe.cut)
+        bundles.write_whole(self.folder / bundles.REFERENCE, save(inputs | export.reference(unet, cut, inputs)))
+        export.split_gates(cut)
+        if self.backend.TYPED:
+            export.lower(cut, self.dtype)
+        self.say(f"exporting full and shallow U-Nets, branch {cut.branch_id} of {cut.num_branches}")
+        self.cut: str = cut.kind
+        num_branches, parts = cut.num_branches, export.exportable_unet(cut, inputs)
+        images = self.recipe.batch
+        rows = (images.min, 2 * images.opt, 2 * images.max)  # a guided image takes two
+        del unet, cut
+        self._make(parts, "unet", self.dtype, rows, self._translations(self.dtype), checked=True)
+        return num_branches
+
+    def make_text_encoder(self) -> None:
+        """It runs once a picture, in float32 whatever the U-Net's dtype."""
+        self.say("exporting the text encoder")
+        tokenizer = self.job.model.load_tokenizer()
+        tokenizer.save_pretrained(self.folder / "tokenizer")
+        part = export.exportable_text_encoder(self.job.model.load_text_encoder(), int(tokenizer.model_max_length))
+        images = self.recipe.batch
+        self._make([part], part.role, "fp32", (1, images.opt, images.max), {})  # causal attention, which is not fused
+
+    def make_vae_decoder(self, size: _Size) -> None:
+        """It runs in the recipe's dtype where that is exact enough, else in float32."""
+        self.say("exporting the VAE decoder")
+        vae = self.job.model.load_vae()
+        part = export.exportable_vae_decoder(vae, size.latent_height, size.latent_width)
+        dtype = self._vae_dtype(part)
+        if self.backend.TYPED:
+            part.module.to(export.TORCH_DTYPES[dtype])
+        images = self.recipe.batch
+        self._make([part], part.role, dtype, (images.min, images.opt, images.max), self._translations(dtype))
+
+    def _translations(self, dtype: DType) -> graph_passes.Translations:
+        return graph_passes.translations(self.recipe.backend, dtype if self.backend.TYPED else "fp32")
+
+    def _vae_dtype(self, part: export.Exportable) -> DType:
+        """float16 where the decoder's largest activation leaves it room. bfloat16 bands a picture: never here."""
+        if self.dtype != "fp16":
+            return "fp32"
+        largest = export.largest_activation(part)
+        if largest < _LARGEST_FP16 / 4:
+            return "fp16"
+        self.say(
+            f"the VAE decoder stays in fp32: its activations reach {largest:.0f}, fp16 ends at {_LARGEST_FP16:.0f}"
+        )
+        return "fp32"
+
+    def _make(
+        self,
+        parts: Sequence[export.Exportable],
+        stem: str,
+        dtype: DType,
+        rows: tuple[int, int, int],
+        translations: graph_passes.Translations,
+        checked: bool = False,
+    ) -> None:
+        """Export parts that share weights and build their engines; `checked` ones are compared with the model."""
+        graphs: dict[str, Any] = {}
+        models: list[tuple[str, Any]] = []
+        for part in parts:
+            if self.backend.SOURCE == "program":
+                graph, specs = export.export_program(part)
+                graphs[part.role] = graph
+            else:
+                model, specs = export.export(part, translations)
+                models.append((f"{part.role}.onnx", model))
+                graphs[part.role] = self.folder / models[-1][0]
+            file = f"{part.role}.onnx"
+            self.engines[part.role] = bundles.EngineEntry(file=file, dtype=dtype, inputs=specs[0], outputs=specs[1])
+        shared = min(state_bytes(part.module) for part in parts)
+        total = max(state_bytes(part.module) for part in parts)
+        if models:
+            shared = export.save_graphs(models, self.folder, f"{stem}.weights")
+            total = (self.folder / f"{stem}.weights").stat().st_size
+        if checked:
+            self.weights_bytes, self.duplicated_bytes = total, shared
+        if checked and not self.runs_here:
+            self._check_graphs(parts)
+        if not self.recipe.onnx_only:
+            self.say(f"building {' and '.join(graphs)} with {self.recipe.backend}")
+            options = BuildOptions(self.device, dtype, rows, self.recipe.compute_capability, self.say)
+            for role, name in self.backend.build(graphs, self.folder, options).items():
+                self.engines[cast(Role, role)] = self.engines[cast(Role, role)].model_copy(update={"file": name})
+        if checked and self.runs_here:
+            self.say(f"checking the {self.recipe.backend} engines against the model")
+            self._measure(self.backend, LoadOptions(self.device, dtype))
+
+    def _check_graphs(self, parts: Sequence[export.Exportable]) -> None:
+        """Engines that cannot run here are checked by what they are built from.
+
+        ONNX Runtime computes float16 graphs on a CPU; of bfloat16 ones only the PyTorch modules can be run.
+        """
+        if self.dtype == "bf16":
+            self.say("checking the bf16 modules against the model, for these engines do not run here")
+            self.parity = module_parity([part.module for part in parts], self.folder / bundles.REFERENCE, self.dtype)
+        else:
+            self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
+            self._measure(fastcache_engines.backend("onnxruntime"), LoadOptions("cpu", self.dtype))
+        self._refuse_wrong()
+
+    def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
+        full, shallow = (self.folder / self.engines[role].file for role in ("full", "shallow"))
+        self.parity = measure_parity(backend, full, shallow, self.folder / bundles.REFERENCE, options)
+        self._refuse_wrong()
+
+    def _refuse_wrong(self) -> None:
+        parity = self.parity
+        if parity is None or not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
+            raise BuildError(f"expected engines within {TOLERANCE[self.dtype]:g} of the model, got {parity}")
 
 
 def _manifest_fields(
@@ -97,9 +216,7 @@ def _manifest_fields(
     info: bundles.ModelInfo,
     size: _Size,
     num_branches: int,
-    graphs: _Written,
-    engines: dict[Role, bundles.EngineEntry],
-    parity: bundles.Parity,
+    made: _Workshop,
 ) -> dict[str, Any]:
     """Everything that the manifest says but the files, their hashes and the time it took."""
     recipe = job.recipe
@@ -110,7 +227,7 @@ def _manifest_fields(
         "weights_sha256": job.model.weights_sha256,
         "branch_id": recipe.branch_id,
         "num_branches": num_branches,
-        "cut": recipe.cut,
+        "cut": made.cut,
         "backend": recipe.backend,
         "dtype": recipe.dtype,
         "height": size.height,
@@ -119,11 +236,11 @@ def _manifest_fields(
         "profiles": {"batch": recipe.batch},
         "versions": job.versions,
         "device": job.device,
-        "engines": engines,
-        "parity": parity,
+        "engines": made.engines,
+        "parity": made.parity,
         "recipe": recipe,
-        "weights_bytes": graphs.weights_bytes,
-        "duplicated_bytes": graphs.duplicated_bytes,
+        "weights_bytes": made.weights_bytes,
+        "duplicated_bytes": made.duplicated_bytes,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -164,60 +281,6 @@ def _require_space(folder: Path, weights_bytes: int) -> None:
     needed, free = int(1.1 * weights_bytes) + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise BuildError(f"expected {needed / 2**30:.1f} GiB free in {folder.parent}, got {free / 2**30:.1f} GiB")
-
-
-def _build_unet(
-    unet: UNet2DConditionModel,
-    cut: Cut,
-    inputs: export.Inputs,
-    folder: Path,
-    translations: graph_passes.Translations | None,
-) -> _Written:
-    """Export full and shallow; keep what the model itself computes for one input, for `verify`."""
-    full, shallow = export.exportable_unet(cut, inputs)
-    with torch.no_grad():
-        reference = {"noise_pred": export.call_unet(unet, inputs).sample, "cached_feature": full.module(inputs)[1]}
-    bundles.write_whole(folder / bundles.REFERENCE, save(inputs | reference))
-    return _write(folder, [full, shallow], "unet.weights", translations)
-
-
-def _build_text_encoder(model: SourceModel, folder: Path) -> _Written:
-    tokenizer = model.load_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    encoder = export.exportable_text_encoder(model.load_text_encoder(), int(tokenizer.model_max_length))
-    return _write(folder, [encoder], "text_encoder.weights", None)  # causal attention, which is not fused
-
-
-def _build_vae_decoder(
-    model: SourceModel, size: _Size, folder: Path, translations: graph_passes.Translations | None
-) -> _Written:
-    decoder = export.exportable_vae_decoder(model.load_vae(), size.latent_height, size.latent_width)
-    return _write(folder, [decoder], "vae_decoder.weights", translations)
-
-
-def _write(
-    folder: Path, parts: list[export.Exportable], weights_name: str, translations: graph_passes.Translations | None
-) -> _Written:
-    models = [(f"{part.role}.onnx", export.export(part, translations)) for part in parts]
-    saved = export.save_graphs(models, folder, weights_name)
-    return _Written([part.role for part in parts], (folder / weights_name).stat().st_size, saved)
-
-
-def _engine_entries(recipe: Recipe, roles: list[Role], folder: Path) -> dict[Role, bundles.EngineEntry]:
-    """Load each engine once, one at a time, and note what it takes and gives."""
-    entries: dict[Role, bundles.EngineEntry] = {}
-    for role in roles:
-        engine = fastcache_engines.backend(recipe.backend).load(folder / f"{role}.onnx")
-        entries[role] = bundles.EngineEntry(file=f"{role}.onnx", inputs=engine.inputs, outputs=engine.outputs)
-    return entries
-
-
-def _check_parity(recipe: Recipe, folder: Path) -> bundles.Parity:
-    backend = fastcache_engines.backend(recipe.backend)
-    parity = measure_parity(backend, folder / "full.onnx", folder / "shallow.onnx", folder / bundles.REFERENCE)
-    if not parity.full_vs_model <= TOLERANCE or not parity.shallow_vs_full <= TOLERANCE:
-        raise BuildError(f"expected engines within {TOLERANCE:g} of the model, got {parity}")
-    return parity
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """A bundle's engines and a batch size -> every tensor the loop needs, allocated once, with the engines bound to them.
 
-This is the one mutable object of the run side. The full engine's `cached_feature` output and the shallow engine's
-`cached_feature` input are the same tensor, so what one writes the other reads.
+This is the one mutable object of the run side. What the full engine caches and what the shallow engine takes are the
+same tensors, so what one writes the other reads.
 """
 
 from __future__ import annotations
@@ -24,16 +24,27 @@ class BufferPool:
     """
 
     def __init__(
-        self, full: Engine, shallow: Engine, *, batch: int, halves: int, num_calls: int, channels: int
+        self,
+        full: Engine,
+        shallow: Engine,
+        *,
+        batch: int,
+        halves: int,
+        num_calls: int,
+        channels: int,
+        device: str = "cpu",
     ) -> None:
         self.batch, self.halves, self.num_calls = batch, halves, num_calls
         specs = {s.name: s for e in (full, shallow) for s in (*e.inputs, *e.outputs)}
-        self.tensors: dict[str, Tensor] = {name: _allocate(spec, batch * halves) for name, spec in specs.items()}
+        self.tensors: dict[str, Tensor] = {
+            name: _allocate(spec, batch * halves, device) for name, spec in specs.items()
+        }
+        self.cached = tuple(spec.name for spec in full.outputs if spec.name != "noise_pred")
         sample = self.tensors["sample"]
         self.latent_shape = (batch, channels, *sample.shape[2:])
         self.model_input = sample.view(halves, batch, *sample.shape[1:])[:, :, :channels]
         self.noise_pred = self.tensors["noise_pred"].chunk(halves)
-        self.history = torch.zeros(3 * num_calls + 1, math.prod(self.latent_shape))
+        self.history = torch.zeros(3 * num_calls + 1, math.prod(self.latent_shape), device=device)
         shaped = self.history.view(-1, *self.latent_shape)
         self.latents, self.guided, self.noise = (shaped[kind::3].unbind() for kind in range(3))
         self.repeated = [x.expand(halves, *self.latent_shape) for x in self.latents]
@@ -48,7 +59,8 @@ class BufferPool:
 
         Raises: `ValueError` for a missing or unknown input, or one of another shape.
         """
-        wanted = {n for n in self.tensors if n not in ("sample", "timestep", "noise_pred", "cached_feature")}
+        own = {"sample", "timestep", "noise_pred", *self.cached}
+        wanted = {name for name in self.tensors if name not in own}
         if wanted != set(values):
             raise ValueError(f"expected the inputs {', '.join(sorted(wanted))}, got {', '.join(sorted(values))}")
         for name, value in values.items():
@@ -57,9 +69,10 @@ class BufferPool:
             self.tensors[name].copy_(value)
         self.run += 1
         # A feature of another run would make a wrong picture; one channel of nan makes none, whatever mixes channels.
-        self.tensors["cached_feature"][:, 0].fill_(torch.nan)
+        for name in self.cached:
+            self.tensors[name][:, 0].fill_(torch.nan)
 
 
-def _allocate(spec: TensorSpec, rows: int) -> Tensor:
+def _allocate(spec: TensorSpec, rows: int, device: str) -> Tensor:
     sizes = [size if isinstance(size, int) else rows for size in spec.shape]
-    return torch.zeros(sizes, dtype=getattr(torch, spec.dtype))
+    return torch.zeros(sizes, dtype=getattr(torch, spec.dtype), device=device)

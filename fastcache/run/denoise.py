@@ -96,7 +96,8 @@ def table_updates(table: SamplerTable, pool: BufferPool, generator: Generators) 
         drawn = table.draws_noise(i)
         end = 3 * i + 3
         rows = pool.history[3 * rule.first : end if drawn else end - 1]  # its own noise comes last
-        combine = partial(kernels.combine, rows, weights[:, : len(rows)], pool.history[end : end + 1])
+        own = weights[:, : len(rows)].to(rows.device)
+        combine = partial(kernels.combine, rows, own, pool.history[end : end + 1])
         updates.append(partial(_draw_and_combine, pool.noise[i], generator, combine) if drawn else combine)
     return updates
 
@@ -142,9 +143,19 @@ class ScheduledSampler:
 
 
 def draw(out: Tensor, generator: Generators) -> None:
-    """Fill `out` with the noise diffusers' `randn_tensor` would draw: one generator for all, or one for each image."""
+    """Fill `out` with the noise diffusers' `randn_tensor` would draw: one generator for all, or one for each image.
+
+    A generator of the CPU draws there, also for a GPU, so that a seed gives the same picture on both.
+    """
     if generator is None or isinstance(generator, torch.Generator):
-        out.normal_(generator=generator)
+        _draw(out, generator)
     else:
         for image, own in zip(out, generator, strict=True):
-            image.normal_(generator=own)
+            _draw(image, own)
+
+
+def _draw(out: Tensor, generator: torch.Generator | None) -> None:
+    if generator is None or generator.device.type == out.device.type:
+        out.normal_(generator=generator)
+    else:
+        out.copy_(torch.randn(out.shape, generator=generator, device=generator.device))

@@ -219,10 +219,10 @@ class FastCachePipeline:
     def _images(self, latents: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return latents
-        pictures = run_once(self.runtime.vae_decoder, {"latents": latents.contiguous()})
+        pictures = run_once(self.runtime.vae_decoder, {"latents": latents.contiguous().to(self.runtime.device)})
         if output_type == "pt":
             return pictures
-        array = cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).numpy())
+        array = cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).cpu().numpy())
         if output_type == "np":
             return array
         return [Image.fromarray(pixels) for pixels in (array * 255).round().astype(np.uint8)]
@@ -315,7 +315,7 @@ class FastCachePipeline:
         for text in texts:
             if len(self.tokenizer(text).input_ids) > (length or 0):
                 warnings.warn(f"only the first {length} tokens of the prompt count: {text!r}", stacklevel=4)
-        return run_once(self.runtime.text_encoder, {"input_ids": tokens.input_ids.contiguous()})
+        return run_once(self.runtime.text_encoder, {"input_ids": tokens.input_ids.contiguous().to(self.runtime.device)})
 
 
 def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:

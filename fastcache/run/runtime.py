@@ -5,18 +5,19 @@ Refuses a bundle of another machine or other versions. Knows engines and tensors
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastcache_engines
-from fastcache.bundle import Bundle, Manifest, Role
+from fastcache.bundle import REFERENCE, Bundle, Manifest, Parity, Role
 from fastcache.errors import BackendUnavailable, BundleError
+from fastcache.parity import measure_parity
 from fastcache.run.buffers import BufferPool
-from fastcache_engines import Engine
+from fastcache_engines import Engine, LoadOptions, Workspace
 
 
 def check_here(manifest: Manifest) -> None:
@@ -24,18 +25,35 @@ def check_here(manifest: Manifest) -> None:
 
     Raises: `BackendUnavailable` for another machine or a backend that is not installed; `BundleError` for versions.
     """
-    here = f"cpu-{platform.machine()}"
-    if manifest.device != here:
+    backend = fastcache_engines.backend(manifest.backend)
+    if manifest.recipe.onnx_only:
         raise BackendUnavailable(
-            f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine"
+            f"expected engines, got ONNX graphs for {manifest.backend} only; build again without --onnx-only"
         )
-    installed = fastcache_engines.backend(manifest.backend).version()
+    installed = backend.version()
     built = manifest.versions.get(manifest.backend)
     if installed != built:
         raise BundleError(
             f"expected a bundle for {manifest.backend} {installed}, which is installed, got one for {built}; "
             "build it again"
         )
+    device, (_, _, targets) = manifest.device_type, manifest.device.partition("-")
+    support = backend.support(device)
+    if not support.can_run:
+        raise BackendUnavailable(f"{manifest.backend} engines cannot run here: {support.reason}")
+    here = fastcache_engines.device_here(device)
+    if targets != "any" and here not in [f"{device}-{target}" for target in targets.split("+")]:
+        raise BackendUnavailable(
+            f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine"
+        )
+
+
+def measure_here(folder: Path, manifest: Manifest) -> Parity:
+    """How far a checked bundle's engines are from the model and from each other, measured now."""
+    backend, entries = fastcache_engines.backend(manifest.backend), manifest.engines
+    full, shallow = (folder / entries[role].file for role in ("full", "shallow"))
+    options = LoadOptions(manifest.device_type, entries["full"].dtype)
+    return measure_parity(backend, full, shallow, folder / REFERENCE, options)
 
 
 class Runtime:
@@ -44,6 +62,8 @@ class Runtime:
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         check_here(bundle.manifest)
         self.bundle, self.manifest, self._threads = bundle, bundle.manifest, threads
+        self.device = bundle.manifest.device_type
+        self._workspace = Workspace(self.device)
         self._pool: BufferPool | None = None
 
     @cached_property
@@ -63,9 +83,9 @@ class Runtime:
         return self._load("vae_decoder")
 
     def _load(self, role: Role) -> Engine:
-        return fastcache_engines.backend(self.manifest.backend).load(
-            self.bundle.engine_path(role), threads=self._threads
-        )
+        path, entry = self.bundle.engine_path(role), self.manifest.engines[role]
+        options = LoadOptions(self.device, entry.dtype, self._threads, self._workspace)
+        return fastcache_engines.backend(self.manifest.backend).load(path, options)
 
     def pool(self, *, batch: int, guided: bool, num_calls: int) -> BufferPool:
         """The buffers for a run, those of the run before where they fit.
@@ -82,7 +102,13 @@ class Runtime:
         if pool is None or (pool.batch, pool.halves) != (batch, halves) or pool.num_calls < num_calls:
             channels = self.manifest.model.latent_channels
             pool = BufferPool(
-                self.full, self.shallow, batch=batch, halves=halves, num_calls=num_calls, channels=channels
+                self.full,
+                self.shallow,
+                batch=batch,
+                halves=halves,
+                num_calls=num_calls,
+                channels=channels,
+                device=self.device,
             )
             self._pool = pool
         return pool
@@ -93,6 +119,6 @@ def run_once(engine: Engine, inputs: Mapping[str, Tensor]) -> Tensor:
     rows = next(iter(inputs.values())).shape[0]
     (spec,) = engine.outputs
     sizes = [size if isinstance(size, int) else rows for size in spec.shape]
-    output = torch.empty(sizes, dtype=getattr(torch, spec.dtype))
+    output = torch.empty(sizes, dtype=getattr(torch, spec.dtype), device=next(iter(inputs.values())).device)
     engine.bind({**inputs, spec.name: output}).run()
     return output

@@ -1,53 +1,57 @@
 """Arms (PyTorch eager, the DeepCache package, torch.compile, engines with and without caching) -> times side by side.
 
-The torch arms run in one process and the engine arms in another, so that each has its own memory and threads; the arms
-take turns, round by round, so that whatever else the machine does hits all of them alike.
+The arms take turns, round by round, so that whatever else the machine does hits all of them alike.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastcache
 from fastcache.bundle import Bundle
 from fastcache.compile.models import SourceModel, find_model
-from fastcache.study.arms import GUIDANCE_SCALE, Arm, BenchSettings, LoopTimes, serve
+from fastcache.study.arms import GUIDANCE_SCALE, TORCH, Arm, BenchSettings
+from fastcache.study.lineup import BundleKey, Lineup
+from fastcache.study.loops import LoopTimes, Task
+from fastcache.study.machine import environment, gpus, load_average
 from fastcache.study.quality import psnr_db
+from fastcache.study.work import geometry
+from fastcache.study.workers import ArmFailed, Job, Workers
 
 PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm's medians over the repeats; `skipped` says why there are none."""
+    """An arm's medians over the repeats; `skipped` says why there are none.
+
+    `build_s` is what making an engine took, and for torch.compile its first U-Net call, in which it compiles.
+    `latents_error_vs_eager` is the largest difference over the largest latent; none where a latent is not finite.
+    """
 
     name: str
     backend: str | None = None
     dtype: str | None = None
+    cache_interval: int | None = None
+    branch_id: int | None = None
     loop_ms_p50: float | None = None
     loop_ms_p90: float | None = None
     full_step_ms_p50: float | None = None
     shallow_step_ms_p50: float | None = None
     overhead_ms_per_step: float | None = None
     speedup_vs_eager: float | None = None
+    speedup_vs_deepcache: float | None = None
     psnr_db_vs_eager: float | None = None
+    latents_error_vs_eager: float | None = None
+    latents_finite: bool | None = None
     peak_bytes: int | None = None
+    build_s: float | None = None
     skipped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -56,136 +60,167 @@ class ArmResult:
         return {name: value for name, value in asdict(self).items() if name != "skipped"}
 
 
-def run_bench(bundle: Bundle, settings: BenchSettings, say: Callable[[str], None]) -> list[ArmResult]:
+@dataclass(frozen=True)
+class Measured:
+    """A benchmark's outcome: an arm's result each, and what the measuring itself did and met.
+
+    `references` names the arms that speed-ups are against. `reloads` counts the processes that were ended for want of
+    memory and started again. `machine` is what it was like around the measuring: the load before it, which a quiet
+    machine has near 0, and the GPUs before and after.
+    """
+
+    results: tuple[ArmResult, ...]
+    references: Mapping[str, str | None]
+    reloads: int
+    machine: Mapping[str, Any]
+
+
+def run_bench(
+    settings: BenchSettings, lineup: Lineup, bundles: Mapping[BundleKey, Bundle], say: Callable[[str], None]
+) -> Measured:
     """Warm up and time every arm, one round after the other."""
     model = find_model(settings.model, random_weights=settings.random_weights)
-    inputs = make_inputs(bundle, model, settings)
-    runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in settings.arms}
-    skipped: dict[Arm, str] = {arm: reason for arm in settings.arms if (reason := _missing(arm))}
-    with _Workers(settings, inputs) as workers:
-        for i in range(settings.warmup + settings.repeats):
-            warm = i < settings.warmup
-            say(f"{'warm-up' if warm else 'round'} {i + 1 if warm else i + 1 - settings.warmup}")
-            for arm in settings.arms:
-                if arm in skipped:
+    on_gpu, machine = settings.device == "cuda", dict[str, Any](load_average_before=load_average())
+    before = gpus() if on_gpu else []
+    jobs = _jobs(settings, model, lineup, bundles)
+    # Arms of one process follow each other, so that a process is not ended and started again within a round.
+    order = [arm for key in jobs for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
+    runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in order}
+    first: dict[Arm, LoopTimes] = {}
+    skipped = dict(lineup.skipped)
+    with Workers(jobs, _worker_of) as workers:
+        for i in range(-max(settings.warmup, 1), settings.repeats):
+            say(f"warm-up {settings.warmup + i + 1}" if i < 0 else f"round {i + 1} of {settings.repeats}")
+            for arm in order:
+                # torch.compile compiles at its first call, whatever the number of warm-up rounds.
+                if arm in skipped or (i < -settings.warmup and arm.kind != "compile"):
                     continue
                 try:
-                    times = workers.run(arm)
+                    times = workers.run(arm, timed=i >= 0)
                 except ArmFailed as error:
                     skipped[arm] = str(error)
                     continue
-                if not warm:
+                first.setdefault(arm, times)
+                if i >= 0:
                     runs[arm].append(times)
-    pictures: Mapping[str, Tensor] = (
-        {} if model.random_weights else _decode(model, {arm: r[-1].latents for arm, r in runs.items() if r})
+    ran = {arm: own for arm, own in runs.items() if own and arm not in skipped}
+    results = {arm: _summary(arm, own, _build_s(arm, first[arm], bundles)) for arm, own in ran.items()}
+    latents = {arm: own[-1].latents for arm, own in ran.items()}
+    pictures = {} if model.random_weights else _decode(model, latents)
+    eager = next((a for a in ran if (a.kind, a.dtype) == ("eager", "fp32")), None) or _first(ran, "eager")
+    return Measured(
+        tuple(
+            ArmResult(arm.name, skipped=skipped[arm])
+            if arm in skipped
+            else _compared(arm, results, (eager, _deepcache_of(arm, ran)), latents, pictures)
+            for arm in lineup.arms
+        ),
+        {kind: arm.name if arm else None for kind, arm in (("eager", eager), ("deepcache", _first(ran, "deepcache")))},
+        workers.reloads,
+        machine | ({"gpus": {"before": before, "after": gpus()}} if on_gpu else {}),
     )
-    results = [
-        ArmResult(arm, skipped=skipped[arm]) if arm in skipped else _summary(arm, runs[arm], bundle, settings)
-        for arm in settings.arms
-    ]
-    return [_against_eager(result, results, pictures) for result in results]
 
 
-def document(bundle: Bundle, settings: BenchSettings, results: Sequence[ArmResult]) -> dict[str, Any]:
+def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measured: Measured) -> dict[str, Any]:
     """A benchmark as JSON: the machine, what was asked for, and each arm's figures."""
-    random = bundle.manifest.model.random_weights
     conditions = {
+        "arms": [result.name for result in measured.results],
         "guidance_scale": GUIDANCE_SCALE,
-        "build_seconds": bundle.manifest.build_seconds,
-        "bundle_sha256": bundle.manifest.bundle_sha256,
-        "quality": "random weights: no quality figure" if random else "PSNR of the decoded images",
+        "references": dict(measured.references),
+        "reloads": measured.reloads,
+        "bundles": [
+            {
+                "name": bundle.path.name,
+                "backend": bundle.manifest.backend,
+                "dtype": bundle.manifest.dtype,
+                "branch_id": bundle.manifest.branch_id,
+                "bundle_sha256": bundle.manifest.bundle_sha256,
+                "build_seconds": bundle.manifest.build_seconds,
+            }
+            for bundle in bundles.values()
+        ],
+        "quality": "random weights: no quality figure" if settings.random_weights else "PSNR of the decoded images",
     }
     return {
-        "environment": environment(settings.threads),
+        "environment": {**environment(settings.threads), **measured.machine},
         "settings": {**asdict(settings), **conditions},
-        "arms": [result.to_json() for result in results],
+        "arms": [result.to_json() for result in measured.results],
     }
 
 
-def make_inputs(bundle: Bundle, model: SourceModel, settings: BenchSettings) -> dict[str, Tensor]:
+def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor]:
     """The conditioning and the noise that all arms share: a real prompt for a real model, else seeded random rows.
 
     Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first; `latents`
     (N, C, h, w).
     """
-    manifest, generator = bundle.manifest, torch.Generator().manual_seed(0)
-    rows = 2 * settings.batch
-    shape = (settings.batch, manifest.model.latent_channels)
-    scale = manifest.model.vae_scale_factor
-    inputs = {"latents": torch.randn(*shape, settings.height // scale, settings.width // scale, generator=generator)}
-    for spec in manifest.engines["full"].inputs:
-        if spec.name in ("encoder_hidden_states", "text_embeds"):
-            inputs[spec.name] = torch.randn(rows, *(int(size) for size in spec.shape[1:]), generator=generator)
-        elif spec.name == "time_ids":
-            sizes = [settings.height, settings.width, 0, 0, settings.height, settings.width]
-            inputs["time_ids"] = torch.tensor([sizes], dtype=torch.float32).repeat(rows, 1)
+    shapes, generator, rows = geometry(model), torch.Generator().manual_seed(0), 2 * settings.batch
+    size = settings.height // shapes.scale, settings.width // shapes.scale
+    inputs = {"latents": torch.randn(settings.batch, shapes.latent_channels, *size, generator=generator)}
     if "text" in model.components:
         tokenizer, encoder = model.load_tokenizer(), model.load_text_encoder()
         texts = [""] * settings.batch + [PROMPT] * settings.batch
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
             inputs["encoder_hidden_states"] = encoder(ids).last_hidden_state
+    else:
+        text = torch.randn(rows, shapes.tokens, shapes.text_width, generator=generator)
+        inputs["encoder_hidden_states"] = text
+    if shapes.pooled_width is not None:
+        inputs["text_embeds"] = torch.randn(rows, shapes.pooled_width, generator=generator)
+        sizes = [settings.height, settings.width, 0, 0, settings.height, settings.width]
+        inputs["time_ids"] = torch.tensor([sizes], dtype=torch.float32).repeat(rows, 1)
     return inputs
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
-    packages = ("diffusers", "transformers", "onnxruntime", "DeepCache")
-    versions = {"fastcache": fastcache.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    for name in packages:
-        if importlib.util.find_spec(name) is not None:
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
-        "versions": versions,
-        "commit": _commit(),
-    }
+def _worker_of(arm: Arm) -> str:
+    """Which process an arm runs in: one for the torch arms of each dtype, one for each bundle."""
+    return f"{arm.backend} {arm.dtype}" + (f" branch {arm.branch_id}" if arm.is_engine else "")
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _jobs(
+    settings: BenchSettings, model: SourceModel, lineup: Lineup, bundles: Mapping[BundleKey, Bundle]
+) -> dict[str, Job]:
+    """What each process loads, in the order in which their first arms come."""
+    inputs, jobs = make_inputs(model, settings), dict[str, Job]()
+    weights_bytes = geometry(model).weights_bytes
+    for arm in lineup.arms:
+        if arm in lineup.skipped or _worker_of(arm) in jobs:
+            continue
+        if arm.is_engine:
+            bundle = bundles[arm.bundle_key]
+            task = Task(settings, inputs, arm.dtype, str(bundle.path))
+            jobs[_worker_of(arm)] = Job(task, bundle.manifest.weights_bytes)
+        else:
+            jobs[_worker_of(arm)] = Job(Task(settings, inputs, arm.dtype, None), weights_bytes)
+    return jobs
 
 
-def _commit() -> str | None:
-    root = Path(fastcache.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+def _build_s(arm: Arm, first: LoopTimes, bundles: Mapping[BundleKey, Bundle]) -> float | None:
+    if arm.is_engine:
+        return bundles[arm.bundle_key].manifest.build_seconds
+    return round(first.call_ms[0] / 1e3, 2) if arm.kind == "compile" else None
 
 
-def _missing(arm: Arm) -> str | None:
-    if arm == "deepcache" and importlib.util.find_spec("DeepCache") is None:
-        return "the DeepCache package is not installed; run: pip install 'fastcache[bench]'"
-    return None
-
-
-def _summary(arm: Arm, runs: list[LoopTimes], bundle: Bundle, settings: BenchSettings) -> ArmResult:
+def _summary(arm: Arm, runs: Sequence[LoopTimes], build_s: float | None) -> ArmResult:
     loops = [run.loop_ms for run in runs]
     full = [ms for run in runs for ms, is_full in zip(run.call_ms, run.full, strict=True) if is_full]
     shallow = [ms for run in runs for ms, is_full in zip(run.call_ms, run.full, strict=True) if not is_full]
     overheads = [(run.loop_ms - sum(run.call_ms)) / len(run.call_ms) for run in runs]
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return ArmResult(
-        name=arm,
-        backend=bundle.manifest.backend if arm.startswith("engine") else "torch",
-        dtype=settings.dtype,
+        name=arm.name,
+        backend=arm.backend if arm.is_engine else TORCH,
+        dtype=arm.dtype,
+        cache_interval=arm.cache_interval,
+        branch_id=arm.branch_id,
         loop_ms_p50=round(statistics.median(loops), 3),
         loop_ms_p90=round(_percentile(loops, 0.9), 3),
         full_step_ms_p50=round(statistics.median(full), 3),
         shallow_step_ms_p50=round(statistics.median(shallow), 3) if shallow else None,
         overhead_ms_per_step=round(statistics.median(overheads), 4),
         peak_bytes=max(peaks, default=None),
+        build_s=build_s,
     )
 
 
@@ -194,19 +229,54 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _against_eager(result: ArmResult, results: list[ArmResult], pictures: Mapping[str, Tensor]) -> ArmResult:
-    eager = next((r for r in results if r.name == "eager" and r.loop_ms_p50 is not None), None)
-    if eager is None or eager.loop_ms_p50 is None or result.loop_ms_p50 is None:
-        return result
-    ratio = round(eager.loop_ms_p50 / result.loop_ms_p50, 3)
-    reference, own = pictures.get("eager"), pictures.get(result.name)
-    if reference is None or own is None or result.name == "eager":
-        return replace(result, speedup_vs_eager=ratio)
-    psnr = psnr_db(own, reference)
-    return replace(result, speedup_vs_eager=ratio, psnr_db_vs_eager=round(min(psnr, 200.0), 2))
+def _first(arms: Mapping[Arm, Any], kind: str) -> Arm | None:
+    return next((arm for arm in arms if arm.kind == kind), None)
 
 
-def _decode(model: SourceModel, latents: Mapping[Arm, Tensor]) -> dict[str, Tensor]:
+def _deepcache_of(arm: Arm, ran: Mapping[Arm, Any]) -> Arm | None:
+    """The DeepCache arm to compare with: one that caches as this arm does, or else the first."""
+    theirs = [other for other in ran if other.kind == "deepcache"]
+    alike = [o for o in theirs if (o.cache_interval, o.branch_id) == (arm.cache_interval, arm.branch_id)]
+    return next(iter(alike or theirs), None)
+
+
+def _compared(
+    arm: Arm,
+    results: Mapping[Arm, ArmResult],
+    references: tuple[Arm | None, Arm | None],
+    latents: Mapping[Arm, Tensor],
+    pictures: Mapping[Arm, Tensor],
+) -> ArmResult:
+    """The arm's result with what it gains over eager and DeepCache, and how far what it draws is from eager's."""
+    eager, deepcache = references
+    own, psnr, error = results[arm], None, None
+    if eager is not None and eager != arm:
+        if {eager, arm} <= pictures.keys():
+            psnr = _finite(min(psnr_db(pictures[arm], pictures[eager]), 200.0), 2)
+        difference = (latents[arm] - latents[eager]).abs().max() / latents[eager].abs().max()
+        error = _finite(difference.item(), 8)
+    return replace(
+        own,
+        speedup_vs_eager=_speedup(own, results.get(eager) if eager else None),
+        speedup_vs_deepcache=_speedup(own, results.get(deepcache) if deepcache else None),
+        psnr_db_vs_eager=psnr,
+        latents_error_vs_eager=error,
+        latents_finite=bool(torch.isfinite(latents[arm]).all()),
+    )
+
+
+def _finite(value: float, digits: int) -> float | None:
+    """A figure that JSON can hold."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def _speedup(own: ArmResult, reference: ArmResult | None) -> float | None:
+    if reference is None or reference.loop_ms_p50 is None or own.loop_ms_p50 is None:
+        return None
+    return round(reference.loop_ms_p50 / own.loop_ms_p50, 3)
+
+
+def _decode(model: SourceModel, latents: Mapping[Arm, Tensor]) -> dict[Arm, Tensor]:
     if "vae" not in model.components:
         return {}
     vae: Any = model.load_vae()
@@ -214,43 +284,3 @@ def _decode(model: SourceModel, latents: Mapping[Arm, Tensor]) -> dict[str, Tens
         return {
             arm: (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) for arm, x in latents.items()
         }
-
-
-class ArmFailed(RuntimeError):
-    """An arm cannot run here; the message is the reason."""
-
-
-class _Workers:
-    """One process for the torch arms and one for the engine arms, each started when an arm first needs it."""
-
-    def __init__(self, settings: BenchSettings, inputs: dict[str, Tensor]) -> None:
-        self._arguments = settings, inputs
-        self._started: dict[bool, tuple[Any, Connection]] = {}
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process, pipe in self._started.values():
-            pipe.close()
-            process.join(timeout=10)
-            process.kill()
-
-    def run(self, arm: Arm) -> LoopTimes:
-        of_engines = arm.startswith("engine")
-        if of_engines not in self._started:
-            context = multiprocessing.get_context("spawn")
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, of_engines, *self._arguments), daemon=True)
-            process.start()
-            there.close()
-            self._started[of_engines] = process, here
-        pipe = self._started[of_engines][1]
-        try:
-            pipe.send(arm)
-            answer = pipe.recv()
-        except (EOFError, BrokenPipeError):
-            raise ArmFailed("its process ended, most likely for want of memory") from None
-        if isinstance(answer, str):
-            raise ArmFailed(answer)
-        return answer

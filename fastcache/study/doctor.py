@@ -10,36 +10,57 @@ import torch
 
 import fastcache_engines
 from fastcache.errors import BackendUnavailable
-from fastcache.recipe import Backend
+from fastcache.recipe import Backend, Device
+from fastcache_kernels import launch
 
 
 def examine() -> dict[str, Any]:
-    """Try every backend that the command line knows, and say which one `auto` picks and why."""
-    backends = [_backend(name) for name in get_args(Backend) if name != "auto"]
-    usable = next((b for b in backends if b["can_run"]), None)
+    """Ask every backend what it can do on each device of this machine, and say which one `auto` picks and why."""
+    devices: list[Device] = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    rows = [
+        _backend(name, device)
+        for name in get_args(Backend)
+        if name != "auto"
+        for device in fastcache_engines.backend(name).DTYPES
+    ]
     return {
         "python": platform.python_version(),
-        "device": f"cpu-{platform.machine()}",
+        "device": fastcache_engines.device_here(devices[0]),
         "cuda": torch.cuda.is_available(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fast_bf16": fastcache_engines.fast_bf16(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__},
-        "backends": backends,
-        "kernels": {"source": "torch", "reason": "the CPU loop runs plain PyTorch operations"},
-        "auto": {
-            "backend": usable["name"] if usable else None,
-            "reason": "the first backend of this version that runs here" if usable else "no backend runs here",
-        },
+        "backends": rows,
+        "kernels": _kernels(),
+        "auto": _auto(devices[0]),
     }
 
 
-def _backend(name: str) -> dict[str, Any]:
-    if name not in fastcache_engines.BACKENDS:
-        reason = "not in this version of fastcache"
-        return {"name": name, "can_build": False, "can_run": False, "version": None, "reason": reason}
+def _backend(name: str, device: str) -> dict[str, Any]:
+    backend = fastcache_engines.backend(name)
+    found = backend.support(device)
+    return {
+        "name": name,
+        "device": device,
+        "can_build": found.can_build,
+        "can_run": found.can_run,
+        "version": found.version,
+        "dtypes": list(backend.DTYPES[device]),
+        "reason": found.reason,
+    }
+
+
+def _kernels() -> dict[str, str]:
+    """Where the kernels would come from; the loop runs their plain PyTorch meaning, for none has been shown to win."""
+    source, reason = launch.source()
+    return {"used": "torch", "source": source, "reason": reason}
+
+
+def _auto(device: Device) -> dict[str, Any]:
     try:
-        version = fastcache_engines.backend(name).version()
+        name, reason = fastcache_engines.choose(device, "fp32")
     except BackendUnavailable as error:
-        return {"name": name, "can_build": False, "can_run": False, "version": None, "reason": str(error)}
-    return {"name": name, "can_build": True, "can_run": True, "version": version, "reason": "ready, on the CPU in fp32"}
+        return {"backend": None, "device": device, "reason": str(error)}
+    return {"backend": name, "device": device, "reason": reason}

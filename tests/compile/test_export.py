@@ -59,7 +59,7 @@ def inputs_of(cut_name: str, unet: torch.nn.Module, batch: int) -> export.Inputs
 
 def save(cut: Cut, inputs: export.Inputs, folder: Path) -> int:
     parts = export.exportable_unet(cut, inputs)
-    return export.save_graphs([(f"{part.role}.onnx", export.export(part)) for part in parts], folder, "unet.weights")
+    return export.save_graphs([(f"{part.role}.onnx", export.export(part)[0]) for part in parts], folder, "unet.weights")
 
 
 @pytest.mark.parametrize(("name", "branch_id"), CASES)

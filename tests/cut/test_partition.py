@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -28,6 +30,44 @@ def test_full_and_shallow_equal_the_unet(name: str, branch_id: int) -> None:
     assert torch.equal(cut.shallow(*args, cached_feature, **kwargs), expected)
     # The shallow pass really depends on the feature it is given, and not on a full pass of its own.
     assert not torch.equal(cut.shallow(*args, cached_feature + 1, **kwargs), expected)
+
+
+@pytest.mark.parametrize(("name", "branch_id"), BRANCHES)
+@torch.no_grad()
+def test_the_projected_cut_equals_the_unet(name: str, branch_id: int) -> None:
+    """Section 7 of the design: exact but for the order in which sums are taken."""
+    unet = small_unet(name).double()
+    args, kwargs = example(unet)
+    args = tuple(double(value) for value in args)
+    kwargs = {key: double(value) for key, value in kwargs.items()}
+    cut = partition_unet(unet, branch_id, "auto")
+    if cut.kind == "plain":
+        with pytest.raises(PartitionError, match=f"got branch {branch_id}: .*; use cut plain"):
+            partition_unet(unet, branch_id, "projected")
+        return
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    expected = unet(*args, **kwargs, return_dict=False)[0]
+    noise_pred, *cached = cut.full(*args, **kwargs)
+    torch.testing.assert_close(noise_pred, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+    stride = cut.feature_stride
+    assert [tuple(c.shape) for c in cached] == [(2, n, 16 // stride, 16 // stride) for n in cut.cached.values()]
+    assert torch.equal(cut.shallow(*args, *cached, **kwargs), noise_pred)
+    for changed in ((cached[0].flip(-1), cached[1]), (cached[0], cached[1].flip(-1))):  # a norm undoes a shift
+        assert not torch.allclose(cut.shallow(*args, *changed, **kwargs), noise_pred)
+    assert all(torch.equal(before[key], value) for key, value in unet.state_dict().items())
+
+
+def double(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: double(tensor) for name, tensor in value.items()}
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def test_most_cuts_can_be_projected() -> None:
+    """SD1.5's groups of 20 channels end at its branch 0's 320; at branch 3 groups of 30 straddle 640."""
+    kinds = {branch: partition_unet(small_unet("sd15"), branch, "auto").kind for branch in range(12)}
+    assert kinds[0] == "projected"
+    assert "projected" in kinds.values()
 
 
 @pytest.mark.parametrize("branch_id", range(12))

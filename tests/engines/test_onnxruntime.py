@@ -161,8 +161,8 @@ def test_a_graph_that_onnxruntime_refuses(tmp_path: Path) -> None:
 
 
 def test_a_backend_of_another_name() -> None:
-    with pytest.raises(BackendUnavailable, match=r"expected a backend of this version .*, got 'tensorrt'"):
-        fastcache_engines.backend("tensorrt")
+    with pytest.raises(BackendUnavailable, match=r"expected a backend of this version .*, got 'tvm'"):
+        fastcache_engines.backend("tvm")
 
 
 def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_full_and_shallow_share_one_feature_buffer(tiny_bundle: Bundle) -> None:
         tensors["noise_pred"].fill_(torch.nan)
         shallow.run()
         torch.testing.assert_close(tensors["noise_pred"], expected, rtol=0, atol=1e-5 * scale)
-    tensors["cached_feature"].add_(1)
+    tensors["cached_feature"].neg_()  # a norm would undo a shift
     shallow.run()
     assert not torch.allclose(tensors["noise_pred"], expected, rtol=0, atol=1e-3 * scale)
     assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == places

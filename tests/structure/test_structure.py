@@ -22,8 +22,10 @@ PACKAGES = (
     ROOT / "kernels" / "fastcache_kernels",
 )
 HEAVY = (
+    "DeepCache",
     "diffusers",
     "fastapi",
+    "matplotlib",
     "onnxruntime",
     "openvino",
     "ray",

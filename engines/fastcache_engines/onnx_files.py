@@ -1,0 +1,63 @@
+"""What every backend that reads ONNX files asks of them: that their weights lie beside them, and what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What an ONNX file says of itself: its nodes by operator, most frequent first, and its operator sets' versions."""
+
+    nodes: int
+    operators: dict[str, int]
+    opsets: dict[str, int]
+    ir_version: int
+
+
+def describe(path: Path) -> GraphFacts:
+    """What is in an ONNX file, its weights not read.
+
+    Raises: `ValueError` for a file that is not ONNX.
+    """
+    model = _read(path)
+    operators = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph.node)
+    opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
+    return GraphFacts(len(model.graph.node), dict(operators.most_common()), opsets, model.ir_version)
+
+
+def _read(path: Path) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's decode errors and OS errors share no base class
+        raise ValueError(f"{path.name} is not a readable ONNX file: {str(error).splitlines()[0]}") from error
+
+
+def refuse_outside_weights(path: Path) -> None:
+    """External data may name any path (CVE-2024-27318 and its kin): only plain names beside the graph are let in.
+
+    Raises: `ValueError` for weights anywhere else, or a file that is not ONNX.
+    """
+    model = _read(path)
+    for location in sorted(external_locations(model)):
+        file = path.parent / location
+        if Path(location).name != location or file.is_symlink() or not file.is_file():
+            raise ValueError(f"expected the weights of {path.name} in a file beside it, got {location!r}")
+
+
+def external_locations(message: Any) -> set[str]:
+    """Every place that a tensor anywhere in the model says its data is: in subgraphs and functions, and said twice."""
+    found: set[str] = set()
+    for field, value in message.ListFields():
+        if field.name == "external_data":
+            found |= {entry.value for entry in value if entry.key == "location"}
+        elif field.message_type is not None:
+            for part in value if isinstance(value, Sequence) else (value,):
+                found |= external_locations(part)
+    return found
