@@ -6,6 +6,7 @@ and is ended with all that it has started when the time is up. Knows nothing abo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,11 +116,9 @@ def end_with_parent() -> None:
 
 def end_session(child: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, and whatever of its session is still running."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    child.wait()
+    child.communicate()
 
 
 def last_lines(file: Path) -> list[str]:

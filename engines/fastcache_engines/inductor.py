@@ -102,6 +102,28 @@ def build(graphs: Mapping[str, Program], folder: Path, options: BuildOptions) ->
     return _inductor_build.build(graphs, folder, options)
 
 
+@dataclass(frozen=True)
+class PackageFacts:
+    """What the file of weights says of a package: for which torch, device, vector instructions or GPU, and how much."""
+
+    torch: str
+    device: str
+    isa: str
+    compute_capability: str | None
+    max_rows: int | None
+    constants: int
+
+
+def describe(path: Path) -> PackageFacts:
+    """What is known of a package without loading it.
+
+    Raises: `ValueError` where its weights' description is missing or damaged.
+    """
+    package, _ = find_package(path)
+    capability, constants = package.compute_capability, len(package.constants)
+    return PackageFacts(package.torch, package.device, package.isa, capability, package.max_rows, constants)
+
+
 def load(path: Path, options: LoadOptions = LoadOptions()) -> InductorEngine:
     """An engine from a package and the weights beside it.
 

@@ -6,14 +6,17 @@ side finds the model, decides what `auto` means, watches the child and moves the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -192,6 +195,22 @@ def _same_bundle(folder: Path, job: Job) -> Bundle | None:
         return None
 
 
+def _lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """What a child prints, until it ends. A process it was starting when it was killed may hold the pipe for ever."""
+    if child.stdout is None:
+        return
+    rest = b""
+    while True:
+        if select.select([child.stdout], [], [], 0.2)[0]:
+            data = os.read(child.stdout.fileno(), 65536)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+        elif child.poll() is not None:
+            return
+
+
 def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
     """Run the build in a child that ends when this process does (its standard input closes)."""
     order = json.dumps([job.recipe.model_dump(mode="json"), job.key, str(folder)])
@@ -200,19 +219,22 @@ def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
     # Errors go to a file: a pipe that nobody reads until the end would stop the child once it is full.
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        ) as child,
     ):
         try:
-            for line in child.stdout or ():
+            for line in _lines(child):
                 event = json.loads(line)
                 if "error" in event:
                     error = event
                 else:
                     progress(event["progress"])
             child.wait()  # before its standard input closes, which would end it
-        except BaseException:
-            child.kill()
-            raise
+        finally:
+            if child.returncode != 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # with whatever it started
         log.seek(0)
         details = log.read()
     if error is not None:

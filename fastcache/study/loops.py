@@ -85,8 +85,6 @@ class TorchArms:
     """diffusers' own pipeline over latents, plain, compiled, or with the DeepCache package's helper."""
 
     def __init__(self, task: Task) -> None:
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
         self.settings, device, dtype = task.settings, task.settings.device, TORCH_DTYPES[task.dtype]
         self.inputs = {name: tensor.to(device, dtype) for name, tensor in task.inputs.items()}
         model = find_model(self.settings.model, random_weights=self.settings.random_weights)
@@ -95,15 +93,8 @@ class TorchArms:
         if channels != unet.config.out_channels:
             raise ValueError(f"diffusers' text-to-image pipeline does not run a U-Net of {channels} channels")
         unet = unet.to(device, dtype)
-        pipeline: Any = StableDiffusionXLPipeline if "text_embeds" in self.inputs else StableDiffusionPipeline
-        missing = ["vae", "text_encoder", "tokenizer"]
-        missing += (
-            ["text_encoder_2", "tokenizer_2"]
-            if "text_embeds" in self.inputs
-            else ["safety_checker", "feature_extractor"]
-        )
         scheduler = make_scheduler(self.settings.sampler, model.scheduler)
-        self.pipe: Any = pipeline(unet=unet, scheduler=scheduler, **dict.fromkeys(missing))
+        self.pipe = _pipeline(unet, scheduler, sdxl="text_embeds" in self.inputs)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet, self._compiled = unet, None
 
@@ -156,6 +147,16 @@ class TorchArms:
             latents=self.inputs["latents"],
             output_type="latent",
         ).images
+
+
+def _pipeline(unet: Any, scheduler: Any, *, sdxl: bool) -> Any:
+    """diffusers' text-to-image pipeline with nothing in it but a U-Net and a scheduler."""
+    import diffusers
+
+    kind: Any = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    missing = ("text_encoder_2", "tokenizer_2") if sdxl else ("safety_checker", "feature_extractor")
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *missing))
+    return kind(unet=unet, scheduler=scheduler, **parts)
 
 
 class EngineArms:

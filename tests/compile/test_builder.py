@@ -23,7 +23,7 @@ import fastcache
 from fastcache import BackendUnavailable, BuildError, Bundle, PartitionError, Recipe
 from fastcache.bundle import open_bundle
 from fastcache.compile import worker
-from fastcache.compile.builder import resolve
+from fastcache.compile.builder import _lines, resolve
 from fastcache.compile.models import find_model
 
 BUILD = """
@@ -179,6 +179,14 @@ def test_a_killed_worker_leaves_nothing(tiny_model: Path, tmp_path: Path) -> Non
     with pytest.raises(BuildError, match=rf"ended with signal 9 .* nothing was left in {tmp_path}"):
         fastcache.build_engines(tiny_model, output=tmp_path / "out", components=("unet",), progress=kill)
     assert names(tmp_path) == [".out.lock"]
+
+
+def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_builder() -> None:
+    """A worker killed while it starts a process of its own leaves one that waits for ever, the pipe in its hands."""
+    command = ["sh", "-c", "sleep 3600 & echo one; echo two"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
+        assert list(_lines(child)) == [b"one", b"two"]
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def test_an_interrupted_build_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,16 @@ def test_engines_are_what_the_manifest_says(bundle: Bundle, engines: Engines) ->
         assert [(s.name, s.dtype, s.shape[1:]) for s in engine.outputs] == [
             (s.name, s.dtype, s.shape[1:]) for s in entry.outputs
         ]
+
+
+def test_engine_files_are_described_without_being_loaded(bundle: Bundle) -> None:
+    describe = fastcache_engines.backend(bundle.manifest.backend).describe
+    facts = {role: dataclasses.asdict(describe(bundle.engine_path(role))) for role in bundle.manifest.engines}
+    assert set(facts) == {"full", "shallow", "text_encoder", "vae_decoder"}
+    json.dumps(facts)
+    assert all(facts.values())
+    with pytest.raises(ValueError, match="none"):
+        describe(bundle.path / "none.engine")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])

@@ -176,7 +176,6 @@ def test_a_bundle_that_cannot_be_built_skips_its_own_arms_only(
 ARMS = (
     "eager",
     "deepcache",
-    "eager:bf16",
     "engine:onnxruntime",
     "engine+cache:onnxruntime",
     "engine+cache:openvino:bf16",
@@ -228,10 +227,9 @@ def test_pictures_are_compared_with_eager_in_fp32(outcome: dict[str, Any]) -> No
     psnr = {name: arm["psnr_db_vs_eager"] for name, arm in ran(outcome).items()}
     assert psnr["eager"] is None
     assert psnr["engine:onnxruntime"] > 80
-    assert 25 < psnr["eager:bf16"] < psnr["engine:onnxruntime"]
     assert psnr["engine+cache:onnxruntime"] == pytest.approx(psnr["deepcache"], abs=0.5)
     errors = {name: arm["latents_error_vs_eager"] for name, arm in ran(outcome).items()}
-    assert errors["engine:onnxruntime"] < 1e-4 < errors["eager:bf16"] < 0.2
+    assert errors["engine:onnxruntime"] < 1e-4 < errors["deepcache"]
     assert all(arm["latents_finite"] for arm in ran(outcome).values())
 
 
@@ -300,7 +298,8 @@ def test_what_does_not_fit_is_ended_and_loaded_again_and_what_fails_says_why(tin
         assert torch.equal(first.latents, workers.run(eager, timed=True).latents)
         assert workers.reloads == 0
 
-        workers.run(other, timed=False)
+        in_bf16 = workers.run(other, timed=False).latents
+        assert 1e-4 < (in_bf16 - first.latents).abs().max() / first.latents.abs().max() < 0.2
         assert workers.reloads == 0
         assert len(multiprocessing.active_children()) == 1
         again = workers.run(eager, timed=True)
