@@ -85,24 +85,9 @@ def run_bench(
     jobs = _jobs(settings, model, lineup, bundles)
     # Arms of one process follow each other, so that a process is not ended and started again within a round.
     order = [arm for key in jobs for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
-    runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in order}
-    first: dict[Arm, LoopTimes] = {}
-    skipped = dict(lineup.skipped)
     with Workers(jobs, _worker_of) as workers:
-        for i in range(-max(settings.warmup, 1), settings.repeats):
-            say(f"warm-up {settings.warmup + i + 1}" if i < 0 else f"round {i + 1} of {settings.repeats}")
-            for arm in order:
-                # torch.compile compiles at its first call, whatever the number of warm-up rounds.
-                if arm in skipped or (i < -settings.warmup and arm.kind != "compile"):
-                    continue
-                try:
-                    times = workers.run(arm, timed=i >= 0)
-                except ArmFailed as error:
-                    skipped[arm] = str(error)
-                    continue
-                first.setdefault(arm, times)
-                if i >= 0:
-                    runs[arm].append(times)
+        runs, first, failed = _run_rounds(settings, order, workers, say)
+    skipped = {**lineup.skipped, **failed}
     ran = {arm: own for arm, own in runs.items() if own and arm not in skipped}
     results = {arm: _summary(arm, own, _build_s(arm, first[arm], bundles)) for arm, own in ran.items()}
     latents = {arm: own[-1].latents for arm, own in ran.items()}
@@ -119,6 +104,31 @@ def run_bench(
         workers.reloads,
         machine | ({"gpus": {"before": before, "after": gpus()}} if on_gpu else {}),
     )
+
+
+def _run_rounds(
+    settings: BenchSettings, order: Sequence[Arm], workers: Workers, say: Callable[[str], None]
+) -> tuple[dict[Arm, list[LoopTimes]], dict[Arm, LoopTimes], dict[Arm, str]]:
+    """Each arm's timed runs, its first run, and why some arms failed."""
+    runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in order}
+    first: dict[Arm, LoopTimes] = {}
+    failed: dict[Arm, str] = {}
+    # torch.compile compiles at its first call, whatever the number of warm-up rounds.
+    untimed = max(settings.warmup, int(any(arm.kind == "compile" for arm in order)))
+    for i in range(-untimed, settings.repeats):
+        say(f"warm-up {untimed + i + 1} of {untimed}" if i < 0 else f"round {i + 1} of {settings.repeats}")
+        for arm in order:
+            if arm in failed or (i < -settings.warmup and arm.kind != "compile"):
+                continue
+            try:
+                times = workers.run(arm, timed=i >= 0)
+            except ArmFailed as error:
+                failed[arm] = str(error)
+                continue
+            first.setdefault(arm, times)
+            if i >= 0:
+                runs[arm].append(times)
+    return runs, first, failed
 
 
 def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measured: Measured) -> dict[str, Any]:
