@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import fastcache
 from fastcache.demo import MODEL_DIRECTORY, reader
 from fastcache.demo.scenes import (
     BACKGROUNDS,
@@ -271,7 +272,7 @@ def train_unet(
         log(i, loss.item())
         if i % 250 == 0:
             export(vae, average["text"], tokenizer, average["unet"], work / "latest")
-            score = measure(work / "latest", count=32, steps=20)
+            score = measure(plain_pipeline(work / "latest"), count=32, steps=20)
             typer.echo(f"unet {i:6d}  {score:.1%} of 32 held-out prompts, 20 steps", err=True)
     return average["unet"], average["text"]
 
@@ -293,15 +294,20 @@ def export(
     pipe.save_pretrained(output, safe_serialization=True)
 
 
-def measure(model: Path, count: int, steps: int) -> float:
-    """The share of held-out prompts whose image shows every attribute asked for (DDIM, guidance 4)."""
-    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+def plain_pipeline(model: Path) -> Any:
+    """diffusers' own pipeline, in float32."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def measure(pipe: Any, count: int, steps: int, batch: int = 32) -> float:
+    """The share of held-out prompts whose image, drawn by diffusers' pipeline or a bundle's, shows all they ask for."""
     right = 0
     scenes = held_out_scenes(count)
-    for start in range(0, count, 32):
-        part = scenes[start : start + 32]
+    for start in range(0, count, batch):
+        part = scenes[start : start + batch]
         generators = [torch.Generator().manual_seed(start + k) for k in range(len(part))]
         images = pipe(
             [s.caption() for s in part],
@@ -347,10 +353,17 @@ def train_command(
 
 @app.command("measure")
 def measure_command(
-    model: Annotated[Path, typer.Argument()] = MODEL_DIRECTORY, count: int = 200, steps: int = 50
+    model: Annotated[Path, typer.Argument()] = MODEL_DIRECTORY,
+    engines: Annotated[Path | None, typer.Option(help="Draw with this bundle instead, uncached.")] = None,
+    count: int = 200,
+    steps: int = 50,
 ) -> None:
     """Say for how many held-out prompts the image shows every attribute asked for, as `reader.py` reads it."""
-    share = measure(model, count=count, steps=steps)
+    if engines is None:
+        share = measure(plain_pipeline(model), count, steps)
+    else:
+        pipe = fastcache.load(engines)
+        share = measure(pipe, count, steps, pipe.bundle.manifest.profiles["batch"].max)
     typer.echo(
         f"{share:.1%} of {count} held-out prompts show every attribute asked for ({steps} DDIM steps, guidance 4)"
     )
