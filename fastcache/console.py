@@ -39,6 +39,10 @@ def end(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def debug_asked() -> bool:
+    return "--debug" in sys.argv[1:]
+
+
 def quiet_libraries() -> None:
     """Other libraries' warnings and progress bars are not for a user of this one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # in the environment, so that workers inherit it

@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "device_here",
     "fast_bf16",
+    "refuse_targets",
 ]
 
 # A backend's name -> its module here.
@@ -154,6 +155,10 @@ class Backend(Protocol):
         """The installed version. Raises: `BackendUnavailable`, saying what to install."""
         ...
 
+    def check_targets(self, compute_capability: Sequence[str]) -> None:
+        """Raise `ValueError` for GPUs that engines cannot be built for here."""
+        ...
+
     def build(self, graphs: Mapping[str, Any], folder: Path, options: BuildOptions) -> dict[str, str]:
         """Turn graphs, by role, into engine files in `folder`, and remove what only the build needed.
 
@@ -226,6 +231,15 @@ def fast_bf16() -> bool:
 
     cpu: Any = torch.cpu  # its public get_capabilities is younger than the oldest torch that will do
     return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+def refuse_targets(compute_capability: Sequence[str]) -> None:
+    """`check_targets` of a backend that builds for the machine at hand."""
+    if compute_capability:
+        raise ValueError(
+            "expected no compute capability, for this backend builds for the machine at hand, got "
+            f"{', '.join(compute_capability)}; use tensorrt-rtx"
+        )
 
 
 def device_here(device: str) -> str:

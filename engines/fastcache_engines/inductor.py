@@ -27,6 +27,7 @@ from fastcache_engines import (
     TensorSpec,
     Workspace,
     check_tensors,
+    refuse_targets,
 )
 from fastcache_engines._inductor_weights import (
     Package,
@@ -62,6 +63,9 @@ class Program:
 def version() -> str:
     """The version of torch, to which packages are bound."""
     return torch.__version__
+
+
+check_targets = refuse_targets
 
 
 def support(device: str) -> Support:

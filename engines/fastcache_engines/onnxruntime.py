@@ -18,10 +18,23 @@ from fastcache_engines import (
     Support,
     TensorSpec,
     check_tensors,
+    refuse_targets,
 )
 from fastcache_engines.onnx_files import describe, refuse_outside_weights
 
-__all__ = ["DTYPES", "NAME", "SOURCE", "TYPED", "build", "describe", "evaluate", "load", "support", "version"]
+__all__ = [
+    "DTYPES",
+    "NAME",
+    "SOURCE",
+    "TYPED",
+    "build",
+    "check_targets",
+    "describe",
+    "evaluate",
+    "load",
+    "support",
+    "version",
+]
 
 NAME = "onnxruntime"
 SOURCE: Literal["onnx"] = "onnx"
@@ -58,6 +71,9 @@ def library() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+check_targets = refuse_targets
 
 
 def support(device: str) -> Support:

@@ -21,7 +21,7 @@ SOURCE: Literal["onnx"] = "onnx"
 TYPED = True
 DTYPES: Mapping[str, tuple[DType, ...]] = {"cuda": ("fp32", "fp16")}
 
-version, build, describe = plain.version, plain.build, plain.describe
+version, build, describe, check_targets = plain.version, plain.build, plain.describe, plain.check_targets
 _PROVIDER = "TensorrtExecutionProvider"
 
 

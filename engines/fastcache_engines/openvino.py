@@ -24,10 +24,23 @@ from fastcache_engines import (
     TensorSpec,
     check_tensors,
     fast_bf16,
+    refuse_targets,
 )
 from fastcache_engines.onnx_files import describe, refuse_outside_weights
 
-__all__ = ["DTYPES", "NAME", "SOURCE", "TYPED", "build", "describe", "evaluate", "load", "support", "version"]
+__all__ = [
+    "DTYPES",
+    "NAME",
+    "SOURCE",
+    "TYPED",
+    "build",
+    "check_targets",
+    "describe",
+    "evaluate",
+    "load",
+    "support",
+    "version",
+]
 
 NAME = "openvino"
 SOURCE: Literal["onnx"] = "onnx"
@@ -52,6 +65,9 @@ def _openvino() -> Any:
     import openvino
 
     return openvino
+
+
+check_targets = refuse_targets
 
 
 def support(device: str) -> Support:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcache_engines import BackendUnavailable, BuildOptions, DType, LoadOptions, Support
+from fastcache_engines import BackendUnavailable, BuildOptions, DType, LoadOptions, Support, refuse_targets
 from fastcache_engines._tensorrt import (
     CPU,
     EngineFacts,
@@ -39,6 +39,9 @@ _NO_GPU = "TensorRT builds and runs on the GPU at hand, and PyTorch finds none; 
 version = _PACKAGE.version
 
 
+check_targets = refuse_targets
+
+
 def support(device: str) -> Support:
     """What can be done here. Never raises."""
     if device != "cuda":
@@ -59,9 +62,7 @@ def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> di
     Raises: `BackendUnavailable`; `ValueError` for compute capabilities, or a graph that does not build.
     """
     _PACKAGE.library()
-    if options.compute_capability:
-        asked = ", ".join(options.compute_capability)
-        raise ValueError(f"expected no compute capability, for TensorRT builds for the GPU at hand, got {asked}")
+    check_targets(options.compute_capability)
     here = _here()
     timed = partial(_timing_cache, here, options.progress)
     return build_engines(_PACKAGE, graphs, folder, options, [here.compute_capability], timed)

@@ -64,6 +64,16 @@ def support(device: str) -> Support:
     return Support(found, True, True, f"ready, on {here.name}")
 
 
+def check_targets(compute_capability: Sequence[str]) -> None:
+    """Raise `ValueError` for a GPU that is not RTX."""
+    known = _capabilities()
+    if unknown := [capability for capability in compute_capability if capability not in known]:
+        raise ValueError(
+            f"expected compute capabilities that TensorRT-RTX builds for ({', '.join(known)}), "
+            f"got {', '.join(unknown)}; use tensorrt or inductor on such a GPU"
+        )
+
+
 def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
     """Build each role's engine, for the GPUs asked for, the one at hand, or all of Ampere and later.
 
@@ -118,12 +128,8 @@ def _capabilities() -> dict[str, Any]:
 
 def _targets(asked: Sequence[str]) -> list[str]:
     """The compute capabilities to build for; none is the library's own choice."""
+    check_targets(asked)
     known, here = _capabilities(), gpu()
-    if unknown := [capability for capability in asked if capability not in known]:
-        raise ValueError(
-            f"expected compute capabilities that TensorRT-RTX builds for ({', '.join(known)}), "
-            f"got {', '.join(unknown)}; use tensorrt or inductor on such a GPU"
-        )
     if asked or here is None:
         return list(dict.fromkeys(asked))
     if here.compute_capability not in known:

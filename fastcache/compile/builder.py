@@ -58,7 +58,8 @@ class Job:
 def resolve(recipe: Recipe) -> Job:
     """Find the model and settle every `auto`.
 
-    Raises: `ValueError` for a model or component that is not there; `BackendUnavailable` for what cannot be built here.
+    Raises: `ValueError` for a model or component that is not there, or GPUs that the backend does not build for;
+    `BackendUnavailable` for what cannot be built here.
     """
     model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision)
     components: tuple[Component, ...] = recipe.components or model.components
@@ -68,13 +69,16 @@ def resolve(recipe: Recipe) -> Job:
             f"expected components of {recipe.model} ({', '.join(model.components)}), got {', '.join(missing)}"
         )
     name, device, reason = _settle_backend(recipe)
+    if recipe.compute_capability:
+        fastcache_engines.backend(name).check_targets(recipe.compute_capability)
     settled = recipe.model_copy(update={"backend": name, "device": device, "components": components})
     versions = {
         "fastcache": fastcache.__version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        name: fastcache_engines.backend(name).version(),
     }
+    if not recipe.onnx_only:  # graphs need no library, and are for whatever version builds engines from them
+        versions[name] = fastcache_engines.backend(name).version()
     return Job(settled, model, versions, _target(settled, device), reason)
 
 

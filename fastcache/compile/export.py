@@ -19,9 +19,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import CLIPTextModel
 
 from fastcache.bundle import Role
@@ -29,7 +27,6 @@ from fastcache.compile import graph_passes
 from fastcache.cut.partition import Cut
 from fastcache.cut.unet import take_apart
 from fastcache.errors import BuildError
-from fastcache.recipe import DType
 from fastcache_engines import TensorSpec
 
 OPSET = 20
@@ -132,58 +129,6 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int,
     elif config.addition_embed_type is not None:
         raise BuildError(f"expected addition_embed_type None or 'text_time', got {config.addition_embed_type!r}")
     return inputs
-
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def lower(cut: Cut, dtype: DType) -> None:
-    """Bring a cut's layers to a dtype, in place; the embeddings stay in float32.
-
-    They are a thousandth of the work, and a timestep of 981 has no neighbour nearer than 4 in bfloat16.
-    """
-    for unet in (cut.full, cut.shallow):
-        for name, part in unet.named_children():
-            if name != "embeddings":
-                part.to(TORCH_DTYPES[dtype])
-
-
-class _SplitGEGLU(nn.Module):
-    """diffusers' GEGLU with its one projection as two, so that nothing cuts a matrix in half at every step.
-
-    On a CPU that cut, the gate's own pass and the product took 3% of SD1.5's full step in OpenVINO; the gate now joins
-    its projection. Source: arXiv 2002.05202, equation 6.
-    """
-
-    def __init__(self, geglu: GEGLU) -> None:
-        super().__init__()
-        self.value, self.gate = (_linear(*halves) for halves in _halves(geglu.proj))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.value(h) * functional.gelu(self.gate(h))
-
-
-def _halves(linear: nn.Linear) -> list[tuple[Tensor, Tensor | None]]:
-    weights = linear.weight.detach().chunk(2)
-    bias: Any = linear.bias  # torch's stubs forget that it may be absent
-    biases = (None, None) if bias is None else bias.detach().chunk(2)
-    return list(zip(weights, biases, strict=True))
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
-def split_gates(cut: Cut) -> None:
-    """Put `_SplitGEGLU` in place of every GEGLU of a cut, and so of the U-Net it was made from."""
-    for parent in list(cut.full.modules()):
-        for name, child in parent.named_children():
-            if type(child) is GEGLU:
-                setattr(parent, name, _SplitGEGLU(child))
 
 
 def reference(unet: nn.Module, cut: Cut, inputs: Inputs) -> dict[str, Tensor]:
@@ -306,25 +251,6 @@ def export(part: Exportable, translations: graph_passes.Translations | None = No
             f"expected the {part.role} graph to have {list(part.inputs)} -> {list(part.outputs)}, got {names}"
         )
     return program.model, (inputs, outputs)
-
-
-def largest_activation(part: Exportable) -> float:
-    """The largest magnitude that any layer puts out for the example input: what a dtype must be able to hold."""
-    largest = 0.0
-
-    def note(module: nn.Module, arguments: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, float(output.abs().max()))
-
-    hooks = [module.register_forward_hook(note) for module in part.module.modules()]
-    try:
-        with torch.no_grad():
-            part.module(part.inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
 
 
 def save_graphs(models: Sequence[tuple[str, ir.Model]], folder: Path, weights_name: str) -> int:

@@ -27,12 +27,12 @@ from safetensors.torch import save
 import fastcache_engines
 from fastcache import bundle as bundles
 from fastcache.bundle import Role
-from fastcache.compile import export, graph_passes
+from fastcache.compile import export, graph_passes, lower
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import SourceModel, state_bytes
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
-from fastcache.parity import TOLERANCE, measure_parity, module_parity
+from fastcache.parity import measure_parity, module_parity
 from fastcache.recipe import Device, DType, Recipe
 from fastcache_engines import BuildOptions, LoadOptions
 
@@ -84,6 +84,7 @@ class _Workshop:
     folder: Path
     say: Progress
     engines: dict[Role, bundles.EngineEntry] = field(default_factory=dict)
+    cut: str = "plain"
     weights_bytes: int = 0
     duplicated_bytes: int = 0
 
@@ -100,11 +101,11 @@ class _Workshop:
         inputs = export.unet_inputs(unet, 2, size.latent_height, size.latent_width, tokens)
         cut = partition_unet(unet, self.recipe.branch_id, self.recipe.cut)
         bundles.write_whole(self.folder / bundles.REFERENCE, save(inputs | export.reference(unet, cut, inputs)))
-        export.split_gates(cut)
+        lower.split_gates(cut)
         if self.backend.TYPED:
-            export.lower(cut, self.dtype)
+            lower.lower(cut, self.dtype)
         self.say(f"exporting full and shallow U-Nets, branch {cut.branch_id} of {cut.num_branches}")
-        self.cut: str = cut.kind
+        self.cut = cut.kind
         num_branches, parts = cut.num_branches, export.exportable_unet(cut, inputs)
         images = self.recipe.batch
         rows = (images.min, 2 * images.opt, 2 * images.max)  # a guided image takes two
@@ -128,7 +129,7 @@ class _Workshop:
         part = export.exportable_vae_decoder(vae, size.latent_height, size.latent_width)
         dtype = self._vae_dtype(part)
         if self.backend.TYPED:
-            part.module.to(export.TORCH_DTYPES[dtype])
+            part.module.to(lower.TORCH_DTYPES[dtype])
         images = self.recipe.batch
         self._make([part], part.role, dtype, (images.min, images.opt, images.max), self._translations(dtype))
 
@@ -139,7 +140,7 @@ class _Workshop:
         """float16 where the decoder's largest activation leaves it room. bfloat16 bands a picture: never here."""
         if self.dtype != "fp16":
             return "fp32"
-        largest = export.largest_activation(part)
+        largest = lower.largest_activation(part.module, part.inputs)
         if largest < _LARGEST_FP16 / 4:
             return "fp16"
         self.say(
@@ -194,21 +195,19 @@ class _Workshop:
         """
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
-            self.parity = module_parity([part.module for part in parts], self.folder / bundles.REFERENCE, self.dtype)
+            self._keep(module_parity([part.module for part in parts], self.folder / bundles.REFERENCE, self.dtype))
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             self._measure(fastcache_engines.backend("onnxruntime"), LoadOptions("cpu", self.dtype))
-        self._refuse_wrong()
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         full, shallow = (self.folder / self.engines[role].file for role in ("full", "shallow"))
-        self.parity = measure_parity(backend, full, shallow, self.folder / bundles.REFERENCE, options)
-        self._refuse_wrong()
+        self._keep(measure_parity(backend, full, shallow, self.folder / bundles.REFERENCE, options))
 
-    def _refuse_wrong(self) -> None:
-        parity = self.parity
-        if parity is None or not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
-            raise BuildError(f"expected engines within {TOLERANCE[self.dtype]:g} of the model, got {parity}")
+    def _keep(self, parity: bundles.Parity) -> None:
+        if not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
+            raise BuildError(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
+        self.parity = parity
 
 
 def _manifest_fields(

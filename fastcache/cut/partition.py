@@ -31,7 +31,7 @@ class _Pass(nn.Module):
         self._up_factor = 2**parts.num_upsamplers
 
     def _embed(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The embeddings, in the layers' dtype; their own may be wider (`compile.export.lower`)."""
+        """The embeddings, in the layers' dtype; their own may be wider (`compile.lower`)."""
         dtype = next(self.conv_in.parameters()).dtype
         sample, temb, context = self.embeddings(*inputs)
         return sample.to(dtype), temb.to(dtype), context.to(dtype)

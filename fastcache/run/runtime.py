@@ -20,23 +20,31 @@ from fastcache.run.buffers import BufferPool
 from fastcache_engines import Engine, LoadOptions, Workspace
 
 
-def check_here(manifest: Manifest) -> None:
-    """Refuse a bundle that was built for another kind of machine or another version of its backend.
+def check_version(manifest: Manifest) -> None:
+    """Refuse a bundle of graphs only, or of another version of its backend.
 
-    Raises: `BackendUnavailable` for another machine or a backend that is not installed; `BundleError` for versions.
+    Raises: `BackendUnavailable` for graphs, or a backend that is not installed; `BundleError` for versions.
     """
-    backend = fastcache_engines.backend(manifest.backend)
     if manifest.recipe.onnx_only:
         raise BackendUnavailable(
             f"expected engines, got ONNX graphs for {manifest.backend} only; build again without --onnx-only"
         )
-    installed = backend.version()
+    installed = fastcache_engines.backend(manifest.backend).version()
     built = manifest.versions.get(manifest.backend)
     if installed != built:
         raise BundleError(
             f"expected a bundle for {manifest.backend} {installed}, which is installed, got one for {built}; "
             "build it again"
         )
+
+
+def check_here(manifest: Manifest) -> None:
+    """Refuse a bundle that was built for another kind of machine or another version of its backend.
+
+    Raises: as `check_version`; `BackendUnavailable` for another machine.
+    """
+    check_version(manifest)
+    backend = fastcache_engines.backend(manifest.backend)
     device, (_, _, targets) = manifest.device_type, manifest.device.partition("-")
     support = backend.support(device)
     if not support.can_run:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 import fastcache
+from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
 from fastcache.run.sampler import make_scheduler
 from fastcache.study.arms import GUIDANCE_SCALE, Arm, BenchSettings
 from fastcache_engines import Binding, DType
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto
 
 from fastcache import BackendUnavailable, partition_unet
-from fastcache.compile import export
+from fastcache.compile.lower import lower
 from fastcache_engines import BuildOptions, TensorSpec, _tensorrt, _tensorrt_build, tensorrt, tensorrt_rtx
 from fastcache_engines._tensorrt import Gpu, Package
 from tensorrt_graphs import TORCH, WIDTH, build_graph, built, cuda, few_layers, no_gpu, one_line, save_graph, save_unet
@@ -41,7 +41,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_full_and_shallow_of_a_unet(dtype: Any, tmp_path: Path) -> None:
     """Both are built from one file of weights; what the facts say of them is what the exporter says."""
     cut = partition_unet(few_layers(), 0)
-    export.lower(cut, dtype)
+    lower(cut, dtype)
     specs, graphs = save_unet(cut, tmp_path)
     names = tensorrt_rtx.build(graphs, tmp_path, cuda(dtype=dtype, rows=(2, 2, 4)))
     assert names == {"full": "full.engine", "shallow": "shallow.engine"}
@@ -307,7 +307,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, cache_folder: Pat
 @pytest.mark.usefixtures("stand_in")
 def test_the_data_centre_library_takes_no_compute_capability(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"expected no compute capability, for TensorRT builds for the GPU at hand, got 9"
+        ValueError, match=r"expected no compute capability, for this backend builds for the machine at hand, got 9"
     ):
         tensorrt.build({"full": save_graph(tmp_path)}, tmp_path, cuda(compute_capability=("9.0",)))
 

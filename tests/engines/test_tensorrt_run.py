@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastcache import BackendUnavailable, partition_unet
 from fastcache.compile import export
+from fastcache.compile.lower import lower
 from fastcache.parity import relative_error
 from fastcache_engines import LoadOptions, Workspace, tensorrt, tensorrt_rtx
 from fastcache_engines._tensorrt import facts_path
@@ -185,7 +186,7 @@ def test_full_and_shallow_on_the_gpu(dtype: Any, tolerance: float, running: Any,
     inputs = export.unet_inputs(unet, 2, 8, 8, 7)
     expected = export.call_unet(unet, inputs).sample.cuda()
     cut = partition_unet(unet, 0)
-    export.lower(cut, dtype)
+    lower(cut, dtype)
     specs, graphs = save_unet(cut, tmp_path)
     running.build(graphs, tmp_path, cuda(dtype=dtype, rows=(2, 2, 2)))
     options = LoadOptions("cuda", dtype, workspace=Workspace("cuda"))

@@ -1,0 +1,211 @@
+"""`build-engines`, `inspect` and `verify`: bundles made, shown and checked; `doctor`: what could be made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastcache.commands.options import Json, OutputFolder, RandomWeights
+from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from fastcache.bundle import Bundle, Manifest, Parity
+    from fastcache.recipe import Recipe
+    from fastcache.study.verify import Verification
+
+
+def doctor(json_: Json = False) -> None:
+    """Say what this machine can build and what it can run, and why not.
+
+    Example: fastcache doctor
+    """
+    from fastcache.study.doctor import examine
+
+    result = examine()
+    if json_:
+        print_json(result)
+        return
+    print_table(
+        f"Python {result['python']}, {result['device']}, {result['threads']} threads",
+        ["backend", "device", "builds", "runs", "version", "dtypes", "what to know"],
+        [
+            [
+                b["name"],
+                b["device"],
+                _yes(b["can_build"]),
+                _yes(b["can_run"]),
+                b["version"] or "-",
+                " ".join(b["dtypes"]),
+                b["reason"],
+            ]
+            for b in result["backends"]
+        ],
+    )
+    typer.echo(f"auto picks {result['auto']['backend']} on the {result['auto']['device']}: {result['auto']['reason']}")
+    typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def build_engines(
+    output: OutputFolder,
+    model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
+    backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
+    branch_id: Annotated[int, typer.Option(help="The skip connection to cut at, 0 the shallowest.")] = 0,
+    cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
+    batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
+    random_weights: RandomWeights = False,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPUs to build for, by commas: 8.6,8.9 (tensorrt-rtx).")
+    ] = None,
+    onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
+    json_: Json = False,
+) -> None:
+    """Build a bundle of engines from a model.
+
+    Example: fastcache build-engines --model demo --output engines/demo
+    """
+    import fastcache
+    from fastcache.recipe import find_recipe, recipe_from, recipe_from_toml
+
+    if (model is None) == (recipe is None):
+        raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
+    chosen: Recipe
+    if recipe is not None:
+        chosen = recipe_from_toml(find_recipe(recipe))
+    else:
+        flags: dict[str, object] = {
+            "model": model,
+            "revision": revision,
+            "backend": backend,
+            "branch_id": branch_id,
+            "cut": cut,
+            "device": device,
+            "height": height,
+            "width": width,
+            "batch": batch,
+            "dtype": dtype,
+            "random_weights": random_weights,
+            "components": tuple(components.split(",")) if components is not None else None,
+            "compute_capability": tuple(compute_capability.split(",")) if compute_capability is not None else (),
+            "onnx_only": onnx_only,
+        }
+        chosen = recipe_from(flags)
+    with progress() as say:
+        bundle = fastcache.build_engines(chosen, output, force=force, progress=say)
+    _show_bundle(bundle, json_)
+
+
+def _show_bundle(bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
+    if as_json:
+        print_json({"path": str(bundle.path), **manifest.to_json()})
+        return
+    version = manifest.versions.get(manifest.backend, "(graphs only)")
+    typer.echo(
+        f"{bundle.path}: {manifest.model.name}, branch {manifest.branch_id} of {manifest.num_branches}, "
+        f"{manifest.cut} cut, {manifest.width}x{manifest.height}, {manifest.profiles['batch']} images, "
+        f"{manifest.dtype}, {manifest.backend} {version} on {manifest.device}\n"
+        f"built in {manifest.build_seconds:.0f} s; on {manifest.parity.measured_on}: {_figures(manifest.parity)}"
+    )
+
+
+def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")], json_: Json = False) -> None:
+    """Show a bundle's inputs, outputs, weights, versions, device and provenance, without loading it.
+
+    Example: fastcache inspect demo-output/engines
+    """
+    from fastcache.bundle import Bundle, read_manifest
+    from fastcache.study.verify import engine_facts
+
+    manifest = read_manifest(folder)
+    facts = engine_facts(folder, manifest)
+    if json_:
+        print_json({**manifest.to_json(), "engine_facts": facts})
+        return
+    _show_bundle(Bundle(folder, manifest), False)
+    rows: list[list[str]] = []
+    for role, engine in manifest.engines.items():
+        for kind, specs in (("in", engine.inputs), ("out", engine.outputs)):
+            rows += [[f"{role} {kind}", s.name, s.dtype, "x".join(map(str, s.shape))] for s in specs]
+    print_table("Engines", ["engine", "tensor", "dtype", "shape"], rows)
+    print_table(
+        "What the files say of themselves",
+        ["engine", "file", "arithmetic", "facts"],
+        [[role, e.file, e.dtype, _facts_text(facts[role])] for role, e in manifest.engines.items()],
+    )
+    files = [[file.name, f"{file.bytes:,}", file.sha256[:16]] for file in manifest.files]
+    print_table("Files", ["file", "bytes", "SHA-256"], files)
+    typer.echo(
+        f"weights {manifest.weights_bytes:,} bytes, of which full and shallow share {manifest.duplicated_bytes:,}\n"
+        f"model weights SHA-256 {manifest.weights_sha256}\nbundle SHA-256        {manifest.bundle_sha256}\n"
+        f"built {manifest.created} with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}"
+    )
+
+
+def _facts_text(facts: dict[str, Any]) -> str:
+    """The facts in one cell; tensors have a table of their own."""
+    shown = {key: value for key, value in facts.items() if key not in ("inputs", "outputs", "sha256", "operators")}
+    if "operators" in facts:
+        shown["most"] = " ".join(f"{name}:{count}" for name, count in list(facts["operators"].items())[:4])
+    return ", ".join(
+        f"{key} {value if isinstance(value, str | int) else json.dumps(value)}" for key, value in shown.items()
+    )
+
+
+def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")], json_: Json = False) -> None:
+    """Check every hash of a bundle, and that its engines compute what the model does.
+
+    Engines that were built here for another machine are checked as far as they can be, and the result says so.
+
+    Example: fastcache verify demo-output/engines
+    """
+    from fastcache.study.verify import verify_bundle
+
+    found = verify_bundle(folder)
+    if json_:
+        print_json(found.to_json())
+    elif not found.problems:
+        typer.echo(f"{folder}: {len(found.files)} files as built; {_parity_text(found)}")
+    if found.problems:
+        if found.parity is not None and debug_asked():
+            _show_layers(folder, found.manifest)
+        raise CheckFailed(f"{'; '.join(found.problems)} in {folder}; build the bundle again")
+
+
+def _show_layers(folder: Path, manifest: Manifest) -> None:
+    """On stderr: the first tensors that leave the tolerance, in the order in which they are computed."""
+    from fastcache.study.layers import compare_layers
+
+    wrong = [layer for layer in compare_layers(folder, manifest) if not layer.error <= manifest.parity.tolerance]
+    rows = [[layer.role, layer.operator, layer.tensor, f"{layer.error:.1e}"] for layer in wrong[:20]]
+    title = f"{len(wrong)} tensors beyond {manifest.parity.tolerance:g}, the first {len(rows)}"
+    print_table(title, ["engine", "operator", "tensor", "error"], rows, console=notes)
+
+
+def _figures(parity: Parity) -> str:
+    return (
+        f"full vs model {parity.full_vs_model:.1e}, shallow vs full {parity.shallow_vs_full:.1e} "
+        f"(tolerance {parity.tolerance:g})"
+    )
+
+
+def _parity_text(found: Verification) -> str:
+    """What was measured now, or that nothing was, and what the build measured instead."""
+    if found.parity is not None:
+        return _figures(found.parity)
+    built = found.manifest.parity
+    return f"the engines were NOT run: {found.not_run}. At the build, on {built.measured_on}: {_figures(built)}"

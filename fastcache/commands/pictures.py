@@ -1,0 +1,142 @@
+"""`demo` and `generate`: pictures from engines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan
+from fastcache.console import figure, notes, print_json, print_table, progress
+
+
+def demo(
+    output: OutputFolder = Path("demo-output"),
+    cache_interval: Annotated[int, typer.Option(min=1, help="A further interval beside 2, 3 and 5.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    json_: Json = False,
+) -> None:
+    """Build the bundled model's engines, draw cached beside uncached pictures, print the speed-up.
+
+    Example: fastcache demo --output demo-output
+    """
+    import fastcache
+    from fastcache.bundle import write_whole
+    from fastcache.run.pipeline import FastCachePipeline
+    from fastcache.study.demo import report, run_demo
+
+    output.mkdir(parents=True, exist_ok=True)
+    with progress() as say:
+        bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
+        pipe = FastCachePipeline(bundle)
+        intervals = sorted({2, 3, 5, cache_interval} - {1})
+        rows = run_demo(pipe, intervals, steps, output, say)
+    result = report(pipe, rows, steps)
+    write_whole(output / "report.json", json.dumps(result, indent=1).encode())
+    if json_:
+        print_json(result)
+        return
+    print_table(
+        f"The bundled model, {len(result['prompts'])} pictures at once, {steps} steps, {bundle.manifest.backend}",
+        ["plan", "time", "speed-up", "PSNR to uncached"],
+        [
+            [
+                row.plan,
+                figure(row.time_ms, ".0f", " ms"),
+                figure(row.speedup_vs_uncached, ".2f", "x"),
+                figure(row.psnr_db, ".1f", " dB"),
+            ]
+            for row in rows
+        ],
+    )
+    typer.echo(f"pictures: {output / 'grid.png'}\nreport:   {output / 'report.json'}\nengines:  {bundle.path}")
+
+
+def _is_stale(folder: Path) -> bool:
+    """Whether the demo's own folder holds an older version's bundle, which the demo may replace."""
+    from fastcache.bundle import MANIFEST
+
+    if not (folder / MANIFEST).is_file():
+        return False
+    from fastcache.bundle import read_manifest
+    from fastcache.compile.builder import resolve
+    from fastcache.errors import BundleError
+    from fastcache.recipe import recipe_from
+
+    try:
+        return read_manifest(folder).key != resolve(recipe_from({})).key
+    except BundleError:
+        return True
+
+
+def generate(
+    engines: EnginesOption,
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
+    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    sampler: Sampler = "ddim",
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
+    cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    json_: Json = False,
+) -> None:
+    """Draw images with a bundle's engines.
+
+    Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
+    """
+    import torch
+    from rich.progress import Progress
+
+    from fastcache.bundle import open_bundle, write_whole
+    from fastcache.run.pipeline import FastCachePipeline, png_bytes
+
+    if plan is not None and cache_interval is not None:
+        raise ValueError("expected --cache-interval or --plan, got both")
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
+    if output.suffix and num_images > 1:
+        raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
+    chosen = read_plan(plan) if plan is not None else None
+    pipe = FastCachePipeline(open_bundle(engines))
+    said = {"prompt": prompt, "negative_prompt": negative_prompt, "sampler": sampler, "steps": steps}
+    start, images, used = time.perf_counter(), list[dict[str, Any]](), chosen
+    (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
+    most = pipe.bundle.manifest.profiles["batch"].max
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("drawing", total=None)
+        for first in range(0, num_images, most):
+            seeds = [seed + k for k in range(first, min(first + most, num_images))]
+            result = pipe(
+                [prompt] * len(seeds),
+                negative_prompt=negative_prompt,
+                sampler=sampler,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                cache_interval=cache_interval or 1,
+                plan=chosen,
+                generator=[torch.Generator().manual_seed(own) for own in seeds],
+                callback_on_step_end=lambda *_: bar.advance(task),
+            )
+            used = result.plan
+            for own, image in zip(seeds, result.images, strict=True):
+                path = output if output.suffix else output / f"{own:05d}.png"
+                made = pipe.provenance(result.plan) | said | {"guidance_scale": guidance_scale, "seed": own}
+                write_whole(path, png_bytes(image, made))
+                images.append({"path": str(path), "seed": own})
+    if json_:
+        print_json(
+            {
+                "images": images,
+                "plan": json.loads(used.to_json()) if used else None,
+                "bundle_sha256": pipe.bundle.manifest.bundle_sha256,
+                "time_ms": round((time.perf_counter() - start) * 1e3, 1),
+            }
+        )
+    else:
+        typer.echo("\n".join(image["path"] for image in images))
