@@ -163,6 +163,7 @@ BAD = [
     (("build-engines", "--model", "demo", "--output", "e", "--branch-id", 12), 2, "0 to 11"),
     (("build-engines", "--model", "demo", "--output", "e", "--backend", "tensorrt"), 3, "tensorrt"),
     (("build-engines", "--model", "demo", "--output", "e", "--device", "cuda"), 3, "cpu"),
+    (("build-engines", "--model", "demo", "--output", "e", "--compute-capability", "8.9"), 2, "tensorrt-rtx"),
     (("build-engines", "--model", "no/such-model", "--output", "e"), 2, "no/such-model"),
     (("build-engines", "--model", "sd15", "--output", "e"), 2, "--random-weights"),
     (("bench", "--arms", "engine,warp", "--engines", "BUNDLE"), 2, "warp"),

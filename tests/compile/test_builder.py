@@ -311,6 +311,23 @@ def test_what_cannot_be_built_here(tiny_model: Path, tmp_path: Path, fields: dic
 
 
 @pytest.mark.parametrize(
+    ("backend", "asked", "expected"),
+    [
+        ("openvino", ("8.9",), "expected no compute capability, .* for the machine at hand, got 8.9; use tensorrt-rtx"),
+        ("onnxruntime", ("8.6", "8.9"), r"got 8\.6, 8\.9; use tensorrt-rtx"),
+        ("inductor", ("9.0",), "use tensorrt-rtx"),
+        ("tensorrt-rtx", ("9.0",), r"expected compute capabilities that TensorRT-RTX builds for .*got 9\.0"),
+    ],
+)
+def test_gpus_that_a_backend_does_not_build_for(
+    tiny_model: Path, tmp_path: Path, backend: str, asked: tuple[str, ...], expected: str
+) -> None:
+    """Refused before anything is exported: the worker has not begun."""
+    with pytest.raises(ValueError, match=expected):
+        resolve(Recipe(model=str(tiny_model), backend=backend, compute_capability=asked))
+
+
+@pytest.mark.parametrize(
     ("model", "fields", "expected"),
     [
         ("no/such-model", {}, "expected a model folder, a hub id that can be reached, or demo, got 'no/such-model'"),
