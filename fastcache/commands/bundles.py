@@ -191,6 +191,9 @@ def _show_layers(folder: Path, manifest: Manifest) -> None:
     from fastcache.study.layers import compare_layers
 
     wrong = [layer for layer in compare_layers(folder, manifest) if not layer.error <= manifest.parity.tolerance]
+    if not wrong:
+        notes.print("every layer is what its graph says, so the graph or its weights are not the model's", markup=False)
+        return
     rows = [[layer.role, layer.operator, layer.tensor, f"{layer.error:.1e}"] for layer in wrong[:20]]
     title = f"{len(wrong)} tensors beyond {manifest.parity.tolerance:g}, the first {len(rows)}"
     print_table(title, ["engine", "operator", "tensor", "error"], rows, console=notes)

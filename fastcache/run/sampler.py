@@ -188,7 +188,7 @@ class SamplerTable:
 
 def _own_update(row: Tensor, call: int) -> Update:
     """An update that is given in the basis of the history, from the first call that it uses."""
-    first = min([*row.nonzero().flatten().tolist(), 3 * call]) // 3
+    first = min([*map(int, row.nonzero().flatten().unbind()), 3 * call]) // 3
     return Update(first, _floats(row[3 * first : 3 * (call + 1)]))
 
 
@@ -213,7 +213,8 @@ def _window_weights(rows: Tensor, first: int, call: int) -> tuple[float, ...] | 
     scale = target.abs().max()
     older = 1 + 2 * first
     # rcond: of x that are nearly the same to float32, use one rather than a large difference
-    solution = torch.linalg.lstsq(xs[:, :older].T, target[:older, None], rcond=1e-7, driver="gelsd").solution[:, 0]
+    lstsq = cast("Callable[..., Any]", torch.linalg.lstsq)  # pyright: ignore[reportUnknownMemberType]
+    solution = cast(Tensor, lstsq(xs[:, :older].T, target[:older, None], rcond=1e-7, driver="gelsd").solution[:, 0])
     rest = target - solution @ xs
     if not rest[:older].abs().max() <= _WINDOW_TOLERANCE * scale:
         return None
@@ -224,7 +225,7 @@ def _window_weights(rows: Tensor, first: int, call: int) -> tuple[float, ...] | 
 
 
 def _floats(weights: Tensor) -> tuple[float, ...]:
-    return tuple(cast("list[float]", weights.flatten().tolist()))
+    return tuple(map(float, weights.flatten().unbind()))
 
 
 def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 0, **step_kwargs: Any) -> SamplerTable:
@@ -320,6 +321,10 @@ class _Float64Step(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _unscaled(sample: Tensor, _: Tensor) -> Tensor:
+    return sample
+
+
 def _trace(
     prepared: Scheduler,
     timesteps: Tensor,
@@ -333,7 +338,7 @@ def _trace(
     Shapes: x (1, width) or (calls, width), eps and noise (calls, width).
     """
     scheduler: Any = copy.deepcopy(prepared)
-    scale_input: Callable[..., Tensor] = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
+    scale_input: Callable[[Tensor, Tensor], Tensor] = getattr(scheduler, "scale_model_input", _unscaled)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64, device="cpu")
     sample = x[0][None, None, None]  # some schedulers count on (batch, channel, height, width)
     samples, scales, drawn = list[Tensor](), list[float](), list[bool]()
