@@ -14,18 +14,21 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from fastcache.cut.signals import Signals
 from fastcache.cut.unet import Layer
 
 
 def why_not(layer: Layer, channels: int) -> str | None:
     """Why a layer whose first `channels` input channels are cached cannot be taken in halves; None if it can."""
-    resnet = layer.resnet
+    resnet: Any = layer.resnet
     if not isinstance(resnet, ResnetBlock2D):
         return f"its first up layer is a {type(resnet).__name__}, not a ResnetBlock2D"
     if resnet.upsample is not None or resnet.downsample is not None or resnet.conv_shortcut is None:
         return "its first up layer resamples, or has no shortcut convolution"
     if resnet.time_embedding_norm not in ("default", "scale_shift"):
         return f"its first up layer's time_embedding_norm is {resnet.time_embedding_norm!r}"
+    if type(resnet.conv1) is not nn.Conv2d or type(resnet.conv_shortcut) is not nn.Conv2d:
+        return f"its first up layer's convolutions carry an adapter ({type(resnet.conv1).__name__}); fuse it first"
     group = resnet.norm1.num_channels // resnet.norm1.num_groups
     if channels % group:
         return f"a group of {group} channels of its norm straddles the {channels} cached ones"
@@ -63,29 +66,38 @@ def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().contiguous(), requires_grad=False)
 
 
-class ProjectedLayer(nn.Module):
-    """A layer whose resnet takes its cached half as `cached(h)` gave it, and the other, a skip connection, anew."""
+class JoinedLayer(nn.Module):
+    """An up layer that takes the feature as it is, and joins its skip connection to it."""
 
-    def __init__(self, layer: Layer, channels: int) -> None:
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def take(self, feature: Tensor) -> tuple[Tensor, ...]:
+        """What this layer is to be given of a feature, which is what a cut before it caches."""
+        return (feature,)
+
+    def forward(self, taken: tuple[Tensor, ...], skip: Tensor, signals: Signals, size: torch.Size | None) -> Tensor:
+        return self.layer(torch.cat([*taken, skip], dim=1), signals, size)
+
+
+class ResnetTail(nn.Module):
+    """What `ResnetBlock2D` does after its first convolution, and what follows it in its layer."""
+
+    def __init__(self, layer: Layer) -> None:
         super().__init__()
         resnet: Any = layer.resnet
-        self.cached = _Half(resnet, slice(None, channels), biased=False)
-        self.fresh = _Half(resnet, slice(channels, None), biased=True)
         self.act, self.time_emb_proj = resnet.nonlinearity, resnet.time_emb_proj
         self.norm, self.conv = resnet.norm2, resnet.conv2
-        self.rest = Layer(None, layer.attention, layer.resampler)
+        self.rest = Layer(None, layer.attention, layer.motion, layer.resampler)
         self._time_acts, self._scale_shift = not resnet.skip_time_act, resnet.time_embedding_norm == "scale_shift"
         self._output_scale: float = resnet.output_scale_factor
 
-    def forward(
-        self, hidden: Tensor, residual: Tensor, skip: Tensor, temb: Tensor, context: Tensor, size: torch.Size | None
-    ) -> Tensor:
-        own_hidden, own_residual = self.fresh(skip)
-        h = self._finish(hidden + own_hidden, temb)
-        return self.rest((residual + own_residual + h) / self._output_scale, temb, context, size)
+    def _finish(self, h: Tensor, residual: Tensor, signals: Signals, size: torch.Size | None) -> Tensor:
+        """The layer's output from that of its first convolution and that of its shortcut."""
+        return self.rest((residual + self._transform(h, signals.temb)) / self._output_scale, signals, size)
 
-    def _finish(self, h: Tensor, temb: Tensor) -> Tensor:
-        """What `ResnetBlock2D` does after its first convolution, up to the shortcut."""
+    def _transform(self, h: Tensor, temb: Tensor) -> Tensor:
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(self.act(temb) if self._time_acts else temb)[:, :, None, None]
             if self._scale_shift:
@@ -93,3 +105,20 @@ class ProjectedLayer(nn.Module):
                 return self.conv(self.act(self.norm(h) * (1 + scale) + shift))
             h = h + temb
         return self.conv(self.act(self.norm(h)))
+
+
+class ProjectedLayer(ResnetTail):
+    """A layer whose resnet is given its cached half as `take` makes it, and the other, a skip connection, anew."""
+
+    def __init__(self, layer: Layer, channels: int) -> None:
+        super().__init__(layer)
+        self.cached = _Half(layer.resnet, slice(None, channels), biased=False)
+        self.fresh = _Half(layer.resnet, slice(channels, None), biased=True)
+
+    def take(self, feature: Tensor) -> tuple[Tensor, ...]:
+        return self.cached(feature)
+
+    def forward(self, taken: tuple[Tensor, ...], skip: Tensor, signals: Signals, size: torch.Size | None) -> Tensor:
+        hidden, residual = taken
+        own_hidden, own_residual = self.fresh(skip)
+        return self._finish(hidden + own_hidden, residual + own_residual, signals, size)

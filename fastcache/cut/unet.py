@@ -1,87 +1,74 @@
 """A diffusers U-Net -> its parts in the order they run: embeddings, down layers, middle, up layers, head.
 
-The parts hold the U-Net's own submodules, so they share its weights and compute bit for bit what it computes. A
-down layer makes exactly one skip connection and an up layer consumes exactly one, whatever blocks they came from.
-Knows nothing about where the U-Net is cut.
+One description serves every class. The parts hold the U-Net's own submodules, so they share its weights and compute
+bit for bit what it computes. A down layer makes exactly one skip connection and an up layer consumes exactly one,
+whatever blocks they came from. Knows nothing about where the U-Net is cut.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
+from fastcache.cut.signals import Embeddings, Signals, embeddings_of
 from fastcache.errors import PartitionError
 
-_DOWN_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}
-_UP_BLOCKS = {"UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
-_NOT_EMBEDDINGS = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
+_KINDS = ("SpatioTemporal", "Motion", "2D")
+_DOWN_BLOCKS = {"AttnDownBlock2D", "ResnetDownsampleBlock2D"} | {
+    f"{attention}DownBlock{kind}" for attention in ("", "CrossAttn") for kind in _KINDS
+}
+_UP_BLOCKS = {"AttnUpBlock2D", "ResnetUpsampleBlock2D"} | {
+    f"{attention}UpBlock{kind}" for attention in ("", "CrossAttn") for kind in _KINDS
+}
 
 
-class Embeddings(nn.Module):
-    """Timestep and further conditioning -> what every layer receives: (sample, temb, context)."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        # The U-Net's own methods compute the embeddings for every configuration; a copy of the object without its
-        # blocks carries those methods and no more weights than they need.
-        self.embedder = copy.copy(unet)
-        self.embedder._modules = {k: m for k, m in unet._modules.items() if k not in _NOT_EMBEDDINGS}
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        class_labels: Tensor | None,
-        timestep_cond: Tensor | None,
-        added_cond_kwargs: dict[str, Any] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        unet: Any = self.embedder
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1.0
-        temb = unet.time_embedding(unet.get_time_embed(sample, timestep), timestep_cond)
-        classes = unet.get_class_embed(sample, class_labels)
-        if classes is not None:
-            temb = torch.cat([temb, classes], -1) if unet.config.class_embeddings_concat else temb + classes
-        added = unet.get_aug_embed(temb, encoder_hidden_states, added_cond_kwargs)
-        if unet.config.addition_embed_type == "image_hint":
-            added, hint = added
-            sample = torch.cat([sample, hint], dim=1)
-        if added is not None:
-            temb = temb + added
-        if unet.time_embed_act is not None:
-            temb = unet.time_embed_act(temb)
-        return sample, temb, unet.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+def _run(module: nn.Module, h: Tensor, signals: Signals) -> Tensor:
+    """Call a resnet or an attention with the signals that its class takes."""
+    if isinstance(module, ResnetBlock2D):
+        return module(h, signals.temb)
+    if isinstance(module, SpatioTemporalResBlock):
+        return module(h, signals.temb, signals.image_only)
+    if isinstance(module, Transformer2DModel | DualTransformer2DModel):
+        return module(h, encoder_hidden_states=signals.context, return_dict=False, **signals.attention)[0]
+    if isinstance(module, TransformerSpatioTemporalModel):
+        return module(h, signals.context, signals.image_only, return_dict=False)[0]
+    if isinstance(module, AnimateDiffTransformer3D):
+        return module(h, num_frames=signals.num_frames)
+    return module(h)
 
 
 class Layer(nn.Module):
-    """A resnet and its attention, a resampler, or both; whatever stands between two skip connections."""
+    """A resnet, its attention and its motion module, a resampler, or all; what stands between two skip connections."""
 
-    def __init__(self, resnet: nn.Module | None, attention: nn.Module | None, resampler: nn.Module | None) -> None:
+    def __init__(
+        self,
+        resnet: nn.Module | None = None,
+        attention: nn.Module | None = None,
+        motion: nn.Module | None = None,
+        resampler: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.resnet, self.attention, self.resampler = resnet, attention, resampler
+        self.resnet, self.attention, self.motion, self.resampler = resnet, attention, motion, resampler
 
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
-        if self.resnet is not None:
-            h = self.resnet(h, temb)
-        if isinstance(self.attention, Transformer2DModel | DualTransformer2DModel):
-            h = self.attention(h, encoder_hidden_states=context, return_dict=False)[0]
-        elif self.attention is not None:
-            h = self.attention(h)
-        if isinstance(self.resampler, ResnetBlock2D):
-            h = self.resampler(h, temb)
-        elif self.resampler is not None:
-            h = self.resampler(h) if size is None else self.resampler(h, size)
-        return h
+    def forward(self, h: Tensor, signals: Signals, size: torch.Size | None = None) -> Tensor:
+        for module in (self.resnet, self.attention, self.motion):
+            if module is not None:
+                h = _run(module, h, signals)
+        if self.resampler is None:
+            return h
+        if size is None or isinstance(self.resampler, ResnetBlock2D):
+            return _run(self.resampler, h, signals)
+        return self.resampler(h, size)
 
 
 class Middle(nn.Module):
@@ -91,18 +78,23 @@ class Middle(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, h: Tensor, signals: Signals) -> Tensor:
         if self.block is None:
             return h
-        if getattr(self.block, "has_cross_attention", False):
-            return self.block(h, temb, encoder_hidden_states=context)
-        return self.block(h, temb)
+        if not getattr(self.block, "has_cross_attention", False):
+            return self.block(h, signals.temb)
+        video: dict[str, Any] = {}
+        if signals.image_only is not None:
+            video["image_only_indicator"] = signals.image_only
+        elif hasattr(self.block, "motion_modules"):
+            video["num_frames"] = signals.num_frames
+        return self.block(h, signals.temb, encoder_hidden_states=signals.context, **signals.attention, **video)
 
 
 class Head(nn.Module):
     """The last norm, activation and convolution."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.norm, self.act, self.conv = unet.conv_norm_out, unet.conv_act, unet.conv_out
 
@@ -113,19 +105,44 @@ class Head(nn.Module):
 @dataclass(frozen=True)
 class UNetParts:
     """A U-Net taken apart. `down[k]` makes skip connection k + 1 (conv_in makes 0); `up[k]` consumes the
-    (k + 1)-th last."""
+    (k + 1)-th last. `adapted` are the down layers to whose output a T2I-Adapter adds, one a block."""
 
     embeddings: Embeddings
     conv_in: nn.Module
     down: tuple[Layer, ...]
+    adapted: tuple[int, ...]
     middle: Middle
     up: tuple[Layer, ...]
     head: Head
-    num_upsamplers: int
 
     @property
     def num_skips(self) -> int:
         return len(self.up)
+
+    @property
+    def skip_channels(self) -> tuple[int, ...]:
+        """The channels of each skip connection."""
+        makers: list[Any] = [self.conv_in, *(layer.resnet or layer.resampler for layer in self.down)]
+        return tuple(_channels(maker)[1] for maker in makers)
+
+    @property
+    def main_channels(self) -> tuple[int, ...]:
+        """The channels of what each up layer joins to its skip connection, in the order of those."""
+        consumers = [_channels(layer.resnet)[0] for layer in reversed(self.up)]
+        return tuple(total - own for total, own in zip(consumers, self.skip_channels, strict=True))
+
+    @property
+    def skip_strides(self) -> tuple[int, ...]:
+        """By how much each skip connection is smaller than the sample."""
+        halvings = [sum(layer.resampler is not None for layer in self.down[:k]) for k in range(self.num_skips)]
+        return tuple(2**n for n in halvings)
+
+
+def _channels(module: Any) -> tuple[int, int]:
+    """What a resnet, a resampler or a convolution takes and gives."""
+    plain = getattr(module, "base_layer", module)  # of a layer that a LoRA was put around
+    spatial: Any = getattr(plain, "spatial_res_block", plain)
+    return spatial.channels if isinstance(spatial, Downsample2D) else spatial.in_channels, spatial.out_channels
 
 
 def take_apart(unet: nn.Module) -> UNetParts:
@@ -133,52 +150,53 @@ def take_apart(unet: nn.Module) -> UNetParts:
 
     Raises: `PartitionError` for a class, block or option whose data flow these parts would not reproduce.
     """
-    if not isinstance(unet, UNet2DConditionModel):
-        raise PartitionError(
-            f"expected a UNet2DConditionModel, got {type(unet).__name__}; pass pipe.unet of a U-Net pipeline"
-        )
-    _refuse_unknown(unet)
-    down, up = tuple(_down_layers(unet)), tuple(_up_layers(unet))
+    embeddings, model = embeddings_of(unet), cast(Any, unet)
+    _refuse_unknown(model.down_blocks, _DOWN_BLOCKS)
+    _refuse_unknown(model.up_blocks, _UP_BLOCKS)
+    if getattr(unet, "position_net", None) is not None:
+        raise PartitionError("cannot cut a GLIGEN U-Net (position_net): its grounding inputs are not supported")
+    if any(getattr(block, "b1", None) for block in model.up_blocks):
+        raise PartitionError("cannot cut a U-Net with FreeU enabled; call disable_freeu() first")
+    (down, adapted), up = down_layers(model.down_blocks), tuple(_up_layers(model.up_blocks))
     if len(up) != len(down) + 1:
         raise PartitionError(
             f"expected as many up layers as skip connections, got {len(up)} up layers for {len(down) + 1} "
             "skip connections; such a U-Net does not run in diffusers either"
         )
-    return UNetParts(Embeddings(unet), unet.conv_in, down, Middle(unet.mid_block), up, Head(unet), unet.num_upsamplers)
+    return UNetParts(embeddings, model.conv_in, down, adapted, Middle(model.mid_block), up, Head(model))
 
 
-def _refuse_unknown(unet: UNet2DConditionModel) -> None:
-    for blocks, known in ((unet.down_blocks, _DOWN_BLOCKS), (unet.up_blocks, _UP_BLOCKS)):
-        for block in blocks:
-            if type(block).__name__ not in known:
-                raise PartitionError(
-                    f"cannot cut a U-Net with a {type(block).__name__}; "
-                    f"blocks that can be cut: {', '.join(sorted(known))}"
-                )
-    if getattr(unet, "position_net", None) is not None:
-        raise PartitionError("cannot cut a GLIGEN U-Net (position_net): its grounding inputs are not supported")
-    if any(getattr(block, "b1", None) for block in unet.up_blocks):
-        raise PartitionError("cannot cut a U-Net with FreeU enabled; call disable_freeu() first")
-
-
-def _pairs(block: Any) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-    return zip(block.resnets, attentions, strict=True)
-
-
-def _down_layers(unet: UNet2DConditionModel) -> Iterator[Layer]:
-    blocks: Any = unet.down_blocks
+def _refuse_unknown(blocks: Any, known: set[str]) -> None:
     for block in blocks:
-        for resnet, attention in _pairs(block):
-            yield Layer(resnet, attention, None)
-        for resampler in block.downsamplers or ():
-            yield Layer(None, None, resampler)
+        if type(block).__name__ not in known:
+            raise PartitionError(
+                f"cannot cut a U-Net with a {type(block).__name__}; blocks that can be cut: {', '.join(sorted(known))}"
+            )
 
 
-def _up_layers(unet: UNet2DConditionModel) -> Iterator[Layer]:
-    blocks: Any = unet.up_blocks
+def _stages(block: Any) -> Iterator[tuple[nn.Module | None, ...]]:
+    nothing = [None] * len(block.resnets)
+    others = [getattr(block, name, None) or nothing for name in ("attentions", "motion_modules")]
+    return zip(block.resnets, *others, strict=True)
+
+
+def down_layers(blocks: Any) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """The layers of a U-Net's or ControlNet's down blocks, and which of them an adapter adds to.
+
+    In a block with cross-attention that is the layer before the downsampler, in another the block's last.
+    """
+    layers: list[Layer] = []
+    adapted: list[int] = []
     for block in blocks:
-        *before, last = _pairs(block)
-        for resnet, attention in before:
-            yield Layer(resnet, attention, None)
-        yield Layer(*last, block.upsamplers[0] if block.upsamplers else None)
+        layers += [Layer(*stages) for stages in _stages(block)]
+        before = len(layers) - 1
+        layers += [Layer(resampler=resampler) for resampler in block.downsamplers or ()]
+        adapted.append(before if getattr(block, "has_cross_attention", False) else len(layers) - 1)
+    return tuple(layers), tuple(adapted)
+
+
+def _up_layers(blocks: Any) -> Iterator[Layer]:
+    for block in blocks:
+        *before, last = _stages(block)
+        yield from (Layer(*stages) for stages in before)
+        yield Layer(*last, resampler=block.upsamplers[0] if block.upsamplers else None)

@@ -1,4 +1,4 @@
-"""A model's U-Net without its weights -> the shapes it takes, its size, and the multiply-adds of its two passes.
+"""A model's U-Net without its weights -> the shapes it takes, its size, and the multiply-adds of its passes.
 
 Everything runs on torch's meta device: nothing is loaded and nothing is computed.
 """
@@ -10,18 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastcache.compile.models import SourceModel
 from fastcache.compile.presets import PRESETS
-from fastcache.cut.partition import partition_unet
+from fastcache.cut.signals import UNET_CLASSES
+from fastcache.cut.work import UNetWork, count_work
+from fastcache.cut.work import empty_unet as make_empty
+from fastcache.errors import PartitionError
+
+_CLIP_TOKENS, _SD_SCALE = 77, 8  # Stable Diffusion's text and VAE
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What decides the shapes of a model's tensors. `size` is the image's own side in pixels, `scale` a latent's."""
+    """What decides the shapes of a model's tensors. `size` is the image's own side in pixels, `scale` a latent's.
+
+    `height` and `width` are its own, too. `tokens` and `text_width` are 0 for a model without cross-attention.
+    """
 
     latent_channels: int
     scale: int
@@ -30,6 +37,9 @@ class Geometry:
     text_width: int
     pooled_width: int | None
     weights_bytes: int
+    height: int
+    width: int
+    time_ids: int
 
 
 @dataclass(frozen=True)
@@ -41,61 +51,102 @@ class MultiplyAdds:
 
     def ceiling(self, num_calls: int, interval: int) -> float:
         """The speed-up of a uniform plan over no caching, if time were multiply-adds alone."""
+        return self.full / self.average(num_calls, interval)
+
+    def average(self, num_calls: int, interval: int) -> float:
+        """What a call costs on average under a uniform plan."""
         refreshes = -(-num_calls // interval)
-        return num_calls * self.full / (refreshes * self.full + (num_calls - refreshes) * self.shallow)
+        return (refreshes * self.full + (num_calls - refreshes) * self.shallow) / num_calls
 
 
-def empty_unet(model: SourceModel) -> UNet2DConditionModel:
-    """The model's U-Net with no memory behind its weights."""
-    config: Any = PRESETS[model.name].unet if model.folder is None else model.folder / "unet"
-    if model.folder is not None:
-        config = UNet2DConditionModel.load_config(config, local_files_only=True)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
-    return unet.eval().requires_grad_(False)
+def empty_unet(model: SourceModel) -> Any:
+    """The model's U-Net with no memory behind its weights.
+
+    Raises: `PartitionError` for a U-Net of a class that cannot be cut.
+    """
+    if model.folder is None:
+        return make_empty(PRESETS[model.name].unet_class, PRESETS[model.name].unet)
+    config: Any = UNet2DConditionModel.load_config(model.folder / "unet", local_files_only=True)
+    if config["_class_name"] not in UNET_CLASSES:
+        raise PartitionError(f"expected a U-Net of {', '.join(UNET_CLASSES)}, got {config['_class_name']}")
+    return make_empty(UNET_CLASSES[config["_class_name"]], config)
 
 
 def geometry(model: SourceModel) -> Geometry:
     """The model's shapes, from its configuration files."""
     unet = empty_unet(model)
     config: Any = unet.config
-    scale, channels, tokens, pooled = 8, config.out_channels, 77, None  # Stable Diffusion's VAE and CLIP's text
-    if model.folder is not None and "vae" in model.components:
+    preset = PRESETS[model.name] if model.folder is None else None
+    scale, channels, tokens, pooled = _SD_SCALE, config.out_channels, _CLIP_TOKENS, None
+    if preset is not None:
+        scale, tokens = preset.scale, preset.tokens
+    elif "vae" in model.components and model.folder is not None:
         vae = json.loads((model.folder / "vae" / "config.json").read_text(encoding="utf-8"))
         scale, channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
     if "text" in model.components:
-        tokens = int(model.load_tokenizer().model_max_length)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    width = config.cross_attention_dim
-    weights_bytes = sum(4 * parameter.numel() for parameter in unet.parameters())
-    return Geometry(channels, scale, side * scale, tokens, width, pooled, weights_bytes)
+        tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
+    time_ids = 5 if model.settings.get("requires_aesthetics_score") else 6
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+    own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
+    height, width = preset.size if preset is not None and preset.size else (own[0] * scale, own[1] * scale)
+    return Geometry(
+        latent_channels=channels,
+        scale=scale,
+        size=own[0] * scale,
+        tokens=tokens,
+        text_width=getattr(config, "cross_attention_dim", 0),
+        pooled_width=pooled,
+        weights_bytes=sum(4 * parameter.numel() for parameter in unet.parameters()),
+        height=height,
+        width=width,
+        time_ids=time_ids,
+    )
 
 
 def multiply_adds(model: SourceModel, branch_id: int, height: int, width: int) -> MultiplyAdds:
     """Count the products of both passes for one image of `height` x `width` pixels.
 
     Raises: `PartitionError` for a branch that the U-Net does not have.
-    Source: `torch.utils.flop_counter`, which counts two operations for each multiply-add.
     """
-    shapes, unet = geometry(model), empty_unet(model)
-    cut = partition_unet(unet, branch_id)
+    work = unet_work(model, height, width)
+    if not 0 <= branch_id < len(work.shallow):
+        last = len(work.shallow) - 1
+        raise PartitionError(f"expected a branch_id from 0 to {last} for {model.name}, got {branch_id!r}")
+    return MultiplyAdds(work.full.total, work.shallow[branch_id].total)
+
+
+def unet_work(model: SourceModel, height: int | None = None, width: int | None = None) -> UNetWork:
+    """The work of a model's U-Net for one image, or one video, of `height` x `width` pixels; its own if left out.
+
+    Raises: `ValueError` for a size that is not a whole number of latents; `PartitionError` for a U-Net that cannot be
+    cut.
+    """
+    unet, shapes = empty_unet(model), geometry(model)
+    pixels = height or shapes.height, width or shapes.width
+    if any(side % shapes.scale or side <= 0 for side in pixels):
+        raise ValueError(f"expected a height and a width divisible by {shapes.scale} for {model.name}, got {pixels}")
+    latent = pixels[0] // shapes.scale, pixels[1] // shapes.scale
+    inputs = _inputs(unet, shapes, latent)
+    return count_work(unet, lambda full: full(**inputs))
+
+
+def _inputs(unet: Any, shapes: Geometry, latent: tuple[int, int]) -> dict[str, Any]:
+    """What a U-Net is called with for one sample, as tensors without content."""
     config: Any = unet.config
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(1, *sizes, device="meta")
 
-    inputs = (
-        empty(config.in_channels, height // shapes.scale, width // shapes.scale),
-        empty(),
-        empty(shapes.tokens, shapes.text_width),
-    )
-    added: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"sample": empty(config.in_channels, *latent), "timestep": empty()}
+    if isinstance(unet, UNet2DModel):
+        if config.num_class_embeds:
+            inputs["class_labels"] = torch.zeros(1, dtype=torch.int64, device="meta")
+        return inputs
+    inputs["encoder_hidden_states"] = empty(shapes.tokens, shapes.text_width)
+    if isinstance(unet, UNetSpatioTemporalConditionModel):
+        inputs["sample"] = empty(config.num_frames, config.in_channels, *latent)
+        return inputs | {"added_time_ids": empty(3)}
     if shapes.pooled_width is not None:
-        added = {"added_cond_kwargs": {"text_embeds": empty(shapes.pooled_width), "time_ids": empty(6)}}
-    with torch.no_grad(), FlopCounterMode(display=False) as full:
-        _, cached_feature = cut.full(*inputs, **added)
-    with torch.no_grad(), FlopCounterMode(display=False) as shallow:
-        cut.shallow(*inputs, cached_feature=cached_feature, **added)
-    return MultiplyAdds(full.get_total_flops() // 2, shallow.get_total_flops() // 2)
+        inputs["added_cond_kwargs"] = {"text_embeds": empty(shapes.pooled_width), "time_ids": empty(shapes.time_ids)}
+    return inputs

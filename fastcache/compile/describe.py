@@ -1,0 +1,130 @@
+"""A model and a recipe -> what the loop around the engines must know of them: sizes, tokens, conditioning.
+
+Knows configurations; nothing is loaded or exported here but the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from fastcache.bundle import ModelInfo, WorkEntry
+from fastcache.compile.export import Free, Inputs, call_unet
+from fastcache.compile.models import SourceModel
+from fastcache.compile.presets import PRESETS
+from fastcache.cut.work import count_work, empty_unet
+from fastcache.recipe import Profile, Recipe, Size
+
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that a bundle serves, in pixels, the usual one first, and the lengths of its prompts.
+
+    `scale` is how many pixels a latent is, `step` what sizes are a multiple of where there are several.
+    """
+
+    sizes: tuple[Size, ...]
+    scale: int
+    step: int
+    tokens: Profile
+
+    @property
+    def height(self) -> int:
+        return self.sizes[0].height
+
+    @property
+    def width(self) -> int:
+        return self.sizes[0].width
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """The usual size's rows and columns of latents."""
+        return self.height // self.scale, self.width // self.scale
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """The least, usual and largest of each size that may vary."""
+        return {
+            "height": _profile([size.height for size in self.sizes]),
+            "width": _profile([size.width for size in self.sizes]),
+            "tokens": self.tokens,
+        }
+
+    @property
+    def free(self) -> Free:
+        """What of it graphs must leave free."""
+        varies = {name: profile.min < profile.max for name, profile in self.profiles.items()}
+        most = self.tokens.max if varies["tokens"] else None
+        return Free(varies["height"], varies["width"], self.step, most)
+
+
+def _profile(values: list[int]) -> Profile:
+    return Profile(min=min(values), opt=values[0], max=max(values))
+
+
+def describe(model: SourceModel, unet: UNet2DConditionModel) -> ModelInfo:
+    """What the manifest says of the model."""
+    config: Any = unet.config
+    preset = PRESETS[model.name] if model.folder is None else None
+    scale, tokens = (preset.scale, preset.tokens) if preset is not None else (8, None)
+    latent_channels = config.out_channels
+    if model.folder is not None and "vae" in model.components:
+        vae = json.loads((model.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        scale, latent_channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
+    if "text" in model.components:
+        tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
+    told = config.addition_embed_type == "text_time"
+    return ModelInfo(
+        name=model.name,
+        family=model.family,
+        random_weights=model.random_weights,
+        in_channels=config.in_channels,
+        latent_channels=latent_channels,
+        vae_scale_factor=scale,
+        tokens=tokens,
+        time_ids=(5 if model.settings.get("requires_aesthetics_score") else 6) if told else None,
+        zero_negative=model.family == "sdxl" and bool(model.settings.get("force_zeros_for_empty_prompt", True)),
+        scheduler=model.scheduler,
+        loras=tuple(entry for _, entry in model.loras),
+    )
+
+
+def work(unet: nn.Module, inputs: Inputs) -> tuple[WorkEntry, ...]:
+    """The multiply-adds of the U-Net's passes at every branch, for one of the rows that it is called with."""
+    model: Any = unet
+    row = {name: tensor[:1].to("meta") for name, tensor in inputs.items()}
+    found = count_work(empty_unet(type(model), model.config), lambda full: call_unet(full, row))
+    passes = [(None, found.full), *enumerate(found.shallow)]
+    return tuple(WorkEntry(branch_id=b, layers=one.layers, attention=one.attention) for b, one in passes)
+
+
+def shapes(unet: UNet2DConditionModel, recipe: Recipe, info: ModelInfo) -> Shapes:
+    """The recipe's sizes, or the one that the model was trained for.
+
+    Raises: `ValueError` for a size that the VAE or the U-Net cannot halve as often as it does.
+    """
+    config: Any = unet.config
+    own, scale = config.sample_size, info.vae_scale_factor
+    own_height, own_width = own if isinstance(own, list | tuple) else (own, own)
+    usual = Size(width=recipe.width or own_width * scale, height=recipe.height or own_height * scale)
+    sizes = recipe.sizes or (usual,)
+    # Where sizes are free, the U-Net's upsamplers must double back to what its downsamplers halved.
+    step = scale * 2 ** (len(config.down_block_types) - 1)
+    for size in sizes:
+        for name, pixels in (("height", size.height), ("width", size.width)):
+            needed = scale if len(sizes) == 1 else step
+            if pixels % needed:
+                raise ValueError(f"expected a {name} divisible by {needed} for {info.name}, got {pixels}")
+    usual_tokens = info.tokens or _CLIP_TOKENS
+    most = recipe.max_tokens or usual_tokens
+    if most < usual_tokens:
+        raise ValueError(f"expected max_tokens of {usual_tokens} or more for {info.name}, got {most}")
+    step = math.gcd(step, *(size.height for size in sizes), *(size.width for size in sizes))
+    return Shapes(sizes, scale, step, Profile(min=usual_tokens, opt=usual_tokens, max=most))
