@@ -6,8 +6,9 @@ checked on a machine that has neither the model nor torch's exporter. Invariants
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -29,44 +30,68 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def module_parity(modules: Sequence[nn.Module], reference: Path, dtype: DType) -> Parity:
-    """The same of a full and a shallow PyTorch module, each called with one dict of named tensors."""
+class Part(Protocol):
+    """A full or a shallow pass: a module called with one dict of named tensors, and the names of what comes out."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+
+def module_parity(parts: Sequence[Part], reference: Path, dtype: DType) -> Parity:
+    """The same of PyTorch modules, the full pass and the shallow ones."""
     expected = load_file(reference)
-    names = [name for name in expected if name.startswith("cached_")]
-    inputs = {name: tensor for name, tensor in expected.items() if name != "noise_pred" and name not in names}
-    full, shallow = modules
-    with torch.no_grad():
-        of_full, *values = full(inputs)
-        cached = dict(zip(sorted(names), values, strict=True))
-        of_shallow = shallow(inputs | cached)
-    results = cached | {"noise_pred": of_full}
+    full, *shallow = parts
+
+    def run(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            results = part.module({name: tensors[name] for name in part.inputs})
+        return dict(zip(part.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+
+    of_full = run(full, expected)
+    of_shallow = [run(part, expected | of_full) for part in shallow]
     return Parity(
         measured_on="torch",
-        full_vs_model=max(relative_error(value.float(), expected[name]) for name, value in results.items()),
-        shallow_vs_full=relative_error(of_shallow, of_full),
+        full_vs_model=max(relative_error(value.float(), expected[name]) for name, value in of_full.items()),
+        shallow_vs_full=max(relative_error(v, of_full[name]) for found in of_shallow for name, v in found.items()),
         tolerance=TOLERANCE[dtype],
     )
 
 
-def measure_parity(backend: Backend, full: Path, shallow: Path, reference: Path, options: LoadOptions) -> Parity:
-    """Run both engines on the reference input, one after the other, over one set of tensors."""
+def measure_parity(
+    backend: Backend, full: Path, shallow: Sequence[Path], reference: Path, options: LoadOptions
+) -> Parity:
+    """Run the engines on the reference input, one after the other, over one set of tensors.
+
+    Each shallow engine takes what the full one stored, and is held to all that this gave: its noise prediction, and
+    the features of shallower cuts where it refreshes them.
+    """
     expected = load_file(reference)
     engine = backend.load(full, options)
     dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*engine.inputs, *engine.outputs)}
     tensors = {name: expected[name].to(options.device, dtype, copy=True) for name, dtype in dtypes.items()}
-    for spec in engine.outputs:
-        tensors[spec.name].fill_(torch.nan)
 
-    def run(engine: Engine) -> Tensor:
-        tensors["noise_pred"].fill_(torch.nan)
+    def run(engine: Engine) -> dict[str, Tensor]:
+        for spec in engine.outputs:
+            tensors[spec.name].fill_(torch.nan)
         engine.bind(tensors).run()
-        return tensors["noise_pred"].float().cpu()
+        return {spec.name: tensors[spec.name].clone() for spec in engine.outputs}
+
+    def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+        return max(relative_error(value.float().cpu(), wanted[name].float().cpu()) for name, value in found.items())
 
     of_full = run(engine)
-    full_vs_model = max(relative_error(tensors[s.name].float().cpu(), expected[s.name]) for s in engine.outputs)
+    errors: list[float] = []
+    for path in shallow:
+        for name, value in of_full.items():
+            tensors[name].copy_(value)
+        errors.append(worst(run(backend.load(path, options)), of_full))
     return Parity(
         measured_on=backend.NAME,
-        full_vs_model=full_vs_model,
-        shallow_vs_full=relative_error(run(backend.load(shallow, options)), of_full),
+        full_vs_model=worst(of_full, expected),
+        shallow_vs_full=max(errors),
         tolerance=TOLERANCE[options.dtype],
     )

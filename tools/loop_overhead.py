@@ -1,19 +1,21 @@
 """What the loop costs besides the engines, beside diffusers' own: python tools/loop_overhead.py
 
-Both loops run over a U-Net that does nothing, so whatever time passes is theirs. `step` is the time from the end of one
-U-Net call to the start of the next; `run` is a whole run, given embeddings and latents and giving latents, divided by
-its steps. Rounds alternate between the two, and a figure is the median of the rounds.
+Both loops run over a U-Net that does nothing, so whatever time passes is theirs. `step` is the host's time from the end
+of one U-Net call to the start of the next; `run` is a whole run, given embeddings and latents and giving latents,
+divided by its steps. On a GPU (`--device cuda`) there are further the runs out of CUDA graphs, one for each kind of
+step and one for all. Rounds alternate between the loops, and a figure is the median of the rounds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -23,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastcache.run.buffers import BufferPool
-from fastcache.run.denoise import denoise
+from fastcache.run.capture import CudaRecorder, denoise_captured
+from fastcache.run.denoise import DenoiseOptions, denoise
 from fastcache.run.plan import CachePlan
 from fastcache.run.sampler import SamplerTable, compile_sampler, make_scheduler
 from fastcache_engines import TensorSpec
@@ -42,13 +45,16 @@ class Clock:
         now = time.perf_counter()
         self.calls.append((now, time.perf_counter()))
 
-    def time(self, run: Callable[[], None]) -> Times:
+    def time(self, run: Callable[[], None], steps: int) -> Times:
+        """A recording makes its calls once, so that a later run out of it has no times between them: nan."""
         self.calls.clear()
         start = time.perf_counter()
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         end = time.perf_counter()
         between = [after[0] - before[1] for before, after in pairwise(self.calls)]
-        return Times(statistics.fmean(between) * 1e6, (end - start) / len(self.calls) * 1e6)
+        return Times(statistics.fmean(between or [math.nan]) * 1e6, (end - start) / steps * 1e6)
 
 
 class Times(NamedTuple):
@@ -82,39 +88,55 @@ class IdleEngine:
     def run(self) -> None:
         self.clock.call()
 
+    def capturable(self) -> bool:
+        return True
+
 
 class IdleUNet(nn.Module):
     """A U-Net that computes nothing, with what the pipeline asks of one."""
 
-    def __init__(self, size: int, clock: Clock) -> None:
+    def __init__(self, size: int, clock: Clock, device: str) -> None:
         super().__init__()
-        self.clock, self.noise_pred = clock, torch.zeros(2, 4, size, size)
+        self.clock, self.noise_pred = clock, torch.zeros(2, 4, size, size, device=device)
         self.config = SimpleNamespace(in_channels=4, sample_size=size, time_cond_proj_dim=None)
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype = torch.device(device), torch.float32
 
     def __call__(self, *_: Any, **__: Any) -> tuple[Tensor]:
         self.clock.call()
         return (self.noise_pred,)
 
 
-def ours(table: SamplerTable, size: int) -> Callable[[], Times]:
+def ours(
+    table: SamplerTable, size: int, rescale: float, device: str, graphs: Literal["none", "step", "whole"] = "none"
+) -> Callable[[], Times]:
     """A function that runs the loop once and says what it took."""
-    clock = Clock()
+    clock, recorder = Clock(), None if graphs == "none" else CudaRecorder()
     full, shallow = IdleEngine(size, clock, stores=True), IdleEngine(size, clock, stores=False)
-    pool = BufferPool(full, shallow, batch=1, halves=2, num_calls=table.num_calls, channels=4)
+    pool = BufferPool(full, {0: shallow}, batch=1, halves=2, num_calls=table.num_calls, channels=4, device=device)
     plan = CachePlan.uniform(table.num_calls, 3)
-    latents, embeds = torch.randn(1, 4, size, size), torch.zeros(2, TOKENS, WIDTH)
+    latents, embeds = _inputs(size, device)
+    embeds = embeds.repeat(2, 1, 1)
+    options: DenoiseOptions = {"guidance_scale": 7.5, "guidance_rescale": rescale}
 
     def run() -> None:
         pool.set_inputs({"encoder_hidden_states": embeds})
         pool.latents[0].copy_(latents).mul_(table.init_noise_sigma)
-        *_, last = denoise(pool, table, plan, guidance_scale=7.5)
+        if recorder is None:
+            steps = denoise(pool, table, plan, **options)
+        else:
+            steps = denoise_captured(recorder, pool, table, plan, stepwise=graphs == "step", **options)
+        *_, last = steps
         last.latents.clone()
 
-    return lambda: clock.time(run)
+    return lambda: clock.time(run, table.num_calls)
 
 
-def theirs(sampler: str, steps: int, size: int) -> Callable[[], Times]:
+def _inputs(size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Latents, and the text of one prompt."""
+    return torch.randn(1, 4, size, size, device=device), torch.zeros(1, TOKENS, WIDTH, device=device)
+
+
+def theirs(sampler: str, steps: int, size: int, rescale: float, device: str) -> Callable[[], Times]:
     """The same for `StableDiffusionPipeline`."""
     small = UNet2DConditionModel(
         sample_size=size, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
@@ -131,8 +153,9 @@ def theirs(sampler: str, steps: int, size: int) -> Callable[[], Times]:
     )
     pipe.set_progress_bar_config(disable=True)
     clock = Clock()
-    pipe.unet = IdleUNet(size, clock)
-    latents, embeds = torch.randn(1, 4, size, size), torch.zeros(1, TOKENS, WIDTH)
+    pipe.to(device)
+    pipe.unet = IdleUNet(size, clock, device)
+    latents, embeds = _inputs(size, device)
 
     def run() -> None:
         pipe(
@@ -140,39 +163,44 @@ def theirs(sampler: str, steps: int, size: int) -> Callable[[], Times]:
             negative_prompt_embeds=embeds,
             latents=latents,
             num_inference_steps=steps,
+            guidance_rescale=rescale,
             output_type="latent",
         )
 
-    return lambda: clock.time(run)
+    return lambda: clock.time(run, steps)
 
 
-def measure(sampler: str, size: int, steps: int, rounds: int) -> dict[str, Any]:
+def measure(sampler: str, size: int, rescale: float, steps: int, rounds: int, device: str) -> dict[str, Any]:
     table = compile_sampler(make_scheduler(sampler, BETAS), steps)
-    arms = (ours(table, size), theirs(sampler, steps, size))
-    for arm in arms:
+    arms = {"us": ours(table, size, rescale, device), "us_diffusers": theirs(sampler, steps, size, rescale, device)}
+    if device == "cuda":
+        arms |= {
+            "us_step_graphs": ours(table, size, rescale, device, "step"),
+            "us_one_graph": ours(table, size, rescale, device, "whole"),
+        }
+    for arm in arms.values():
         arm()  # warm up
-    taken = [[arm() for arm in arms] for _ in range(rounds)]
-    figures: dict[str, Any] = {"sampler": sampler, "latents": f"{size}x{size}", "steps": steps}
+    taken = [{name: arm() for name, arm in arms.items()} for _ in range(rounds)]
+    figures: dict[str, Any] = {"sampler": sampler, "rescale": rescale, "latents": f"{size}x{size}", "steps": steps}
     for kind in Times._fields:
-        fastcache_us, diffusers_us = (
-            statistics.median(getattr(times, kind) for times in arm) for arm in zip(*taken, strict=True)
-        )
-        figures[f"{kind}_us"] = round(fastcache_us, 2)
-        figures[f"{kind}_us_diffusers"] = round(diffusers_us, 2)
-        figures[f"{kind}_ratio"] = round(fastcache_us / diffusers_us, 4)
+        found = {name: statistics.median(getattr(times[name], kind) for times in taken) for name in arms}
+        figures |= {f"{kind}_{name}": round(us, 2) for name, us in found.items() if not math.isnan(us)}
+        figures[f"{kind}_ratio"] = round(found["us"] / found["us_diffusers"], 4)
     return figures
 
 
 def main(
     steps: int = 50,
     rounds: Annotated[int, typer.Option(help="How often the two take turns.")] = 40,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the latents are.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Compare the two loops at two latent sizes and with two samplers, guidance on, one thread."""
+    """Compare the two loops at two latent sizes, two samplers, guidance plain and rescaled, one thread."""
     torch.set_num_threads(1)
-    rows = [measure(sampler, size, steps, rounds) for size in (16, 64) for sampler in ("ddim", "dpm++_2m")]
+    cases = product((16, 64), ("ddim", "dpm++_2m"), (0.0, 0.7))
+    rows = [measure(sampler, size, rescale, steps, rounds, device) for size, sampler, rescale in cases]
     if as_json:
-        typer.echo(json.dumps({"torch": torch.__version__, "rounds": rounds, "rows": rows}))
+        typer.echo(json.dumps({"torch": torch.__version__, "device": device, "rounds": rounds, "rows": rows}))
         return
     table = Table(*(name.replace("_", "\n", 1) for name in rows[0]))
     for row in rows:

@@ -1,8 +1,8 @@
 """Bound engines, a sampler and a plan -> the latents, one step at a time.
 
-`denoise` gives an iterator: progress, previews and cancelling are its caller's business. Between two engine calls it
-does three things, into buffers that exist: guidance, the sampler's update, the next model input. Knows nothing about
-prompts, images or files.
+`denoise` gives an iterator: progress, previews and cancelling are its caller's business. What a step does, the next
+model input, an engine, guidance, the sampler's update, is a list of calls on buffers that exist, made before the first
+step. Knows nothing about prompts, images or files.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastcache.run.buffers import BufferPool
+from fastcache.run.buffers import BufferPool, Rows
+from fastcache.run.forecast import Calls, forecasts
 from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import SamplerTable
+from fastcache.run.sampler import SamplerTable, noise_levels
 from fastcache_kernels import reference as kernels
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,14 @@ class Step:
     latents: Tensor
 
 
+class DenoiseOptions(TypedDict, total=False):
+    """What `denoise` takes by name."""
+
+    guidance_scale: float
+    guidance_rescale: float
+    generator: Generators
+
+
 def denoise(
     pool: BufferPool,
     sampler: SamplerTable | ScheduledSampler,
@@ -41,26 +51,27 @@ def denoise(
     *,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    image_guidance_scale: float | None = None,
     generator: Generators = None,
 ) -> Iterator[Step]:
     """Run a plan from the noise in `pool.latents[0]`, yielding after each step.
 
     The last step's `latents` are the result. `generator` draws the noise of stochastic samplers, one for the whole
-    batch or one for each image.
+    batch or one for each image. `image_guidance_scale` is for pools of three rows an image, where guidance has three
+    parts: without text and image, with the image, with both.
 
-    Raises: `ValueError`, at once, where the plan and the sampler do not have the same number of U-Net calls. A step
-    raises `RuntimeError` where a newer run has taken the pool over.
+    Raises: `ValueError`, at once, where the plan and the sampler do not have the same number of U-Net calls, or there
+    is no engine for a branch. A step raises `RuntimeError` where a newer run has taken the pool over.
     """
     if plan.num_steps != len(sampler.timesteps):
         raise ValueError(
             f"expected a plan for the sampler's {len(sampler.timesteps)} U-Net calls, got one for {plan.num_steps}"
         )
-    updates = (
-        sampler.updates(pool, generator)
-        if isinstance(sampler, ScheduledSampler)
-        else table_updates(sampler, pool, generator)
-    )
-    return _steps(pool, pool.run, sampler, plan, updates, guidance_scale, guidance_rescale)
+    for step, branch in enumerate(plan.branches):
+        pool.binding(branch, plan.is_guided(step))
+    forecast = forecasts(pool, plan, sampler.sigmas)
+    guide = _Guide(pool, guidance_scale, guidance_rescale, image_guidance_scale)
+    return _steps(pool, pool.run, sampler, plan, forecast, guide, generator)
 
 
 def _steps(
@@ -68,78 +79,147 @@ def _steps(
     run: int,
     sampler: SamplerTable | ScheduledSampler,
     plan: CachePlan,
-    updates: Sequence[Callable[[], None]],
-    guidance_scale: float,
-    guidance_rescale: float,
+    forecast: tuple[Calls, Calls],
+    guide: _Guide,
+    generator: Generators,
 ) -> Iterator[Step]:
-    timestep, noise_pred = pool.tensors["timestep"], pool.noise_pred
-    timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.float().unbind()
-    for i, update in enumerate(updates):
+    timesteps = sampler.timesteps.tolist()
+    steps = [Step(i, timesteps[i], plan.is_full(i), pool.latents[i + 1]) for i in range(plan.num_steps)]
+    for step, calls in zip(steps, step_calls(pool, sampler, plan, forecast, guide, generator), strict=True):
         if pool.run != run:
             raise RuntimeError("a newer run has taken this one's buffers; finish or drop a stream before the next call")
-        kernels.duplicate(pool.repeated[i], scales[i], pool.model_input)
-        timestep.fill_(timesteps[i])
-        full = plan.is_full(i)
-        (pool.full if full else pool.shallow).run()
-        if pool.halves == 2:
-            kernels.guide(noise_pred[0], noise_pred[1], guidance_scale, guidance_rescale, pool.guided[i])
-        else:
-            pool.guided[i].copy_(noise_pred[0])
-        update()
-        yield Step(i, timesteps[i], full, pool.latents[i + 1])
+        for call in calls:
+            call()
+        yield step
 
 
-def table_updates(table: SamplerTable, pool: BufferPool, generator: Generators) -> list[Callable[[], None]]:
-    """For each call, what turns its noise prediction into the next latents, with every view made beforehand."""
-    updates: list[Callable[[], None]] = []
-    for i, (rule, weights) in enumerate(zip(table.recursion(), table.weights, strict=True)):
-        drawn = table.draws_noise(i)
-        end = 3 * i + 3
-        rows = pool.history[3 * rule.first : end if drawn else end - 1]  # its own noise comes last
-        own = weights[:, : len(rows)].to(rows.device)
-        combine = partial(kernels.combine, rows, own, pool.history[end : end + 1])
-        updates.append(partial(_draw_and_combine, pool.noise[i], generator, combine) if drawn else combine)
-    return updates
+def step_calls(
+    pool: BufferPool,
+    sampler: SamplerTable | ScheduledSampler,
+    plan: CachePlan,
+    forecast: tuple[Calls, Calls],
+    guide: _Guide,
+    generator: Generators,
+) -> list[list[Call]]:
+    """For each step all that it does, in turn, with every view and number in place."""
+    before, after = forecast
+    timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.float().unbind()
+    updates = (
+        sampler.updates(pool) if isinstance(sampler, ScheduledSampler) else table_updates(sampler, pool, generator)
+    )
+    return [
+        [
+            partial(kernels.duplicate, rows.repeated[i], scales[i], rows.model_input),
+            partial(rows.tensors["timestep"].fill_, timesteps[i]),
+            *before.get(i, ()),
+            pool.binding(branch, guided).run,
+            *after.get(i, ()),
+            *guide.calls(rows, i),
+            *updates[i],
+        ]
+        for i, branch in enumerate(plan.branches)
+        for guided in [plan.is_guided(i)]
+        for rows in [pool.rows(guided)]
+    ]
 
 
-def _draw_and_combine(noise: Tensor, generator: Generators, combine: Callable[[], None]) -> None:
-    draw(noise, generator)
-    combine()
+class _Guide:
+    """Classifier-free guidance of a run, rescaled or not, with what memory it needs.
+
+    Source: arXiv 2207.12598, equation 6; rescaled: arXiv 2305.08891, equations 15 and 16.
+    """
+
+    def __init__(self, pool: BufferPool, scale: float, rescale: float, image_scale: float | None) -> None:
+        self._results, self._pair, self._image_scale = pool.guided, pool.rows().noise_pred, image_scale or 0.0
+        self._scale, self._rescaling = scale, list[Call]()
+        if rescale > 0 and pool.halves == 2:
+            self._plain, self._factor = torch.empty_like(pool.guided[0]), pool.history.new_empty(pool.batch, 1)
+            self._rescaling = list(self._factoring(rescale))
+            self._each = self._factor.view(-1, *[1] * (self._plain.ndim - 1))
+
+    def calls(self, rows: Rows, step: int) -> list[Call]:
+        """What makes a step's prediction out of its engine's."""
+        result = self._results[step]
+        if len(rows.noise_pred) == 1:
+            return [partial(result.copy_, rows.noise_pred[0])]
+        if len(rows.noise_pred) == 3:  # arXiv 2211.09800, equation 3
+            unguided, of_image, of_both = rows.noise_pred
+            return [
+                partial(torch.lerp, unguided, of_image, self._image_scale, out=result),
+                partial(result.add_, of_both, alpha=self._scale),
+                partial(result.sub_, of_image, alpha=self._scale),
+            ]
+        if not self._rescaling:
+            return [partial(torch.lerp, *self._pair, self._scale, out=result)]
+        return [*self._rescaling, partial(torch.mul, self._plain, self._each, out=result)]
+
+    def _factoring(self, rescale: float) -> Iterator[Call]:
+        """Deviations from the mean in two passes: torch.std takes three times as long, in one thread on a CPU."""
+        conditional, plain = self._pair[1].flatten(1), self._plain.flatten(1)
+        centred, mean, spread = torch.empty_like(plain), plain.new_empty(len(plain)), torch.empty_like(self._factor)
+        averaging, one = torch.full_like(plain[0], 1 / plain.shape[1]), torch.ones_like(self._factor)
+        yield partial(torch.lerp, *self._pair, self._scale, out=self._plain)
+        for values, out in ((conditional, self._factor), (plain, spread)):
+            yield partial(torch.mv, values, averaging, out=mean)
+            yield partial(torch.sub, values, mean[:, None], out=centred)
+            yield partial(torch.linalg.vector_norm, centred, dim=1, keepdim=True, out=out)
+        yield partial(torch.div, self._factor, spread, out=self._factor)
+        yield partial(torch.lerp, one, self._factor, rescale, out=self._factor)
+
+
+def table_updates(table: SamplerTable, pool: BufferPool, generator: Generators) -> list[list[Call]]:
+    """For each call, what turns its noise prediction into the next latents."""
+    combines = pool.updates(table)
+    return [
+        [partial(draw, pool.noise[i], generator), combine] if table.draws_noise(i) else [combine]
+        for i, combine in enumerate(combines)
+    ]
 
 
 @dataclass(frozen=True)
 class ScheduledSampler:
     """A diffusers scheduler whose `step` is not linear, so that it has no table and runs itself.
 
-    `timesteps` are set; `step_kwargs` go to every `step`.
+    Its timesteps are set, and where it begins; `step_kwargs` go to every `step`. Of its calls those from `begin` to
+    `end`, not included, are made.
     """
 
     scheduler: Any
     step_kwargs: dict[str, Any]
+    begin: int = 0
+    end: int | None = None
 
     @property
     def timesteps(self) -> Tensor:
-        return self.scheduler.timesteps
+        return self.scheduler.timesteps[self.begin : self.end]
 
     @property
     def input_scale(self) -> Tensor:
         """What the scheduler multiplies the model's input by at each step, asked of a fresh copy each time."""
-        one = torch.ones(1)
-        return torch.cat([copy.deepcopy(self.scheduler).scale_model_input(one, t) for t in self.timesteps])
+        one, scales = torch.ones(1), list[Tensor]()
+        for call, timestep in enumerate(self.timesteps, self.begin):
+            fresh = copy.deepcopy(self.scheduler)
+            if self.begin and hasattr(fresh, "set_begin_index"):
+                fresh.set_begin_index(call)
+            scales.append(fresh.scale_model_input(one, timestep))
+        return torch.cat(scales)
+
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        return noise_levels(self.scheduler, self.timesteps)
 
     @property
     def init_noise_sigma(self) -> float:
         return float(self.scheduler.init_noise_sigma)
 
-    def updates(self, pool: BufferPool, generator: Generators) -> list[Callable[[], None]]:
-        def updater(i: int, timestep: Tensor) -> Callable[[], None]:
-            def update() -> None:
-                previous = self.scheduler.step(pool.guided[i], timestep, pool.latents[i], **self.step_kwargs)
-                pool.latents[i + 1].copy_(previous.prev_sample)
+    def updates(self, pool: BufferPool) -> list[list[Call]]:
+        """For each call, what turns its noise prediction into the next latents."""
 
-            return update
+        def update(i: int, timestep: Tensor) -> None:
+            previous = self.scheduler.step(pool.guided[i], timestep, pool.latents[i], **self.step_kwargs)
+            pool.latents[i + 1].copy_(previous.prev_sample)
 
-        return [updater(i, t) for i, t in enumerate(self.timesteps)]
+        return [[partial(update, i, t)] for i, t in enumerate(self.timesteps)]
 
 
 def draw(out: Tensor, generator: Generators) -> None:

@@ -1,7 +1,8 @@
 """Turn a wish ("a refresh every third step") into a cache plan: for each step, FULL or SHALLOW.
 
-Pure Python: knows nothing about tensors, engines, schedulers or timestep values. A step is the index of a
-U-Net call.
+Besides the branch of each step a plan says where guidance is off, and whether the cached feature is reused as it was
+stored or forecast. Pure Python: knows nothing about tensors, engines, schedulers or timestep values. A step is the
+index of a U-Net call.
 """
 
 from __future__ import annotations
@@ -9,15 +10,60 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final, cast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, takewhile
+from typing import Any, Final, Literal, cast
+
+from fastcache.run.spacing import power_spaced
 
 FULL: Final = None
 SCHEMA: Final = "fastcache.plan/1"
 
 _KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "branches"}
-_POWER_DECREMENT: Final = 0.02  # the paper's code lowers the power by this until the number of refreshes fits
+_OPTIONAL_KEYS: Final = {"unguided_steps", "forecast"}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Extrapolate the cached feature from those stored last, in place of reusing the last one as it is.
+
+    A polynomial of `order` 1 or 2 through the last `order + 1` stored features; through fewer while fewer are stored.
+    It runs `by` the index of the U-Net call (`step`), or by the calls' noise levels (`sigma`), which the sampler has:
+    of two calls at the same one the later counts. `damping` is how much of what it adds to the last feature counts,
+    from 0, plain reuse, to 1.
+
+    Raises: ValueError for another order, damping or coordinate.
+    Source: the idea is TaylorSeer's, arXiv 2503.06923; the polynomial is Lagrange's, for unequal distances.
+    """
+
+    order: int = 1
+    damping: float = 1.0
+    by: Literal["step", "sigma"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("step", "sigma"):
+            raise _expected("a forecast by step or sigma", self.by, "choose one of these")
+        if not _is_int(self.order) or self.order not in (1, 2):
+            raise _expected("a forecast of order 1 or 2", self.order, "leave the forecast out for plain reuse")
+        if not _is_number(self.damping) or not 0 <= self.damping <= 1:
+            raise _expected("a damping from 0 to 1", self.damping, "0 is plain reuse, 1 the whole extrapolation")
+
+    def weights(self, stored: Sequence[int], step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
+        """What the features stored at these steps, ascending, count at a later one, if anything. They sum to 1.
+
+        Raises: ValueError for a forecast by sigma without the calls' sigmas.
+        """
+        if self.by == "sigma" and sigmas is None:
+            raise _expected("the sampler's noise levels with a forecast by sigma", None, "forecast by step")
+        place = sigmas if self.by == "sigma" and sigmas is not None else range(step + 1)
+        apart = {place[own]: own for own in stored}  # of two at one place the later
+        weights: dict[int, float] = {}
+        for x, own in apart.items():
+            whole = math.prod((place[step] - other) / (x - other) for other in apart if other != x)
+            weight = self.damping * whole + (1 - self.damping) * (own == stored[-1])
+            weights |= {own: weight} if weight else {}
+        return weights
 
 
 @dataclass(frozen=True)
@@ -25,17 +71,21 @@ class CachePlan:
     """Which engine each step runs.
 
     `branches[step]` is `FULL` (None) where the step runs the full engine and stores the cached feature, else
-    the branch_id of the shallow engine that reuses it. The first step is FULL: nothing is cached across
-    requests.
+    the branch_id of the shallow engine that reuses it. A SHALLOW step stores anew the features of all lower branch
+    ids, which lie above its own. The first step is FULL: nothing is cached across requests. At `unguided_steps`,
+    ascending, classifier-free guidance is off: they run on the conditional half alone, and store no other.
 
-    Raises: ValueError if the plan is empty, starts SHALLOW, or names something that is not a branch_id.
-    Source: DeepCache, arXiv 2312.00858, section 3.3.
+    Raises: ValueError if the plan is empty, starts SHALLOW, names something that is not a branch_id or a step, or has
+        a guided SHALLOW step reuse what an unguided one stored.
+    Source: DeepCache, arXiv 2312.00858, section 3.3; guidance in an interval: arXiv 2404.07724, section 3.
     """
 
     branches: tuple[int | None, ...]
     model: str | None = None
     sampler: str | None = None
     made_by: str = "given"
+    unguided_steps: tuple[int, ...] = ()
+    forecast: Forecast | None = None
 
     def __post_init__(self) -> None:
         _check_branches(self.branches)
@@ -44,6 +94,19 @@ class CachePlan:
                 raise _expected(f"{name} to be a string or None", value, f"name the {name} or leave it out")
         if not isinstance(self.made_by, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise _expected("made_by to be a string", self.made_by, "say which constructor made the plan")
+        if not (self.forecast is None or isinstance(self.forecast, Forecast)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise _expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
+        _check_unguided(self.unguided_steps, self.num_steps)
+        for step in range(self.num_steps):
+            if not self.is_full(step) and self.is_guided(step):
+                self._check_source(step, next(self.stores_before(step)))
+
+    def _check_source(self, step: int, source: int) -> None:
+        if not self.is_guided(source):
+            raise ValueError(
+                f"expected the guided SHALLOW step {step} to reuse a guided step's feature, got one that the "
+                f"unguided step {source} stored; make step {step} FULL or step {source} guided"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -54,8 +117,54 @@ class CachePlan:
         """The steps that run the full engine, ascending."""
         return tuple(step for step, branch in enumerate(self.branches) if branch is FULL)
 
+    @property
+    def branch_ids(self) -> tuple[int, ...]:
+        """The branches that SHALLOW steps name, ascending."""
+        return tuple(sorted({branch for branch in self.branches if branch is not None}))
+
     def is_full(self, step: int) -> bool:
         return self.branches[step] is FULL
+
+    def is_guided(self, step: int) -> bool:
+        """Whether guidance is on at a step of a guided run."""
+        return step not in self.unguided_steps
+
+    def stores(self, step: int, branch_id: int) -> bool:
+        """Whether a step stores a branch's feature: FULL steps all, SHALLOW ones those of lower ids than their own."""
+        branch = self.branches[step]
+        return branch is None or branch > branch_id
+
+    def stores_before(self, step: int) -> Iterator[int]:
+        """The steps that stored what a SHALLOW step reuses, the latest first."""
+        branch_id = cast(int, self.branches[step])
+        return (earlier for earlier in range(step - 1, -1, -1) if self.stores(earlier, branch_id))
+
+    def feature_weights(self, step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
+        """Out of which steps' stored features a SHALLOW step makes its own, oldest first, and what each counts.
+
+        A guided step's forecast goes back to the last unguided one that stored, and no further. `sigmas` are the
+        calls' noise levels.
+
+        Raises: ValueError for a forecast by sigma without them.
+        """
+        latest = self.stores_before(step)
+        if self.forecast is None:
+            return {next(latest): 1.0}
+        if self.is_guided(step):
+            latest = takewhile(self.is_guided, latest)
+        stored = sorted(islice(latest, self.forecast.order + 1))
+        return self.forecast.weights(stored, step, sigmas)
+
+    def guided_within(self, first: int, end: int) -> CachePlan:
+        """The same plan with guidance at the steps first..end-1 only.
+
+        Raises: ValueError if these are no steps of the plan, or step `first` is SHALLOW and guidance was off before.
+        """
+        if not (_is_int(first) and _is_int(end) and 0 <= first < end <= self.num_steps):
+            raise _expected(
+                f"guidance from a step to a later one, up to {self.num_steps}", (first, end), "steps count from 0"
+            )
+        return replace(self, unguided_steps=(*range(first), *range(end, self.num_steps)))
 
     @classmethod
     def all_full(cls, num_steps: int) -> CachePlan:
@@ -99,7 +208,7 @@ class CachePlan:
         if not 1 < power < math.inf:
             raise _expected("a finite power above 1", power, "use 1.2 to 1.5, or CachePlan.uniform")
         options = ", as_shipped=True" if as_shipped else ""
-        refreshes = _power_spaced(num_steps, count, center, power, as_shipped)
+        refreshes = power_spaced(num_steps, count, center, power, as_shipped)
         return cls(
             _branches(num_steps, refreshes, branch_id),
             made_by=f"nonuniform(interval={interval}, center={center}, power={power}{options})",
@@ -124,6 +233,10 @@ class CachePlan:
             "num_steps": self.num_steps,
             "branches": self.branches,
         }
+        if self.unguided_steps:
+            fields["unguided_steps"] = self.unguided_steps
+        if self.forecast is not None:
+            fields["forecast"] = asdict(self.forecast)
         return json.dumps(fields)
 
     @classmethod
@@ -142,52 +255,34 @@ class CachePlan:
         fields = cast("dict[str, object]", parsed)
         if fields.get("schema") != SCHEMA:
             raise _expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
-        if fields.keys() != _KEYS:
-            raise ValueError(f"expected the keys {sorted(_KEYS)}, got {reprlib.repr(sorted(fields))}; {remedy}")
-        branches = fields["branches"]
-        if not isinstance(branches, list):
-            raise _expected("branches to be a list", branches, remedy)
+        if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
+            raise ValueError(
+                f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
+                f"{reprlib.repr(sorted(fields))}; {remedy}"
+            )
+        branches, unguided_steps = fields["branches"], fields.get("unguided_steps", [])
+        for name, value in (("branches", branches), ("unguided_steps", unguided_steps)):
+            if not isinstance(value, list):
+                raise _expected(f"{name} to be a list", value, remedy)
         plan = cls(  # __post_init__ checks the types
             tuple(cast("list[int | None]", branches)),
             cast("str | None", fields["model"]),
             cast("str | None", fields["sampler"]),
             cast(str, fields["made_by"]),
+            tuple(cast("list[int]", unguided_steps)),
+            _read_forecast(fields.get("forecast"), remedy),
         )
         if not _is_int(fields["num_steps"]) or fields["num_steps"] != plan.num_steps:
             raise _expected(f"num_steps {plan.num_steps}, one a branch", fields["num_steps"], remedy)
         return plan
 
 
-def _power_spaced(num_steps: int, count: int, center: float, power: float, as_shipped: bool) -> list[int]:
-    if count == num_steps:  # no freedom left, and distinct integers that close would need power 1
-        return list(range(num_steps))
-    spaced = _shipped_distances if as_shipped else _signed_distances
-    tried = power
-    while tried > 1:
-        distances = sorted(set(spaced(num_steps, count, center, tried)))
-        steps = [0, *(int(distance + center) for distance in distances[1:-1])]
-        if len(steps) == count:
-            return steps
-        tried -= _POWER_DECREMENT
-    raise ValueError(
-        f"expected a power in (1, {power}] that gives {count} distinct refreshes of {num_steps} steps around "
-        f"{center}, got none; use another interval or center, or CachePlan.uniform"
-    )
-
-
-def _signed_distances(num_steps: int, count: int, center: float, power: float) -> list[int]:
-    first, last = -(center ** (1 / power)), (num_steps - center) ** (1 / power)
-    points = (first + (last - first) * i / count for i in range(1, count))
-    inner = (int(math.copysign(abs(point) ** power, point)) for point in points)
-    return [int(-center), *inner, int(num_steps - center)]  # the ends are known: no rounding to a neighbour
-
-
-def _shipped_distances(num_steps: int, count: int, center: float, power: float) -> list[int]:
-    # numpy, as there: it rounds otherwise than Python's complex power, and the end at -center is truncated
-    import numpy as np
-
-    first, last = (-center) ** (1 / power), (num_steps - center) ** (1 / power)
-    return [int(value) for value in (np.linspace(first, last, count + 1) ** power).real]
+def _read_forecast(value: object, remedy: str) -> Forecast | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or cast("dict[str, object]", value).keys() != {"order", "damping", "by"}:
+        raise _expected("forecast to have the keys order, damping and by", value, remedy)
+    return Forecast(**cast("dict[str, Any]", value))
 
 
 def _branches(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[int | None, ...]:
@@ -215,6 +310,16 @@ def _check_branches(branches: object) -> None:
         raise _expected("the first step to be FULL (None)", entries[0], "nothing is cached across requests")
 
 
+def _check_unguided(steps: object, num_steps: int) -> None:
+    if not isinstance(steps, tuple):
+        raise _expected("unguided_steps to be a tuple of steps", steps, "give () for guidance throughout")
+    entries = cast("tuple[object, ...]", steps)
+    if not all(_is_int(step) and 0 <= cast(int, step) < num_steps for step in entries):
+        raise _expected(f"unguided_steps in 0..{num_steps - 1}", steps, "steps count U-Net calls from 0")
+    if sorted(set(cast("tuple[int, ...]", entries))) != list(entries):
+        raise _expected("unguided_steps in ascending order, each once", steps, "sort them and drop the repeats")
+
+
 def _at_least(least: int, **named: int) -> int:
     ((name, value),) = named.items()
     if not _is_int(value) or value < least:
@@ -224,6 +329,10 @@ def _at_least(least: int, **named: int) -> int:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)  # True would pass for branch 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _expected(what: str, got: object, remedy: str) -> ValueError:

@@ -5,9 +5,10 @@ Refuses a bundle of another machine or other versions. Knows engines and tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,8 +17,13 @@ import fastcache_engines
 from fastcache.bundle import REFERENCE, Bundle, Manifest, Parity, Role
 from fastcache.errors import BackendUnavailable, BundleError
 from fastcache.parity import measure_parity
-from fastcache.run.buffers import BufferPool
-from fastcache_engines import Engine, LoadOptions, Workspace
+from fastcache.recipe import Size
+from fastcache.run.buffers import BufferPool, shape_of
+from fastcache.run.capture import CudaRecorder, denoise_captured
+from fastcache.run.denoise import DenoiseOptions, ScheduledSampler, Step, denoise
+from fastcache.run.plan import CachePlan
+from fastcache.run.sampler import SamplerTable
+from fastcache_engines import Binding, Engine, LoadOptions, Workspace
 
 
 def check_version(manifest: Manifest) -> None:
@@ -59,7 +65,7 @@ def check_here(manifest: Manifest) -> None:
 def measure_here(folder: Path, manifest: Manifest) -> Parity:
     """How far a checked bundle's engines are from the model and from each other, measured now."""
     backend, entries = fastcache_engines.backend(manifest.backend), manifest.engines
-    full, shallow = (folder / entries[role].file for role in ("full", "shallow"))
+    full, *shallow = (folder / entries[role].file for role in ("full", *manifest.shallow_roles.values()))
     options = LoadOptions(manifest.device_type, entries["full"].dtype)
     return measure_parity(backend, full, shallow, folder / REFERENCE, options)
 
@@ -67,12 +73,21 @@ def measure_here(folder: Path, manifest: Manifest) -> Parity:
 class Runtime:
     """The engines of a bundle, each loaded when it is first used, and one buffer pool, kept between runs."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, cuda_graph: bool = False) -> None:
         check_here(bundle.manifest)
         self.bundle, self.manifest, self._threads = bundle, bundle.manifest, threads
         self.device = bundle.manifest.device_type
+        if cuda_graph and self.device != "cuda":
+            raise BackendUnavailable(
+                f"expected a bundle for a GPU with cuda_graph, got one for {bundle.manifest.device}; load without it"
+            )
+        self._recorder = CudaRecorder() if cuda_graph else None
         self._workspace = Workspace(self.device)
         self._pool: BufferPool | None = None
+        self._pool_key: tuple[object, ...] = ()
+        self._engines: dict[Role, Engine] = {}
+        # A binding of TensorRT's takes milliseconds to make and holds memory: those of the last few shapes are kept.
+        self._bound = lru_cache(maxsize=8)(self._bind)
 
     @cached_property
     def full(self) -> Engine:
@@ -80,25 +95,57 @@ class Runtime:
 
     @cached_property
     def shallow(self) -> Engine:
+        """The primary branch's shallow engine."""
         return self._load("shallow")
 
     @cached_property
-    def text_encoder(self) -> Engine:
-        return self._load("text_encoder")
-
-    @cached_property
-    def vae_decoder(self) -> Engine:
-        return self._load("vae_decoder")
+    def shallow_engines(self) -> dict[int, Engine]:
+        """The shallow engines by their branch ids, the primary one first."""
+        roles = self.manifest.shallow_roles.items()
+        return {branch: self.shallow if role == "shallow" else self._load(role) for branch, role in roles}
 
     def _load(self, role: Role) -> Engine:
         path, entry = self.bundle.engine_path(role), self.manifest.engines[role]
         options = LoadOptions(self.device, entry.dtype, self._threads, self._workspace)
-        return fastcache_engines.backend(self.manifest.backend).load(path, options)
+        engine = fastcache_engines.backend(self.manifest.backend).load(path, options)
+        engine.inputs, engine.outputs = entry.inputs, entry.outputs  # an engine's file need not keep its sizes' names
+        return engine
 
-    def pool(self, *, batch: int, guided: bool, num_calls: int) -> BufferPool:
+    @torch.no_grad()
+    def once(self, role: Role, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run an engine that runs once a picture, not once a step; its results, by name, are the caller's own.
+
+        Raises: `BundleError` for an engine that the bundle lacks; `ValueError` for inputs that do not fit it.
+        """
+        self.bundle.engine_path(role)
+        sizes = dict[str, int]()
+        for spec in self.manifest.engines[role].inputs:
+            for size, named in zip(inputs[spec.name].shape, spec.shape, strict=True):
+                if isinstance(named, str):
+                    name, _, divisor = named.partition("/")
+                    sizes[name] = size * int(divisor or 1)
+        binding, tensors = self._bound(role, tuple(sizes.items()))
+        for name, value in inputs.items():
+            if value.shape != tensors[name].shape:
+                raise ValueError(f"expected {name} of shape {list(tensors[name].shape)}, got {list(value.shape)}")
+            tensors[name].copy_(value)
+        binding.run()
+        return {spec.name: tensors[spec.name].clone() for spec in self.manifest.engines[role].outputs}
+
+    def _bind(self, role: Role, sizes: tuple[tuple[str, int], ...]) -> tuple[Binding, dict[str, Tensor]]:
+        engine, named = self._engines.get(role) or self._engines.setdefault(role, self._load(role)), dict(sizes)
+        tensors = {
+            spec.name: torch.zeros(shape_of(spec, named), dtype=getattr(torch, spec.dtype), device=self.device)
+            for spec in (*engine.inputs, *engine.outputs)
+        }
+        return engine.bind(tensors), tensors
+
+    def pool(
+        self, *, batch: int, guided: bool, num_calls: int, size: Size | None = None, tokens: int | None = None
+    ) -> BufferPool:
         """The buffers for a run, those of the run before where they fit.
 
-        Raises: `ValueError` for more or fewer images than the bundle was built for.
+        Raises: `ValueError` for more or fewer images, another size or longer prompts than the bundle was built for.
         """
         profile = self.manifest.profiles["batch"]
         if not profile.min <= batch <= profile.max:
@@ -106,27 +153,62 @@ class Runtime:
                 f"expected {profile.min} to {profile.max} images at once, got {batch}; "
                 "build with --batch MIN:OPT:MAX for more"
             )
-        halves, pool = 1 + guided, self._pool
-        if pool is None or (pool.batch, pool.halves) != (batch, halves) or pool.num_calls < num_calls:
+        tokens = tokens or self.manifest.profiles["tokens"].opt
+        size = self._check(size or self.manifest.sizes[0], tokens)
+        key = (batch, guided, size, tokens)
+        halves, pool = self.manifest.model.guided_rows if guided else 1, self._pool
+        if pool is None or self._pool_key != key or pool.num_calls < num_calls:
             channels = self.manifest.model.latent_channels
             pool = BufferPool(
                 self.full,
-                self.shallow,
+                self.shallow_engines,
                 batch=batch,
                 halves=halves,
                 num_calls=num_calls,
                 channels=channels,
                 device=self.device,
+                sizes={
+                    "height": size.height,
+                    "width": size.width,
+                    "tokens": tokens,
+                },
             )
-            self._pool = pool
+            if self._pool is not None:
+                self._pool.recorded.clear()  # they hold it, and it them
+            self._pool, self._pool_key = pool, key
         return pool
 
+    def denoise(
+        self,
+        pool: BufferPool,
+        sampler: SamplerTable | ScheduledSampler,
+        plan: CachePlan,
+        *,
+        whole: bool = False,
+        image_guidance_scale: float | None = None,
+        **options: Unpack[DenoiseOptions],
+    ) -> Iterator[Step]:
+        """The steps of a run, out of CUDA graphs where these were asked for; then `whole` yields the last one only.
 
-def run_once(engine: Engine, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run an engine of one output on fresh tensors; for what runs once a picture, not once a step."""
-    rows = next(iter(inputs.values())).shape[0]
-    (spec,) = engine.outputs
-    sizes = [size if isinstance(size, int) else rows for size in spec.shape]
-    output = torch.empty(sizes, dtype=getattr(torch, spec.dtype), device=next(iter(inputs.values())).device)
-    engine.bind({**inputs, spec.name: output}).run()
-    return output
+        Raises: as `denoise` and `denoise_captured`.
+        """
+        if image_guidance_scale is not None:  # guidance of three parts is in no graph yet
+            return denoise(pool, sampler, plan, image_guidance_scale=image_guidance_scale, **options)
+        if self._recorder is None:
+            return denoise(pool, sampler, plan, **options)
+        return denoise_captured(self._recorder, pool, sampler, plan, stepwise=not whole, **options)
+
+    def _check(self, size: Size, tokens: int) -> Size:
+        sizes, lengths = self.manifest.sizes, self.manifest.profiles["tokens"]
+        if size not in sizes:
+            one = "the size" if len(sizes) == 1 else "one of the sizes"
+            raise ValueError(
+                f"expected {', '.join(map(str, sizes))}, {one} this bundle was built for, got {size}; "
+                "build another with --sizes"
+            )
+        if not lengths.min <= tokens <= lengths.max:
+            span = lengths.min if lengths.min == lengths.max else f"{lengths.min} to {lengths.max}"
+            raise ValueError(
+                f"expected prompts of {span} tokens, got {tokens}; build with --max-tokens for longer ones"
+            )
+        return size

@@ -134,7 +134,8 @@ class SamplerTable:
     loop starts from, so already scaled by init_noise_sigma. The model sees input_scale[i] * x_i at
     timesteps[i].
 
-    `stepwise` holds the updates as the scheduler itself makes them from the x, e and z of its calls.
+    `stepwise` holds the updates as the scheduler itself makes them from the x, e and z of its calls; `sigmas` the
+    noise over the signal in what the model sees at each call, where the scheduler tells.
 
     Shapes: timesteps, input_scale, x (calls,); eps, noise (calls, calls), lower triangular; all float64.
     """
@@ -147,6 +148,7 @@ class SamplerTable:
     init_noise_sigma: float
     noise_drawn: tuple[bool, ...]
     stepwise: tuple[Update, ...] = ()
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def num_calls(self) -> int:
@@ -253,9 +255,26 @@ def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 
         init_noise_sigma=float(getattr(prepared, "init_noise_sigma", 1.0)),
         noise_drawn=trace.noise_drawn,
         stepwise=tuple(_own_update(row, call) for call, row in enumerate(stepwise)),
+        sigmas=noise_levels(prepared, timesteps),
     )
     _check_superposition(prepared, timesteps, step_kwargs, table)
     return table
+
+
+def noise_levels(scheduler: Any, timesteps: Tensor) -> tuple[float, ...] | None:
+    """sigma = sqrt((1 - alpha) / alpha) at each timestep, None where the scheduler has no alphas_cumprod.
+
+    Between two timesteps of the training its logarithm is interpolated, as diffusers' Karras sigmas are.
+    """
+    alphas: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return None
+    kept = alphas.double().cpu().clamp(2**-24, 1 - 2**-24)  # as diffusers has it where the last signal is 0
+    logs = ((1 - kept) / kept).log() / 2
+    place = timesteps.double().cpu().clamp(0, len(logs) - 1)
+    below = place.floor().long()
+    above = (below + 1).clamp(max=len(logs) - 1)
+    return _floats(torch.lerp(logs[below], logs[above], place - below).exp())
 
 
 def _prepared(scheduler: Scheduler, num_steps: int, begin_index: int) -> Scheduler:

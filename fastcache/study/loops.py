@@ -185,12 +185,12 @@ class EngineArms:
             guidance_scale=GUIDANCE_SCALE,
         )
         full += [run.plan.is_full(i) for i in range(run.plan.num_steps)]
-        pool, bindings = run.pool, (run.pool.full, run.pool.shallow)
-        pool.full, pool.shallow = (_Timed(binding, clock) for binding in bindings)
+        pool, bindings = run.pool, dict(run.pool.bindings)
+        pool.bindings.update({key: _Timed(binding, clock) for key, binding in bindings.items()})
         try:
             *_, last = run.steps
         finally:
-            pool.full, pool.shallow = bindings
+            pool.bindings.update(bindings)
         return last.latents.clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastcache
-from fastcache import CachePlan, SamplerTable, compile_sampler
+from fastcache import CachePlan, Forecast, SamplerTable, compile_sampler
 from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import Step, denoise
 from fastcache.run.sampler import make_scheduler
@@ -59,13 +60,15 @@ class Loop:
         self.calls: list[tuple[str, float]] = []
         full, shallow = (FakeEngine(name, self.calls) for name in ("full", "shallow"))
         self.table: SamplerTable = compile_sampler(make_scheduler(sampler, CONFIG), steps)
-        self.pool = BufferPool(full, shallow, batch=2, halves=1 + guided, num_calls=self.table.num_calls, channels=4)
+        sizes = {"batch": 2, "halves": 1 + guided, "num_calls": self.table.num_calls, "channels": 4}
+        self.pool = BufferPool(full, {0: shallow}, **sizes)
 
-    def run(self, plan: CachePlan) -> Iterator[Step]:
+    def run(self, plan: CachePlan, *, rescale: float = 0.0) -> Iterator[Step]:
         self.pool.set_inputs({})
         self.pool.latents[0].normal_(generator=torch.Generator().manual_seed(0))
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return denoise(self.pool, self.table, plan, guidance_scale=7.5, generator=generators)
+        options = {"guidance_scale": 7.5, "guidance_rescale": rescale}
+        return denoise(self.pool, self.table, plan, **options, generator=generators)
 
 
 def allocations(work: Callable[[], Any]) -> list[int]:
@@ -76,12 +79,25 @@ def allocations(work: Callable[[], Any]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
+THIRDS = CachePlan.uniform(STEPS, 3)
+
+
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++_2m", "euler_a", "unipc"])
-def test_a_step_allocates_nothing(sampler: str, guided: bool) -> None:
-    steps = Loop(sampler, guided=guided).run(CachePlan.uniform(STEPS, 3))
+@pytest.mark.parametrize(
+    ("plan", "rescale"),
+    [
+        (THIRDS, 0.0),
+        (THIRDS, 0.7),
+        (THIRDS.guided_within(3, 9), 0.7),
+        (replace(THIRDS, forecast=Forecast(2)).guided_within(3, 9), 0.0),
+    ],
+    ids=["plain", "rescale", "interval", "forecast"],
+)
+def test_a_step_allocates_nothing(plan: CachePlan, rescale: float, sampler: str, guided: bool) -> None:
+    steps = Loop(sampler, guided=guided).run(plan, rescale=rescale)
     next(steps)
-    assert allocations(lambda: list(islice(steps, 9))) == []
+    assert allocations(lambda: list(islice(steps, 10))) == []
 
 
 def test_an_allocation_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcache.run.plan import FULL, CachePlan
+from fastcache.run.plan import FULL, CachePlan, Forecast
 
 PLANS = st.builds(
     CachePlan,
@@ -22,7 +22,13 @@ PLANS = st.builds(
     model=st.none() | st.text(),
     sampler=st.none() | st.text(),
     made_by=st.text(),
+    forecast=st.none()
+    | st.builds(Forecast, st.sampled_from((1, 2)), st.floats(0, 1), st.sampled_from(("step", "sigma"))),
 )
+
+
+def steps_of(plan: CachePlan) -> st.SearchStrategy[tuple[CachePlan, set[int]]]:
+    return st.tuples(st.just(plan), st.sets(st.integers(0, plan.num_steps - 1)))
 
 
 def test_uniform() -> None:
@@ -119,6 +125,80 @@ def test_json_names_what_the_design_promises() -> None:
     }
 
 
+def test_json_has_further_keys_only_where_they_say_something() -> None:
+    plan = replace(CachePlan.uniform(4, 2), forecast=Forecast(2, 0.5), unguided_steps=(0, 1))
+    fields = json.loads(plan.to_json())
+    assert fields["forecast"] == {"order": 2, "damping": 0.5, "by": "step"}
+    assert fields["unguided_steps"] == [0, 1]
+    assert CachePlan.from_json(plan.to_json()) == plan
+    assert not {"forecast", "unguided_steps"} & json.loads(CachePlan.uniform(4, 2).to_json()).keys()
+
+
+@given(PLANS.flatmap(steps_of))
+def test_a_guided_step_reuses_what_a_guided_step_stored(case: tuple[CachePlan, set[int]]) -> None:
+    plan, unguided = case
+    stored_by = [
+        max(s for s in range(step) if plan.stores(s, branch)) if branch is not None else None
+        for step, branch in enumerate(plan.branches)
+    ]
+    fits = all(s is None or step in unguided or s not in unguided for step, s in enumerate(stored_by))
+    make = lambda: replace(plan, unguided_steps=tuple(sorted(unguided)))  # noqa: E731
+    if fits:
+        assert CachePlan.from_json(make().to_json()) == make()
+    else:
+        with pytest.raises(ValueError, match="to reuse a guided step's feature"):
+            make()
+
+
+def test_guided_within() -> None:
+    plan = CachePlan.uniform(7, 3).guided_within(3, 5)
+    assert plan.unguided_steps == (0, 1, 2, 5, 6)
+    assert [plan.is_guided(step) for step in range(7)] == [False, False, False, True, True, False, False]
+    assert CachePlan.uniform(7, 3).guided_within(0, 7) == CachePlan.uniform(7, 3)
+
+
+def test_a_deeper_shallow_step_stores_what_lies_above_it() -> None:
+    plan = CachePlan((None, 0, 2, 0, 5, 2, 0))
+    assert plan.branch_ids == (0, 2, 5)
+    assert [next(plan.stores_before(step)) for step in (1, 2, 3, 4, 5, 6)] == [0, 0, 2, 0, 4, 5]
+    assert not plan.stores(2, 2)
+
+
+def test_forecast_weights() -> None:
+    plan = replace(CachePlan.from_refresh_steps(9, (0, 2, 5)), forecast=Forecast(1))
+    assert plan.feature_weights(1) == {0: 1.0}
+    assert plan.feature_weights(3) == pytest.approx({0: -0.5, 2: 1.5})
+    assert plan.feature_weights(8) == pytest.approx({2: -1.0, 5: 2.0})
+    assert replace(plan, forecast=Forecast(1, 0.5)).feature_weights(8) == pytest.approx({2: -0.5, 5: 1.5})
+    assert replace(plan, forecast=Forecast(2)).feature_weights(8) == pytest.approx({0: 1.8, 2: -4.0, 5: 3.2})
+    assert replace(plan, forecast=Forecast(2, 0)).feature_weights(8) == {5: 1.0}
+    assert replace(plan, forecast=None).feature_weights(8) == {5: 1.0}
+
+
+@given(st.integers(1, 2), st.floats(0, 1), st.sets(st.integers(0, 20), min_size=3, max_size=3), st.integers(21, 40))
+def test_a_forecast_of_a_polynomial_is_the_polynomial(order: int, damping: float, stored: set[int], step: int) -> None:
+    last = sorted(stored)[-order - 1 :]
+    value = lambda at: 3 - 0.5 * at + (0.1 * at**2 if order == 2 else 0)  # noqa: E731
+    expected = value(last[-1]) + damping * (value(step) - value(last[-1]))
+    weights = Forecast(order, damping).weights(last, step)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert sum(weight * value(at) for at, weight in weights.items()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_forecast_by_sigma() -> None:
+    sigmas = [8.0, 4.0, 2.0, 2.0, 1.0, 0.5]
+    plan = replace(CachePlan.from_refresh_steps(6, (0, 2, 3)), forecast=Forecast(1, by="sigma"))
+    assert plan.feature_weights(1, sigmas) == {0: 1.0}
+    assert plan.feature_weights(4, sigmas) == {3: 1.0}  # 2 and 3 lie at the same noise level, and 0 too far back
+    squared = replace(plan, forecast=Forecast(2, by="sigma"))
+    assert squared.feature_weights(4, sigmas) == pytest.approx({0: -1 / 6, 3: 7 / 6})
+    with pytest.raises(ValueError, match="noise levels with a forecast by sigma, got None; forecast by step"):
+        plan.feature_weights(4)
+
+
+FORECAST: dict[str, Any] = {"order": 1, "damping": 1, "by": "step"}
+
+
 def document(**changes: Any) -> str:
     fields = {**json.loads(CachePlan.uniform(3, 2).to_json()), **changes}
     return json.dumps({key: value for key, value in fields.items() if value != "drop"})
@@ -156,6 +236,19 @@ def document(**changes: Any) -> str:
         (document(model=5), "model to be a string or None", "5"),
         (document(sampler=["ddim"]), "sampler to be a string or None", r"\['ddim'\]"),
         (document(made_by=None), "made_by to be a string", "None"),
+        (document(unguided_steps="01"), "unguided_steps to be a list", "'01'"),
+        (document(unguided_steps=[0, 3]), r"unguided_steps in 0\.\.2", r"\(0, 3\)"),
+        (document(unguided_steps=[True]), r"unguided_steps in 0\.\.2", "True"),
+        (document(unguided_steps=[2, 0]), "ascending order, each once", r"\(2, 0\)"),
+        (document(unguided_steps=[0]), "guided SHALLOW step 1 to reuse", "unguided step 0"),
+        (document(forecast=1), "the keys order, damping and by", "1"),
+        (document(forecast={"order": 1, "damping": 1}), "the keys order, damping and by", "order"),
+        (document(forecast=FORECAST | {"as": 1}), "the keys order, damping and by", "as"),
+        (document(forecast=FORECAST | {"order": 3}), "order 1 or 2", "3"),
+        (document(forecast=FORECAST | {"order": True}), "order 1 or 2", "True"),
+        (document(forecast=FORECAST | {"damping": 1.5}), "damping from 0 to 1", "1.5"),
+        (document(forecast=FORECAST | {"damping": "1"}), "damping from 0 to 1", "'1'"),
+        (document(forecast=FORECAST | {"by": "timestep"}), "step or sigma", "'timestep'"),
         (document(made_by="x" * 10_000, model=True), "model to be a string or None", "True"),
     ],
 )
@@ -174,6 +267,17 @@ def test_from_json_refuses(text: Any, expected: str, got: str) -> None:
         (lambda: CachePlan([None, 0]), r"branches to be a tuple.*got \[None, 0\]"),  # pyright: ignore[reportArgumentType]
         (lambda: CachePlan((0, None)), r"first step to be FULL.*got 0"),
         (lambda: CachePlan((None, True)), r"branches\[1\].*got True"),
+        (lambda: CachePlan((None, None), unguided_steps=[1]), r"unguided_steps to be a tuple.*got \[1\]"),  # pyright: ignore[reportArgumentType]
+        (lambda: CachePlan((None, None), unguided_steps=(1, 1)), r"each once, got \(1, 1\)"),
+        (lambda: CachePlan((None, 0), unguided_steps=(0,)), "SHALLOW step 1 to reuse.*unguided step 0 stored; make"),
+        (lambda: CachePlan((None, 2, 0), unguided_steps=(1,)), "SHALLOW step 2 to reuse.*unguided step 1 stored; make"),
+        (lambda: CachePlan.uniform(6, 3).guided_within(2, 5), "SHALLOW step 2 to reuse.*unguided step 0 stored; make"),
+        (lambda: CachePlan.uniform(6, 3).guided_within(3, 7), r"up to 6, got \(3, 7\)"),
+        (lambda: CachePlan.uniform(6, 3).guided_within(3, 3), r"up to 6, got \(3, 3\)"),
+        (lambda: CachePlan((None,), forecast=1), "Forecast or None, got 1"),  # pyright: ignore[reportArgumentType]
+        (lambda: Forecast(0), "order 1 or 2, got 0"),
+        (lambda: Forecast(by="index"), "by step or sigma, got 'index'"),  # pyright: ignore[reportArgumentType]
+        (lambda: Forecast(1, math.nan), "damping from 0 to 1, got nan"),
         (lambda: CachePlan.all_full(0), "num_steps to be an integer >= 1, got 0"),
         (lambda: CachePlan.all_full(True), "num_steps to be an integer >= 1, got True"),
         (lambda: CachePlan.uniform(50, 0), "interval to be an integer >= 1, got 0"),

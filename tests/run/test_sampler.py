@@ -21,6 +21,7 @@ from fastcache.run.sampler import (
     Update,
     compile_sampler,
     make_scheduler,
+    noise_levels,
 )
 
 # numpy's word to diffusers, not to us
@@ -41,6 +42,25 @@ CONTRACT = (
 SHAPE = (1, 4, 6, 6)
 DRAWING = {"ddpm", "euler_a", "dpm++_2m_sde", "lcm"}
 WIDEST = {"pndm": 5, "lms": 4, "unipc": 3, "heun": 2, "dpm++_2m": 2, "dpm++_2m_karras": 2, "dpm++_2m_sde": 2}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "lms", "dpm++_2m", "dpm++_2m_karras"])
+def test_noise_levels_are_the_schedulers_own(sampler: str) -> None:
+    scheduler: Any = make_scheduler(sampler, CONFIG)
+    table = compile_sampler(scheduler, 10)
+    scheduler.set_timesteps(10)
+    expected = scheduler.sigmas[: table.num_calls].tolist()
+    # Karras' sigmas lie between timesteps, and are told to the U-Net as the nearest one.
+    assert table.sigmas == pytest.approx(expected, rel=0.02 if "karras" in sampler else 1e-5)
+
+
+def test_a_signal_of_nothing_has_a_finite_noise_level() -> None:
+    scheduler = make_scheduler("euler", CONFIG | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    scheduler.set_timesteps(4)
+    levels = noise_levels(scheduler, scheduler.timesteps)
+    assert levels is not None
+    assert levels[0] == pytest.approx(4096, rel=1e-3)
+    assert noise_levels(object(), torch.zeros(3)) is None
 
 
 def fake_model(sample: torch.Tensor, timestep: float) -> torch.Tensor:

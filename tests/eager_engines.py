@@ -1,0 +1,107 @@
+"""The passes of a cut as engines, so that the loop can be tested without building any, and a small run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcache.cut.partition import Cuts, partition_branches
+from fastcache.run.buffers import BufferPool
+from fastcache_engines import TensorSpec
+from small_unets import small_unet
+
+IMAGES, BRANCHES = 2, (0, 2, 5)
+
+
+@dataclass
+class EagerEngine:
+    """A pass as an engine; `names` are the module's for the tensors that the graph calls otherwise."""
+
+    module: Any
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    names: dict[str, str]
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> EagerBinding:
+        return EagerBinding(self, tensors)
+
+
+@dataclass
+class EagerBinding:
+    engine: EagerEngine
+    tensors: Mapping[str, Tensor]
+
+    def run(self) -> None:
+        engine = self.engine
+        given = {engine.names.get(spec.name, spec.name): self.tensors[spec.name] for spec in engine.inputs}
+        assert all(tensor.is_contiguous() for tensor in given.values())
+        with torch.no_grad():
+            results = engine.module(**given)
+        results = results if isinstance(results, tuple) else (results,)
+        for spec, result in zip(engine.outputs, results, strict=True):
+            self.tensors[spec.name].copy_(result)
+
+    def capturable(self) -> bool:
+        return True
+
+
+def eager_engines(
+    cuts: Cuts, sample: Tensor, encoder_hidden_states: Tensor
+) -> tuple[EagerEngine, dict[int, EagerEngine]]:
+    """The full engine and the shallow ones by branch, for tensors shaped as these."""
+    timestep = torch.zeros(len(sample), device=sample.device)
+    inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+    with torch.no_grad():
+        results = cuts.full(**inputs)
+    named = inputs | dict(zip(("noise_pred", *cuts.cached), results, strict=True))
+    specs = {name: TensorSpec(name, "float32", ("batch", *value.shape[1:])) for name, value in named.items()}
+
+    def listed(*names: str) -> tuple[TensorSpec, ...]:
+        return tuple(specs[name] for name in names)
+
+    shallow: dict[int, EagerEngine] = {}
+    for branch_id, cut in cuts.at.items():
+        names = {name: name.removesuffix(f"_{branch_id}") for name in cut.cached}
+        shallow[branch_id] = EagerEngine(
+            cut.shallow, listed(*inputs, *cut.cached), listed("noise_pred", *cut.refreshes), names
+        )
+    return EagerEngine(cuts.full, listed(*inputs), listed("noise_pred", *cuts.cached), {}), shallow
+
+
+@cache
+def small_cuts(device: str = "cpu") -> Cuts:
+    return partition_branches(small_unet("sd15").to(device), BRANCHES)
+
+
+@cache
+def conditioning() -> Tensor:
+    """The text of two images, unconditional rows first."""
+    return torch.randn(2 * IMAGES, 7, 24, generator=torch.Generator().manual_seed(3))
+
+
+def start() -> Tensor:
+    return torch.randn(IMAGES, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+
+def small_pool(num_calls: int, *, halves: int = 2, device: str = "cpu") -> BufferPool:
+    """Two images of a small U-Net, ready to run from `start`."""
+    full, shallow = eager_engines(small_cuts(device), start().to(device), conditioning()[:IMAGES].to(device))
+    sizes = {"batch": IMAGES, "halves": halves, "num_calls": num_calls, "channels": 4}
+    pool = BufferPool(full, shallow, **sizes, device=device)
+    refill(pool)
+    return pool
+
+
+def refill(pool: BufferPool) -> None:
+    """A new run with the same inputs."""
+    pool.set_inputs({"encoder_hidden_states": conditioning()[-IMAGES * pool.halves :]})
+    pool.latents[0].copy_(start())
