@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fastcache.cut.partition import Cut, partition_unet
     from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
     from fastcache.recipe import Recipe
+    from fastcache.run.helper import FastCacheHelper
     from fastcache.run.pipeline import FastCachePipeline, load
-    from fastcache.run.plan import CachePlan
+    from fastcache.run.plan import CachePlan, Forecast
     from fastcache.run.sampler import SamplerTable, compile_sampler
 
 __version__ = "0.1.0"
@@ -27,7 +28,9 @@ _HOMES = {
     "BundleError": "fastcache.errors",
     "CachePlan": "fastcache.run.plan",
     "Cut": "fastcache.cut.partition",
+    "FastCacheHelper": "fastcache.run.helper",
     "FastCachePipeline": "fastcache.run.pipeline",
+    "Forecast": "fastcache.run.plan",
     "PartitionError": "fastcache.errors",
     "Recipe": "fastcache.recipe",
     "SamplerTable": "fastcache.run.sampler",
@@ -44,7 +47,9 @@ __all__ = [
     "BundleError",
     "CachePlan",
     "Cut",
+    "FastCacheHelper",
     "FastCachePipeline",
+    "Forecast",
     "PartitionError",
     "Recipe",
     "SamplerTable",

@@ -1,0 +1,196 @@
+"""A U-Net's arguments, by diffusers' names -> its noise prediction, through the two passes of a cut or two engines.
+
+Each pair of passes keeps what its full pass cached. Knows nothing about runs, steps or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastcache.bundle import REFERENCE, Bundle
+from fastcache.cut.partition import partition_branches
+from fastcache.parity import TOLERANCE, relative_error
+from fastcache.run.buffers import shape_of
+from fastcache.run.helper_watch import AdapterWatch, same
+from fastcache.run.plan import FULL
+from fastcache.run.runtime import Runtime
+from fastcache_engines import Binding, Engine
+
+Arguments = dict[str, Any]
+
+_DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Passes(Protocol):
+    """The full and the shallow pass over one U-Net."""
+
+    def refresh(self) -> None:
+        """A run begins, or adapters changed: the U-Net may have other parts than before."""
+        ...
+
+    def full(self, arguments: Arguments) -> Tensor:
+        """The noise prediction of the whole U-Net, keeping what is cached."""
+        ...
+
+    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
+        """The noise prediction out of what is cached at a branch; a deeper pass renews what is cached above it."""
+        ...
+
+
+class EagerPasses:
+    """The cut's torch modules, on the U-Net's own submodules.
+
+    Raises: `PartitionError` for a U-Net, or a branch id, that cannot be cut.
+    """
+
+    def __init__(self, unet: nn.Module, branch_ids: tuple[int, ...]) -> None:
+        self._unet, self._branch_ids = unet, branch_ids
+        self._cached: dict[str, Tensor] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        self._cuts = partition_branches(self._unet, self._branch_ids)
+
+    def full(self, arguments: Arguments) -> Tensor:
+        self._cached = {}
+        noise_pred, *cached = self._cuts.full(**arguments)
+        self._cached = dict(zip(self._cuts.cached, cached, strict=True))
+        return noise_pred
+
+    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
+        cut = self._cuts.at[branch_id]
+        (name,) = cut.cached  # the plain cut's only one
+        result = cut.shallow(**arguments, cached_feature=self._cached[name])
+        noise_pred, *refreshed = result if cut.refreshes else (result,)
+        self._cached |= dict(zip(cut.refreshes, refreshed, strict=True))
+        return noise_pred
+
+
+class EnginePasses:
+    """A bundle's engines, in place of the U-Net that they were built from.
+
+    Raises: `ValueError` for a branch that the bundle lacks, or engines that do not compute what the U-Net does.
+    """
+
+    def __init__(self, unet: nn.Module, branch_ids: tuple[int, ...], bundle: Bundle) -> None:
+        self._unet, self._runtime, self._manifest = unet, Runtime(bundle), bundle.manifest
+        built = tuple(self._manifest.shallow_roles)
+        if not set(branch_ids) <= set(built):
+            raise ValueError(f"expected cache_branch_id in {built}, as the engines were built, got {branch_ids}")
+        self._adapters = AdapterWatch(unet).state()
+        # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
+        self._bound = lru_cache(maxsize=4)(self._bind)
+        self._check_model()
+
+    def refresh(self) -> None:
+        """Refuse adapters that the engines do not have, for what an engine computes does not change."""
+        if not same(AdapterWatch(self._unet).state(), self._adapters):
+            raise ValueError(
+                "expected the LoRA and IP-Adapter state that the engines were enabled with, got another; build "
+                "engines with it, or use FastCacheHelper without engines"
+            )
+
+    def full(self, arguments: Arguments) -> Tensor:
+        return self._run(FULL, arguments)
+
+    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
+        return self._run(branch_id, arguments)
+
+    def _run(self, branch: int | None, arguments: Arguments) -> Tensor:
+        values = self._values(arguments)
+        tensors, bindings = self._bound(self._sizes(values))
+        for name, value in values.items():
+            tensors[name].copy_(value)
+        bindings[branch].run()
+        # A copy: without guidance, a multistep scheduler keeps the prediction itself over the next step.
+        return tensors["noise_pred"].clone()
+
+    def _values(self, arguments: Arguments) -> dict[str, Tensor]:
+        """A call's arguments by the engines' names."""
+        values = dict(arguments)
+        values |= values.pop("added_cond_kwargs", {})
+        wanted = {spec.name for spec in self._runtime.full.inputs}
+        if others := sorted(values.keys() ^ wanted):
+            raise ValueError(
+                f"expected what the engines take ({', '.join(sorted(wanted))}), got a call that differs in "
+                f"{', '.join(others)}; use FastCacheHelper without engines"
+            )
+        sample: Tensor = values["sample"]
+        values["timestep"] = torch.as_tensor(values["timestep"], device=sample.device).expand(sample.shape[0])
+        return values
+
+    def _sizes(self, values: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
+        """The free sizes of the engines' inputs, by name: `height/8` is an eighth of `height`."""
+        sizes: dict[str, int] = {}
+        for spec in self._runtime.full.inputs:
+            shape = values[spec.name].shape
+            free = [(i, *named.partition("/")) for i, named in enumerate(spec.shape) if isinstance(named, str)]
+            if len(shape) == len(spec.shape):
+                sizes |= {name: shape[i] * int(divisor or 1) for i, name, _, divisor in free}
+            if list(shape) != shape_of(spec, sizes):
+                raise ValueError(
+                    f"expected {spec.name} of shape {list(spec.shape)}, as the engines were built for "
+                    f"{', '.join(map(str, self._manifest.sizes))}, got {list(shape)}; build with --sizes for others"
+                )
+        self._check_sizes(sizes)
+        return tuple(sizes.items())
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        profiles, built = self._manifest.profiles, self._manifest.sizes
+        rows, most = sizes["batch"], 2 * profiles["batch"].max  # a guided image takes two rows
+        if not profiles["batch"].min <= rows <= most:
+            raise ValueError(
+                f"expected {profiles['batch'].min} to {most} rows, as the engines were built, got {rows}; build with "
+                "--batch MIN:OPT:MAX for more"
+            )
+        wanted = sizes.get("width"), sizes.get("height")
+        if None not in wanted and wanted not in [(size.width, size.height) for size in built]:
+            raise ValueError(
+                f"expected {', '.join(map(str, built))}, as the engines were built, got {wanted[0]}x{wanted[1]}; "
+                "build with --sizes"
+            )
+        if "tokens" in sizes and not profiles["tokens"].min <= sizes["tokens"] <= profiles["tokens"].max:
+            raise ValueError(
+                f"expected {profiles['tokens'].min} to {profiles['tokens'].max} tokens, as the engines were built, "
+                f"got {sizes['tokens']}; build with --max-tokens"
+            )
+
+    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[int | None, Binding]]:
+        engines: dict[int | None, Engine] = {FULL: self._runtime.full, **self._runtime.shallow_engines}
+        tensors = {
+            spec.name: torch.zeros(
+                shape_of(spec, dict(sizes)), dtype=getattr(torch, spec.dtype), device=self._runtime.device
+            )
+            for engine in engines.values()
+            for spec in (*engine.inputs, *engine.outputs)
+        }
+        return tensors, {branch: engine.bind(tensors) for branch, engine in engines.items()}
+
+    def _check_model(self) -> None:
+        """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
+        unet: Any = self._unet
+        stored = load_file(self._runtime.bundle.file(REFERENCE))
+        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines["full"].inputs}
+        inputs = {name: x.to(unet.device, unet.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
+        added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
+        arguments = inputs | ({"added_cond_kwargs": added} if added else {})
+        reason = f"got ones of {self._manifest.model.name}"
+        tolerance = TOLERANCE[_DTYPES[unet.dtype]]
+        try:
+            with torch.no_grad():
+                got = type(unet).forward(unet, **arguments, return_dict=False)[0].float().cpu()
+            error = relative_error(got, stored["noise_pred"])
+            if error <= tolerance:
+                return
+            reason += f" from which it differs by {error:.1e} (tolerance {tolerance:g})"
+        except (RuntimeError, TypeError, ValueError) as misfit:  # sizes or conditioning of another architecture
+            reason += f" whose inputs it does not take ({str(misfit).splitlines()[0]})"
+        raise ValueError(
+            f"expected engines of this pipeline's U-Net, {reason}; build them from its own weights, LoRA included"
+        )

@@ -1,0 +1,99 @@
+"""FastCacheHelper with engines: what its torch modules draw, and what engines do not compute is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+import fastcache
+from fastcache import Bundle, CachePlan, FastCacheHelper
+from fastcache.run.sampler import make_scheduler
+from live_pipelines import add_lora, agreement_db, draw, full_calls, helped
+
+# numpy's word to diffusers, not to us
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle: Callable[[int], Bundle]) -> Bundle:
+    return demo_bundle(0)
+
+
+def test_engines_draw_what_the_torch_modules_draw(bundle: Bundle, pipe: StableDiffusionPipeline) -> None:
+    unet, drawn = pipe.unet, dict[int, Tensor]()
+    helper = FastCacheHelper(pipe, engines=bundle.path)
+    for interval in (1, 3):
+        helper.set_params(cache_interval=interval)
+        with helper:
+            assert full_calls(pipe.unet, lambda: draw(pipe)) == []  # the engines', not the U-Net's
+            drawn[interval] = draw(pipe)
+        assert pipe.unet is unet
+    assert agreement_db(drawn[1], draw(pipe)) >= 50
+    with helped(pipe, interval=3):
+        assert agreement_db(drawn[3], draw(pipe)) >= 50
+    assert agreement_db(drawn[1], drawn[3]) < 45
+
+
+def test_engines_serve_a_multistep_scheduler_without_guidance(bundle: Bundle, pipe: StableDiffusionPipeline) -> None:
+    """Which keeps each noise prediction itself over the next step."""
+    pipe.scheduler = make_scheduler("pndm", pipe.scheduler.config)
+    with helped(pipe):
+        expected = draw(pipe, guidance_scale=1.0)
+    helper = FastCacheHelper(pipe, engines=bundle)
+    helper.set_params(3)
+    with helper:
+        assert agreement_db(draw(pipe, guidance_scale=1.0), expected) >= 50
+
+
+def test_engines_refuse_what_they_do_not_compute(bundle: Bundle, own_pipe: StableDiffusionPipeline) -> None:
+    pipe = own_pipe
+    helper = FastCacheHelper(pipe, engines=bundle)
+    helper.set_params(cache_branch_id=1)
+    with pytest.raises(ValueError, match=r"in \(0,\)"):
+        helper.enable()
+    with FastCacheHelper(pipe, engines=bundle):
+        with pytest.raises(ValueError, match="expected sample of shape"):
+            draw(pipe, height=32, width=32)
+        with pytest.raises(ValueError, match="rows"):
+            draw(pipe, num_images_per_prompt=9)
+        with pytest.raises(ValueError, match="attention_mask"):
+            pipe.unet(torch.zeros(2, 4, 16, 16), 1, torch.zeros(2, 77, 128), attention_mask=torch.ones(2, 77))
+        add_lora(pipe.unet, "a", "to_q")
+        with pytest.raises(ValueError, match="LoRA"):
+            draw(pipe)
+    with pytest.raises(ValueError, match="from which it differs"):
+        FastCacheHelper(pipe, engines=bundle).enable()
+
+
+def test_engines_of_another_architecture_are_refused(tiny_bundle: Bundle, pipe: StableDiffusionPipeline) -> None:
+    unet = pipe.unet
+    with pytest.raises(ValueError, match="whose inputs it does not take"):
+        FastCacheHelper(pipe, engines=tiny_bundle).enable()
+    assert pipe.unet is unet
+
+
+def test_engines_of_several_depths_and_sizes(tiny_model: Path, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
+    sizes, branch_ids = ("32x32", "48x32"), (0, 2)
+    bundle = fastcache.build_engines(
+        tiny_model, output=tmp_path / "bundle", branch_id=branch_ids, sizes=sizes, components=("unet",)
+    )
+    plan = CachePlan((None, 0, 2, 0, None, 2, 0, 0))
+    drawn: list[Tensor] = []
+    for engines in (None, bundle):
+        helper = FastCacheHelper(pipe, engines=engines)
+        helper.set_params(plan=plan)
+        with helper:
+            drawn += [draw(pipe, "abc"), draw(pipe, "abc", height=32, width=48)]
+            if engines is not None:
+                with pytest.raises(ValueError, match="32x32, 48x32"):
+                    draw(pipe, "abc", height=48, width=48)
+    for eager, engine in zip(drawn[:2], drawn[2:], strict=True):
+        assert agreement_db(engine, eager) >= 50
+    plain = draw(pipe, "abc")
+    assert agreement_db(drawn[0], plain) < 50
