@@ -1,9 +1,9 @@
 """What this machine's GPU makes of fastcache: python tools/gpu_check.py check
 
-`check` runs the tests marked gpu, benchmarks SD1.5 at 512x512 and SDXL at 1024x1024 in fp16 with random weights on
-every backend that runs there, and takes profiles. `deepcache-table` measures the table of diffusers' page on DeepCache
-on any machine. Neither needs a network. Both work in pieces (`pieces.py`) within --minutes, and the same command goes
-on where the last one stopped; delete the --output file to begin anew.
+`check` runs the tests marked gpu, times the kernels, benchmarks SD1.5 at 512x512 and SDXL at 1024x1024 in fp16 with
+random weights on every backend that runs there, and takes profiles. `deepcache-table` measures the table of diffusers'
+page on DeepCache on any machine. Neither needs a network. Both work in pieces (`pieces.py`) within --minutes, and the
+same command goes on where the last one stopped; delete the --output file to begin anew.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pieces import Board, Piece, end_with_parent, run_pieces
 
 import fastcache_engines
 from fastcache.bundle import write_whole
+from fastcache.commands.bench import show_kernels
 from fastcache.compile.models import find_model
 from fastcache.console import figure, print_table
 from fastcache.study.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
 from fastcache.study.bench import document, make_inputs, run_bench
+from fastcache.study.kernels import KernelResult, bench_kernels
 from fastcache.study.lineup import Lineup, build_bundles, line_up_arms
 from fastcache.study.machine import environment, gpus
 from fastcache.study.profiling import profile_eager, profile_engines
@@ -62,9 +64,10 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 
 @dataclass(frozen=True)
 class Task:
-    """What a piece does: the gpu tests, a benchmark, or a profile. `arms`: names, each with cache interval and branch.
+    """What a piece does: the gpu tests, the kernels, a benchmark, or a profile.
 
-    `keeps` is whether its bundles stay in the user's cache folder for the next piece.
+    `arms` are names, each with cache interval and branch. `keeps` is whether its bundles stay in the cache folder
+    for the next piece.
     """
 
     kind: str
@@ -190,9 +193,8 @@ def piece(description: str, answer: Path, folder: Path) -> None:
     task = Task(**values | {"arms": tuple((name, interval, branch) for name, interval, branch in values["arms"])})
     os.environ["HF_HUB_OFFLINE"] = "1"
     bundles = platformdirs.user_cache_path("fastcache") / "engines" if task.keeps else folder / "engines"
-    found = (
-        run_tests() if task.kind == "tests" else {"bench": run_task, "profile": run_profile}[task.kind](task, bundles)
-    )
+    kinds = {"tests": run_tests, "kernels": run_kernels, "bench": run_task, "profile": run_profile}
+    found = kinds[task.kind](task, bundles)
     write_whole(answer, json.dumps(found).encode())
 
 
@@ -201,6 +203,7 @@ def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]
     order = fastcache_engines.preference("cuda")[0]
     backends = [*order, *(name for name in BACKENDS if name not in order)]
     pieces, slow = [Piece("gpu tests", Task("tests").to_json(), share=0.4)], list[Piece]()
+    pieces.append(Piece("kernels", Task("kernels", repeats=repeats).to_json()))
     for model in models:
         common = Task("bench", model, SIZES[model], steps=steps, repeats=repeats)
         pieces.append(bench_piece("torch", common, [("deepcache:fp16", n, 0) for n in INTERVALS]))
@@ -264,12 +267,19 @@ def table_rows(task: Task, found: dict[str, Any]) -> list[dict[str, Any]]:
     return [row(arm) for arm in arms]
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(task: Task, folder: Path) -> dict[str, Any]:
     """The tests marked gpu, one after the other, for they share the GPU."""
+    del task, folder
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     lines = (ran.stdout + ran.stderr).strip().splitlines()
     return {"exit_code": ran.returncode, "summary": lines[-1] if lines else "", "log": lines[-60:]}
+
+
+def run_kernels(task: Task, folder: Path) -> dict[str, Any]:
+    """Every kernel's times, as `fastcache bench --kernels --json` writes them."""
+    del folder
+    return bench_kernels(task.batch, task.dtype, task.repeats, 0, say)[0]
 
 
 def run_task(task: Task, folder: Path) -> dict[str, Any]:
@@ -316,6 +326,9 @@ def show_check(pieces: dict[str, Any]) -> None:
         if "skipped" not in arm
     ]
     print_table("fp16, milliseconds", ["model", "arm", "loop", "full", "shallow", "rest", "x eager"], rows)
+    timed = pieces.get("kernels", {})
+    if "kernels" in timed:
+        show_kernels(timed["settings"], [KernelResult(**row) for row in timed["kernels"]])
     for name, found in pieces.items():
         for who, steps in found.get("profile", {}).items():
             for step, times in steps.items():

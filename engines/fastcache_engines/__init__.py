@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "device_here",
     "fast_bf16",
+    "free_size",
     "refuse_targets",
 ]
 
@@ -75,13 +76,15 @@ class Support:
 class BuildOptions:
     """How engines are built: in which arithmetic, for which device and which numbers of rows.
 
-    `rows` are the least, usual and largest sizes of the batch axis, which is every input's first and only free one.
+    `rows` are the least, usual and largest sizes of the batch axis, which is every input's first and mostly its only
+    free one; `shapes` are those of the axes after it, by name, of inputs that have other free ones.
     `compute_capability` are the GPUs to build for, as "8.9"; the GPU at hand where there are none.
     """
 
     device: str = "cpu"
     dtype: DType = "fp32"
     rows: tuple[int, int, int] = (1, 2, 8)
+    shapes: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict[str, tuple[tuple[int, ...], ...]])
     compute_capability: tuple[str, ...] = ()
     progress: Callable[[str], None] = field(default=lambda message: None, compare=False)
 
@@ -115,7 +118,10 @@ class Workspace:
 
 
 class Binding(Protocol):
-    """An engine with its tensors in place."""
+    """An engine with its tensors in place.
+
+    One whose `run` a CUDA graph of the caller's may capture has a method `capturable`, which says whether it can now.
+    """
 
     def run(self) -> None:
         """Compute every output from the inputs' present contents; on a GPU, in torch's current stream.
@@ -231,6 +237,11 @@ def fast_bf16() -> bool:
 
     cpu: Any = torch.cpu  # its public get_capabilities is younger than the oldest torch that will do
     return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+def free_size(name: str, axis: int) -> str:
+    """What a free size is called where the engine file does not keep its name: the batch, or one of its own."""
+    return "batch" if axis == 0 else f"{name}[{axis}]"
 
 
 def refuse_targets(compute_capability: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastcache_engines import BackendUnavailable, Support, TensorSpec
+from fastcache_engines import BackendUnavailable, Support, TensorSpec, free_size
 
 CPU = Support(None, False, False, "TensorRT runs on NVIDIA GPUs only; use onnxruntime, openvino or inductor")
 
@@ -200,9 +200,9 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "
 
 
 def spec(name: str, dtype: Any, shape: Any) -> TensorSpec:
-    """A tensor of TensorRT's as every backend describes them; its one free size is the batch."""
+    """A tensor of TensorRT's as every backend describes them."""
     kind: str = dtype.name
-    sizes = tuple("batch" if size < 0 else int(size) for size in shape)
+    sizes = tuple(free_size(name, axis) if size < 0 else int(size) for axis, size in enumerate(shape))
     return TensorSpec(name, _DTYPES.get(kind, kind.lower()), sizes)
 
 

@@ -95,7 +95,7 @@ def engine_from_onnx_path(package: Package, path: Path, options: BuildOptions, c
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, inputs, options.rows, path.name))
+    config.add_optimization_profile(_profile(builder, inputs, options, path.name))
     _set_flags(trt, config, options)
     monitor = _monitor(trt, path.stem, options.progress)
     config.progress_monitor = monitor
@@ -113,17 +113,20 @@ def engine_from_onnx_path(package: Package, path: Path, options: BuildOptions, c
     )
 
 
-def _profile(builder: Any, inputs: Sequence[Any], rows: tuple[int, int, int], name: str) -> Any:
-    """The sizes to build for. Raises: `ValueError` for a graph with another free size than the first."""
+def _profile(builder: Any, inputs: Sequence[Any], options: BuildOptions, name: str) -> Any:
+    """The sizes to build for. Raises: `ValueError` for a free size, beside the first, that the options do not give."""
     profile = builder.create_optimization_profile()
     for tensor in inputs:
         first, *others = (*tensor.shape, 0)
-        if any(size < 0 for size in others):
+        shapes = options.shapes.get(tensor.name, (tuple(tensor.shape)[1:],) * 3)
+        if any(size < 0 for size in others) and tensor.name not in options.shapes:
             raise ValueError(
                 f"expected {name} to have no free size but its inputs' first, got {tensor.name} {list(tensor.shape)}"
             )
         if first < 0:
-            profile.set_shape(tensor.name, *((count, *tensor.shape[1:]) for count in rows))
+            profile.set_shape(
+                tensor.name, *((count, *sizes) for count, sizes in zip(options.rows, shapes, strict=True))
+            )
     return profile
 
 

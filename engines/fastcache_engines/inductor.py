@@ -218,6 +218,10 @@ class InductorBinding:
         self._call, self._threads = call, options.threads
         self._graph = _capture(call, options.workspace) if options.device == "cuda" else None
 
+    def capturable(self) -> bool:
+        """Whether `run` may be captured in a CUDA graph of the caller's."""
+        return self._graph is not None
+
     def run(self) -> None:
         if self._graph is not None:
             # Into a capture of the caller's go the kernels: no graph can be launched there.

@@ -24,6 +24,7 @@ from fastcache_engines import (
     TensorSpec,
     check_tensors,
     fast_bf16,
+    free_size,
     refuse_targets,
 )
 from fastcache_engines.onnx_files import describe, refuse_outside_weights
@@ -150,5 +151,7 @@ class OpenVinoBinding:
 
 def _spec(port: Any) -> TensorSpec:
     kind: str = port.element_type.to_string()
-    shape = tuple(size.get_length() if size.is_static else "batch" for size in port.partial_shape)
-    return TensorSpec(port.any_name, _DTYPES.get(kind, kind), shape)
+    name: str = port.any_name
+    sizes = enumerate(port.partial_shape)
+    shape = tuple(size.get_length() if size.is_static else free_size(name, axis) for axis, size in sizes)
+    return TensorSpec(name, _DTYPES.get(kind, kind), shape)

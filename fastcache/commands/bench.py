@@ -15,6 +15,7 @@ from fastcache.console import figure, notes, print_json, print_table, progress
 if TYPE_CHECKING:
     from fastcache.study.arms import BenchSettings
     from fastcache.study.bench import ArmResult
+    from fastcache.study.kernels import KernelResult
 
 
 def bench(
@@ -41,17 +42,26 @@ def bench(
     sampler: Sampler = "ddim",
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time the GPU kernels alone, against PyTorch's operations.")
+    ] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
 ) -> None:
     """Time the denoising loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
 
+    With --kernels: every kernel against PyTorch eager, torch.compile and a copy of as many bytes, on a GPU.
+
     Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache:openvino:bf16 --steps 20
     """
+    if kernels:
+        if engines is not None or model is not None or arms is not None:
+            raise ValueError("expected --kernels without --engines, --model and --arms, got both; time them apart")
+        _bench_kernels(batch, dtype, repeats, branch_id or 0, json_file)
+        return
     import platformdirs
     import torch
 
-    from fastcache.bundle import write_whole
     from fastcache.study.bench import document, run_bench
     from fastcache.study.chart import check_chartable, draw_chart
     from fastcache.study.lineup import Wishes, build_bundles, no_arm_ran, of_bundle, of_model
@@ -82,17 +92,77 @@ def bench(
             bundles, lineup = build_bundles(lineup, settings, folder, say)
         measured = run_bench(settings, lineup, bundles, say)
     result = document(settings, bundles, measured)
-    if str(json_file) == "-":
-        print_json(result)
-    else:
-        if json_file is not None:
-            write_whole(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    if not _write_json(result, json_file):
         _show_bench(settings, measured.results)
     if all(arm.skipped is not None for arm in measured.results):
         raise no_arm_ran([arm.skipped or "" for arm in measured.results])
     if chart is not None:
         draw_chart(result, chart)
         notes.print(f"chart: {chart}", markup=False, soft_wrap=True)
+
+
+def _write_json(result: dict[str, Any], file: Path | None) -> bool:
+    """Write a result where it was asked for. Returns whether that was stdout, which then takes nothing else."""
+    from fastcache.bundle import write_whole
+
+    if str(file) == "-":
+        print_json(result)
+        return True
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    return False
+
+
+def _bench_kernels(batch: int, dtype: str | None, repeats: int, branch_id: int, json_file: Path | None) -> None:
+    """`bench --kernels`, in fp16 where no dtype is named: what GPUs run these models in."""
+    from fastcache.study.arms import parse_dtype
+    from fastcache.study.kernels import bench_kernels
+
+    with progress() as say:
+        result, rows = bench_kernels(batch, parse_dtype(dtype or "fp16"), repeats, branch_id, say)
+    if not _write_json(result, json_file):
+        show_kernels(result["settings"], rows)
+
+
+def show_kernels(settings: dict[str, Any], rows: Sequence[KernelResult]) -> None:
+    """The kernels' times as a table; what could not be compiled is said below it."""
+    print_table(
+        f"kernels in {settings['dtype']}, batch {settings['batch']} under guidance, branch {settings['branch_id']}, "
+        "microseconds a call\ncopy: of as many bytes on the same device; share: the copy's time over the kernel's",
+        [
+            "kernel",
+            "models",
+            "shape",
+            "MB",
+            "kernel",
+            "eager",
+            "compile",
+            "copy",
+            "GB/s",
+            "share",
+            "x eager",
+            "x compile",
+        ],
+        [_kernel_row(row) for row in rows],
+    )
+    for row in rows:
+        if row.compile_skipped is not None:
+            typer.echo(f"{row.kernel} {'x'.join(map(str, row.shape))}: torch.compile skipped, {row.compile_skipped}")
+
+
+def _kernel_row(row: KernelResult) -> list[str]:
+    return [
+        row.kernel,
+        ", ".join(row.models),
+        "x".join(map(str, row.shape)),
+        f"{row.num_bytes / 1e6:.2f}",
+        *(figure(us, ".2f") for us in (row.kernel_us, row.eager_us, row.compile_us, row.copy_us)),
+        f"{row.gb_per_s:.0f}",
+        f"{row.share_of_copy:.0%}",
+        figure(row.speedup_vs_eager, ".2f", "x"),
+        figure(row.speedup_vs_compile, ".2f", "x"),
+    ]
 
 
 def _show_bench(settings: BenchSettings, results: Sequence[ArmResult]) -> None:

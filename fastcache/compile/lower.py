@@ -5,7 +5,7 @@ Knows layers and numbers; knows nothing about graphs or backends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import Cut
 from fastcache.recipe import DType
 
@@ -28,6 +29,19 @@ def lower(cut: Cut, dtype: DType) -> None:
         for name, part in unet.named_children():
             if name != "embeddings":
                 part.to(TORCH_DTYPES[dtype])
+
+
+def prepare(cuts: Iterable[Cut], dtype: DType | None, kernels: bool = False) -> None:
+    """Bring the cuts of one U-Net to the form that engines run in and, where one is given, to a dtype; in place.
+
+    With `kernels` the first norm above each cut becomes an operator of `fastcache_kernels`.
+    """
+    for cut in cuts:
+        split_gates(cut)
+        if kernels:
+            fuse_first_norm(cut)
+        if dtype is not None:
+            lower(cut, dtype)
 
 
 class _SplitGEGLU(nn.Module):

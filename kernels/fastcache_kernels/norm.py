@@ -167,7 +167,7 @@ def _launches(call: _Call, first: int) -> Launch | None:
     """Both kernels, the statistics from channel `first` on; None where they cannot be launched."""
     samples, _, height, width = call.skip.shape
     plane = height * width
-    block, num_warps = SMALL if plane <= SMALL[0] else LARGE
+    block, num_warps = block_size(plane)
     shared = _shared_arguments(call)
     sizes: dict[str, Argument] = {
         "cached_channels": call.cached.values.shape[1],
@@ -232,6 +232,11 @@ def _shared_arguments(call: _Call) -> dict[str, Argument]:
         "step": integers if forecast is None else forecast.step,
         "skip": call.skip,
     }
+
+
+def block_size(plane: int) -> tuple[int, int]:
+    """The values and the warps of a program, for images of so many pixels."""
+    return SMALL if plane <= SMALL[0] else LARGE
 
 
 def as_bytes(values: Tensor) -> Tensor:

@@ -128,9 +128,16 @@ def test_export_keeps_the_operators() -> None:
     assert {"fastcache.concat_groupnorm_silu.default", "fastcache.concat_groupnorm_silu_joined.default"} <= targets
 
 
-@pytest.mark.parametrize("operator", [ops.concat_groupnorm_silu, ops.concat_groupnorm_silu_joined])
+@pytest.mark.parametrize(
+    "operator",
+    [ops.concat_groupnorm_silu, ops.concat_groupnorm_silu_joined, ops.groupnorm_silu],
+    ids=lambda op: op._name,
+)
 def test_operators_as_torch_wants_them(operator: torch.library.CustomOpDef) -> None:
-    arguments = (torch.randn(2, 5, 4, 6), torch.randn(2, 3, 4, 6), torch.randn(8), torch.randn(8), 2, 1e-5)
+    cached, skip = (torch.randn(2, 5, 4, 6), torch.randn(2, 3, 4, 6))
+    tensors = (skip[:, :2],) if operator is ops.groupnorm_silu else (cached, skip)
+    channels = sum(tensor.shape[1] for tensor in tensors)
+    arguments = (*tensors, torch.randn(channels), torch.randn(channels), 2, 1e-5)
     torch.library.opcheck(
         operator, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )

@@ -215,6 +215,16 @@ def test_as_an_operator(device: torch.device) -> None:
     inputs.close(ops.concat_groupnorm_silu(inputs.cached, last, *arguments[2:]), inputs.expected())
 
 
+@DTYPES
+def test_as_an_operator_with_nothing_cached(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = Inputs(6, 3, 3, dtype=dtype, device=device)
+    got = ops.groupnorm_silu(inputs.cached, inputs.weight[:6], inputs.bias[:6], 2, 1e-5)
+    normed = functional.group_norm(
+        inputs.cached.double(), 2, inputs.weight[:6].double(), inputs.bias[:6].double(), 1e-5
+    )
+    inputs.close(got, functional.silu(normed))
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -151,9 +151,9 @@ def test_check_says_in_one_line_that_there_is_no_gpu(gpu_check: Any, tmp_path: P
 def test_check_covers_every_backend_and_interval(gpu_check: Any) -> None:
     work = gpu_check.check_pieces(["sd15", "sdxl"], 50, 3)
     names = [piece.name for piece in work]
-    assert names[0] == "gpu tests"
-    assert len(set(names)) == len(names) == 1 + 2 * (3 + len(fastcache_engines.BACKENDS))
-    for piece in work[1:]:
+    assert names[:2] == ["gpu tests", "kernels"]
+    assert len(set(names)) == len(names) == 2 + 2 * (3 + len(fastcache_engines.BACKENDS))
+    for piece in work[2:]:
         task = piece.description
         assert (task["size"], task["dtype"]) == ({"sd15": 512, "sdxl": 1024}[task["model"]], "fp16")
         if piece.name.split(" ")[1] in fastcache_engines.BACKENDS:
