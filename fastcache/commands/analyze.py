@@ -1,0 +1,114 @@
+"""`analyze`: how a model's features change along the trajectory, and the experiments around it, as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sampler
+from fastcache.console import print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from fastcache.study.analysis.measure import Analysis
+
+
+def analyze(
+    model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")],
+    output: OutputFolder,
+    sampler: Sampler = "ddim",
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
+    height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
+    random_weights: RandomWeights = False,
+    revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
+    switch_prompt_at: Annotated[
+        list[int] | None, typer.Option(help="Switch to the next prompt at this step; repeatable.")
+    ] = None,
+    guidance_interval: Annotated[
+        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only; repeatable.")
+    ] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="Linear probes for what demo's pictures show.")] = False,
+    probe_images: Annotated[int, typer.Option(min=20, help="Pictures that probes learn from.")] = 512,
+    dit: Annotated[bool, typer.Option("--dit", help="The same measures on a small diffusion transformer.")] = False,
+    dit_weights: Annotated[
+        Path | None, typer.Option(help="What tools/train_dit.py trained; random weights if left out.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Measure how a model's features change from step to step, and write a report that opens offline.
+
+    Example: fastcache analyze --model demo --steps 50 --sampler ddim --output build/analysis
+    """
+    from fastcache.study.analysis.dit import study_dit
+    from fastcache.study.analysis.experiments import guide_in_intervals, switch_prompt
+    from fastcache.study.analysis.measure import Settings, analyse
+    from fastcache.study.analysis.probes import probe
+    from fastcache.study.analysis.report import check_drawable, document, write_report
+    from fastcache.study.analysis.sections import Experiments
+    from fastcache.study.analysis.subject import find_subject
+
+    check_drawable()
+    intervals = [_interval(text) for text in guidance_interval or ()]
+    with progress() as say:
+        say(f"loading {model}")
+        subject = find_subject(
+            model,
+            random_weights=random_weights,
+            revision=revision,
+            height=height,
+            width=width,
+            prompts_file=prompts,
+            num_prompts=num_prompts,
+            seeds=seeds,
+            device=device,
+        )
+        scale = guidance_scale if guidance_scale is not None else 4.0 if model == "demo" else 7.5
+        settings = Settings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
+        # The short experiments first: what they refuse is said before the long measurement.
+        experiments = Experiments(
+            switches=switch_prompt(subject, settings, switch_prompt_at) if switch_prompt_at else (),
+            intervals=guide_in_intervals(subject, settings, intervals) if intervals else (),
+            dit=study_dit(dit_weights, subject, settings, num_prompts, say) if dit or dit_weights else None,
+            probes=probe(subject, settings, probe_images, say) if probes else None,
+        )
+        analysis = analyse(subject, settings, say)
+        say("drawing the report")
+        page = write_report(analysis, experiments, output)
+    if json_:
+        print_json(document(analysis, experiments))
+    else:
+        _show(analysis)
+        typer.echo(f"report: {page}")
+
+
+def _interval(text: str) -> tuple[int, int]:
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal():
+        raise ValueError(f"expected --guidance-interval A:B with two step numbers, got {text!r}")
+    return int(start), int(stop)
+
+
+def _show(analysis: Analysis) -> None:
+    from fastcache.study.analysis.measure import ALIKE, SimilarityFacts
+
+    weights = ", random weights: no conclusions" if analysis.subject.source.random_weights else ""
+    facts = {name: SimilarityFacts.of(values) for name, values in analysis.recorded.similarity.items()}
+    print_table(
+        f"{analysis.subject.name}, {analysis.settings.steps} {analysis.settings.sampler} steps, "
+        f"samples: {len(analysis.subject.prompts)}{weights}; cosine similarity between steps",
+        ["feature", "all pairs", f"above {ALIKE}", "step to step", "dip", "at step"],
+        [
+            [name, f"{f.mean:.3f}", f"{f.share_above:.0%}", f"{f.adjacent_mean:.4f}", f"{f.dip:.3f}", str(f.dip_step)]
+            for name, f in facts.items()
+        ],
+    )

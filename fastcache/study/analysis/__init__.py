@@ -1,0 +1,1 @@
+"""How a model's features change along the trajectory: measured, told and drawn."""
