@@ -14,12 +14,12 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcache.errors import BundleError
-from fastcache.recipe import Component, Device, DType, Profile, Recipe
+from fastcache.recipe import Component, Device, DType, Profile, Recipe, Size
 from fastcache_engines import TensorSpec
 
 SCHEMA = "fastcache.bundle/1"
@@ -27,7 +27,9 @@ MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 
-Role = Literal["full", "shallow", "text_encoder", "vae_decoder"]
+Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
+# An engine's part in the bundle. `shallow` is the primary branch's; one at another branch b is `shallow_b`.
+Role = Annotated[str, Field(pattern=r"^(full|shallow(_\d+)?|text_encoder(_2)?|vae_(en|de)coder)$")]
 
 
 class _Value(BaseModel):
@@ -51,16 +53,61 @@ class EngineEntry(_Value):
     outputs: tuple[TensorSpec, ...]
 
 
-class ModelInfo(_Value):
-    """What the loop around the engines must know of the model."""
+class LoraEntry(_Value):
+    """A LoRA that was merged into the weights: its file's name and hash, and how much of it."""
 
     name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    weight: float
+
+
+class ModelInfo(_Value):
+    """What the loop around the engines must know of the model.
+
+    `time_ids` is how many sizes and scores a U-Net of SDXL's kind is told (6; 5 the refiner), and `zero_negative`
+    whether it takes zeros for a negative prompt that is not given, as `force_zeros_for_empty_prompt` in diffusers.
+    `tokens` is 0 for a U-Net that reads no text; one that takes nothing but the sample and the timestep is
+    `unconditional`.
+    """
+
+    name: str
+    family: Family
     random_weights: bool
     in_channels: int
     latent_channels: int
     vae_scale_factor: int
     tokens: int | None
+    time_ids: int | None
+    zero_negative: bool
     scheduler: dict[str, Any]
+    loras: tuple[LoraEntry, ...]
+    unconditional: bool = False
+
+    @property
+    def edits(self) -> bool:
+        """Whether the U-Net takes an image to edit beside the latents, as InstructPix2Pix has it."""
+        return self.in_channels == 2 * self.latent_channels
+
+    @property
+    def guided_rows(self) -> int:
+        """How many rows of the U-Net an image takes under guidance: with and without text, and without the image.
+
+        One of a model that has nothing to guide by.
+        """
+        if self.unconditional:
+            return 1
+        return 3 if self.edits else 2
+
+
+class WorkEntry(_Value):
+    """The multiply-adds of one U-Net call for one image: of the shallow pass at `branch_id`, or of the full pass.
+
+    `layers` are those of convolutions and linear layers, `attention` those of attention's own two products.
+    """
+
+    branch_id: int | None
+    layers: int
+    attention: int
 
 
 class Parity(_Value):
@@ -84,12 +131,14 @@ class Manifest(_Value):
     model: ModelInfo
     weights_sha256: str
     branch_id: int
+    branches: tuple[int, ...]
     num_branches: int
     cut: Literal["plain", "projected"]
     backend: str
     dtype: DType
     height: int
     width: int
+    sizes: tuple[Size, ...]
     components: tuple[Component, ...]
     profiles: dict[str, Profile]
     versions: dict[str, str]
@@ -99,10 +148,16 @@ class Manifest(_Value):
     recipe: Recipe
     weights_bytes: int
     duplicated_bytes: int
+    work: tuple[WorkEntry, ...] = ()
     created: str
     build_seconds: float
     files: tuple[FileEntry, ...]
     bundle_sha256: str = ""
+
+    @property
+    def shallow_roles(self) -> dict[int, Role]:
+        """The role of each branch's shallow engine, the primary one first."""
+        return {branch: shallow_role(branch, self.branch_id) for branch in self.branches}
 
     @property
     def device_type(self) -> Device:
@@ -139,6 +194,11 @@ class Bundle:
                 f"expected a {role} engine in {self.path}, got a bundle of {built}; build it with that component"
             )
         return self.path / self.manifest.engines[role].file
+
+
+def shallow_role(branch_id: int, primary: int) -> Role:
+    """The role of a branch's shallow engine in a bundle with this primary branch."""
+    return "shallow" if branch_id == primary else f"shallow_{branch_id}"
 
 
 def bundle_key(recipe: Recipe, weights_sha256: str, versions: dict[str, str], device: str) -> str:

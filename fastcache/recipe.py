@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,6 +55,51 @@ class Profile(BaseModel):
         return f"{self.min}:{self.opt}:{self.max}"
 
 
+class Size(BaseModel):
+    """The size of an image, in pixels; written WIDTHxHEIGHT."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int = Field(ge=8, le=8192)
+    height: int = Field(ge=8, le=8192)
+
+    @classmethod
+    def parse(cls, text: object) -> object:
+        """`WIDTHxHEIGHT`; anything but a string is left for validation to refuse."""
+        if not isinstance(text, str):
+            return text
+        numbers = text.lower().split("x")
+        if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+            raise ValueError(f"expected WIDTHxHEIGHT, got {text!r}")
+        return {"width": int(numbers[0]), "height": int(numbers[1])}
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class Lora(BaseModel):
+    """A LoRA to merge into the model: a safetensors file, and how much of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    path: str = Field(min_length=1)
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: object) -> object:
+        """`PATH` or `PATH:WEIGHT`; anything but a string is left for validation to refuse."""
+        if not isinstance(text, str):
+            return text
+        path, colon, weight = text.rpartition(":")
+        try:
+            return {"path": path, "weight": float(weight)} if colon else {"path": text}
+        except ValueError:  # the colon belongs to the path
+            return {"path": text}
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.weight:g}"
+
+
 class Recipe(BaseModel):
     """Everything that decides what a bundle contains, given the model's weights and this installation."""
 
@@ -64,21 +109,56 @@ class Recipe(BaseModel):
     revision: str | None = None
     random_weights: bool = False
     branch_id: int = Field(0, ge=0)
+    further_branch_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     cut: CutKind = "auto"
     backend: Backend = "auto"
     device: Device | None = None
     dtype: DType = "fp32"
     height: int | None = Field(None, ge=8, le=8192)
     width: int | None = Field(None, ge=8, le=8192)
+    sizes: tuple[Annotated[Size, BeforeValidator(Size.parse)], ...] = ()
     batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
+    max_tokens: int | None = Field(None, ge=1, le=4096)
+    lora: tuple[Annotated[Lora, BeforeValidator(Lora.parse)], ...] = ()
     components: tuple[Component, ...] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     onnx_only: bool = False
+    kernels: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_branch_ids(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`branch_id` may name several, as a list or as 0,2: the first is the primary one."""
+        given: Any = values.get("branch_id")
+        ids: Any = given.split(",") if isinstance(given, str) else given
+        if not isinstance(ids, list | tuple) or not ids:
+            return values
+        named = cast("list[Any]", ids)
+        return {**values, "branch_id": named[0]} | ({"further_branch_ids": tuple(named[1:])} if named[1:] else {})
+
+    @model_validator(mode="after")
+    def _has_each_branch_once(self) -> Self:
+        if len(set(self.branches)) < len(self.branches):
+            raise ValueError(f"expected each branch id once, got {', '.join(map(str, self.branches))}")
+        return self
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """Every branch id to cut at, the primary one first."""
+        return (self.branch_id, *self.further_branch_ids)
 
     @model_validator(mode="after")
     def _has_a_unet(self) -> Self:
         if self.components is not None and "unet" not in self.components:
             raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_list_of_sizes(self) -> Self:
+        if self.sizes and (self.height or self.width):
+            raise ValueError("expected either sizes or height and width, got both")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"expected each size once, got {', '.join(map(str, self.sizes))}")
         return self
 
 

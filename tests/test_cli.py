@@ -41,7 +41,7 @@ def fastcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "doctor", "build-engines", "inspect", "verify", "generate", "bench", "plan"]
+    "command", ["", "demo", "doctor", "build-engines", "inspect", "verify", "generate", "bench", "plan", "evaluate"]
 )
 def test_every_command_has_help_with_an_example(fastcache: Any, command: str) -> None:
     result = fastcache(*([command] if command else []), "--help")
@@ -75,6 +75,24 @@ def test_inspect_shows_the_manifest(fastcache: Any, tiny_bundle: Bundle) -> None
     text = fastcache("inspect", tiny_bundle.path)
     assert "cached_feature" in text.out
     assert shown["bundle_sha256"] in text.out
+
+
+def test_inspect_shows_what_each_branch_costs(fastcache: Any, tiny_bundle: Bundle, tiny_model: Path) -> None:
+    built = fastcache("inspect", tiny_bundle.path, "--branches", "--json").json["work"]
+    manifest = tiny_bundle.manifest
+    size = ("--height", manifest.height, "--width", manifest.width)
+    assert fastcache("inspect", tiny_model, "--branches", "--json", *size).json["work"] == built
+    assert [row["branch_id"] for row in built] == [None, *range(manifest.num_branches)]
+    assert "Multiply-adds of one U-Net call" in fastcache("inspect", tiny_bundle.path).out
+
+    preset = fastcache("inspect", "ldm4g", "--branches", "--json").json
+    assert (preset["model"], preset["height"], preset["width"]) == ("ldm4g", 256, 256)
+    assert preset["work"][0]["multiply_adds_without_attention"] == pytest.approx(99.8e9, rel=1e-3)
+    assert preset["work"][1]["multiply_adds"] == pytest.approx(4.42e9, rel=1e-3)
+    assert "shallow 11" in fastcache("inspect", "ldm4g", "--branches").out
+    refused = fastcache("inspect", "ldm4g", "--branches", "--height", 130)
+    assert refused.code == 2
+    assert "divisible by 4" in refused.err
 
 
 def test_verify_passes_and_fails_with_its_exit_code(fastcache: Any, tiny_bundle: Bundle, bundle_copy: Path) -> None:

@@ -167,7 +167,8 @@ def _kernel_row(row: KernelResult) -> list[str]:
 
 def _show_bench(settings: BenchSettings, results: Sequence[ArmResult]) -> None:
     print_table(
-        f"{settings.model} {settings.width}x{settings.height}, batch {settings.batch} under guidance, "
+        f"{settings.model} {settings.width}x{settings.height}, "
+        f"batch {settings.batch} {'under' if settings.guided else 'without'} guidance, "
         f"{settings.steps} {settings.sampler} steps, N={settings.cache_interval}, branch {settings.branch_id}, "
         f"{settings.device}, {settings.threads} threads\n"
         "ms: the loop (median, p90), a U-Net call in full and shallow, the rest of a step; then times as fast",

@@ -58,12 +58,21 @@ def build_engines(
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
     revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
-    branch_id: Annotated[int, typer.Option(help="The skip connection to cut at, 0 the shallowest.")] = 0,
+    branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Several sizes, by commas, the usual one first: 512x512,768x512 (width first).")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="For prompts longer than the text encoder's, as embeddings.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT] (safetensors); may be repeated.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
@@ -71,6 +80,9 @@ def build_engines(
         str | None, typer.Option(help="GPUs to build for, by commas: 8.6,8.9 (tensorrt-rtx).")
     ] = None,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="The first norm above the cut by fastcache's own kernel (inductor).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     json_: Json = False,
 ) -> None:
@@ -96,12 +108,16 @@ def build_engines(
             "device": device,
             "height": height,
             "width": width,
+            "sizes": tuple(sizes.split(",")) if sizes is not None else (),
             "batch": batch,
+            "max_tokens": max_tokens,
+            "lora": tuple(lora or ()),
             "dtype": dtype,
             "random_weights": random_weights,
             "components": tuple(components.split(",")) if components is not None else None,
             "compute_capability": tuple(compute_capability.split(",")) if compute_capability is not None else (),
             "onnx_only": onnx_only,
+            "kernels": kernels,
         }
         chosen = recipe_from(flags)
     with progress() as say:
@@ -115,23 +131,41 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         print_json({"path": str(bundle.path), **manifest.to_json()})
         return
     version = manifest.versions.get(manifest.backend, "(graphs only)")
+    branches = ", ".join(map(str, manifest.branches))
     typer.echo(
-        f"{bundle.path}: {manifest.model.name}, branch {manifest.branch_id} of {manifest.num_branches}, "
-        f"{manifest.cut} cut, {manifest.width}x{manifest.height}, {manifest.profiles['batch']} images, "
+        f"{bundle.path}: {manifest.model.name}, branch {branches} of {manifest.num_branches}, "
+        f"{manifest.cut} cut, {', '.join(map(str, manifest.sizes))}, {manifest.profiles['batch']} images, "
         f"{manifest.dtype}, {manifest.backend} {version} on {manifest.device}\n"
         f"built in {manifest.build_seconds:.0f} s; on {manifest.parity.measured_on}: {_figures(manifest.parity)}"
     )
 
 
-def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")], json_: Json = False) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle; with --branches, also a model or a preset.")],
+    branches: Annotated[bool, typer.Option("--branches", help="Only what each branch id costs.")] = False,
+    height: Annotated[int | None, typer.Option(help="With --branches of a model: image height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="With --branches of a model: image width in pixels.")] = None,
+    json_: Json = False,
+) -> None:
     """Show a bundle's inputs, outputs, weights, versions, device and provenance, without loading it.
 
-    Example: fastcache inspect demo-output/engines
+    With --branches, the multiply-adds at each branch id, of a bundle, or of a model or a preset that is not built.
+
+    Example: fastcache inspect demo-output/engines, or fastcache inspect sd15 --branches
     """
-    from fastcache.bundle import Bundle, read_manifest
+    from fastcache.bundle import MANIFEST, Bundle, read_manifest
+    from fastcache.commands.branches import branch_rows, show_branches, show_model_branches
     from fastcache.study.verify import engine_facts
 
+    if branches and not (folder / MANIFEST).is_file():
+        show_model_branches(str(folder), height, width, json_)
+        return
     manifest = read_manifest(folder)
+    size = f"{manifest.model.name} at {manifest.width}x{manifest.height}"
+    if branches:
+        shown = {"model": manifest.model.name, "height": manifest.height, "width": manifest.width}
+        print_json(shown | {"work": branch_rows(manifest.work)}) if json_ else show_branches(size, manifest.work)
+        return
     facts = engine_facts(folder, manifest)
     if json_:
         print_json({**manifest.to_json(), "engine_facts": facts})
@@ -147,6 +181,8 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle
         ["engine", "file", "arithmetic", "facts"],
         [[role, e.file, e.dtype, _facts_text(facts[role])] for role, e in manifest.engines.items()],
     )
+    if manifest.work:
+        show_branches(size, manifest.work)
     files = [[file.name, f"{file.bytes:,}", file.sha256[:16]] for file in manifest.files]
     print_table("Files", ["file", "bytes", "SHA-256"], files)
     typer.echo(

@@ -27,3 +27,15 @@ def read_plan(path: Path) -> CachePlan:
         raise ValueError(f"expected a plan file, got {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file, one a line, empty lines left out. Raises: `ValueError` naming the file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a file of prompts, one a line, got {path}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"expected a file of prompts, one a line, got {path} without any")
+    return prompts

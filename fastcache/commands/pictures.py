@@ -72,11 +72,18 @@ def _is_stale(folder: Path) -> bool:
         return True
 
 
+def _pictures(**files: Path | None) -> dict[str, Any]:
+    """The pictures in those of the files that are given."""
+    from fastcache.run.images import read_image
+
+    return {name: read_image(file) for name, file in files.items() if file is not None}
+
+
 def generate(
     engines: EnginesOption,
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
-    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     sampler: Sampler = "ddim",
@@ -84,6 +91,12 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="A picture to begin with.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --init-image to draw anew, 0 to 1.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture, white where to draw on --init-image.")] = None,
+    height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
     json_: Json = False,
 ) -> None:
     """Draw images with a bundle's engines.
@@ -94,7 +107,8 @@ def generate(
     from rich.progress import Progress
 
     from fastcache.bundle import open_bundle, write_whole
-    from fastcache.run.pipeline import FastCachePipeline, png_bytes
+    from fastcache.run.images import png_bytes
+    from fastcache.run.pipeline import FastCachePipeline
 
     if plan is not None and cache_interval is not None:
         raise ValueError("expected --cache-interval or --plan, got both")
@@ -103,8 +117,11 @@ def generate(
     if output.suffix and num_images > 1:
         raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
     chosen = read_plan(plan) if plan is not None else None
+    given = _pictures(image=init_image, mask_image=mask)
     pipe = FastCachePipeline(open_bundle(engines))
-    said = {"prompt": prompt, "negative_prompt": negative_prompt, "sampler": sampler, "steps": steps}
+    said = {"prompt": prompt, "negative_prompt": negative_prompt or "", "sampler": sampler, "steps": steps}
+    if init_image is not None:
+        said |= {"init_image": init_image.name, "strength": strength, "mask": mask.name if mask is not None else None}
     start, images, used = time.perf_counter(), list[dict[str, Any]](), chosen
     (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
     most = pipe.bundle.manifest.profiles["batch"].max
@@ -112,12 +129,18 @@ def generate(
         task = bar.add_task("drawing", total=None)
         for first in range(0, num_images, most):
             seeds = [seed + k for k in range(first, min(first + most, num_images))]
+            repeated: dict[str, Any] = {name: [picture] * len(seeds) for name, picture in given.items()}
             result = pipe(
                 [prompt] * len(seeds),
                 negative_prompt=negative_prompt,
                 sampler=sampler,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                clip_skip=clip_skip,
+                strength=strength,
+                **repeated,
                 cache_interval=cache_interval or 1,
                 plan=chosen,
                 generator=[torch.Generator().manual_seed(own) for own in seeds],

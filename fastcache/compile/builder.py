@@ -58,10 +58,11 @@ class Job:
 def resolve(recipe: Recipe) -> Job:
     """Find the model and settle every `auto`.
 
-    Raises: `ValueError` for a model or component that is not there, or GPUs that the backend does not build for;
+    Raises: `ValueError` for a model or component that is not there, a model of videos, or GPUs that the backend does not build for;
     `BackendUnavailable` for what cannot be built here.
     """
-    model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision)
+    model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision, loras=recipe.lora)
+    model.require_pictures()
     components: tuple[Component, ...] = recipe.components or model.components
     missing = [c for c in components if c not in model.components]
     if missing:
@@ -71,6 +72,12 @@ def resolve(recipe: Recipe) -> Job:
     name, device, reason = _settle_backend(recipe)
     if recipe.compute_capability:
         fastcache_engines.backend(name).check_targets(recipe.compute_capability)
+    if (len(recipe.sizes) > 1 or recipe.max_tokens) and fastcache_engines.backend(name).SOURCE == "program":
+        raise BackendUnavailable(
+            f"expected a backend whose engines serve several sizes and prompt lengths, got {name}; build one each"
+        )
+    if recipe.kernels and fastcache_engines.backend(name).SOURCE != "program":
+        raise BackendUnavailable(f"expected a backend whose graphs can hold kernels (inductor), got {name}")
     settled = recipe.model_copy(update={"backend": name, "device": device, "components": components})
     versions = {
         "fastcache": fastcache.__version__,

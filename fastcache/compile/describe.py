@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from fastcache.bundle import ModelInfo, WorkEntry
@@ -20,12 +20,12 @@ from fastcache.compile.presets import PRESETS
 from fastcache.cut.work import count_work, empty_unet
 from fastcache.recipe import Profile, Recipe, Size
 
-_CLIP_TOKENS = 77
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that a bundle serves, in pixels, the usual one first, and the lengths of its prompts.
+    """The sizes that a bundle serves, in pixels, the usual one first, and the lengths of its prompts, if it reads any.
 
     `scale` is how many pixels a latent is, `step` what sizes are a multiple of where there are several.
     """
@@ -33,7 +33,7 @@ class Shapes:
     sizes: tuple[Size, ...]
     scale: int
     step: int
-    tokens: Profile
+    tokens: Profile | None
 
     @property
     def height(self) -> int:
@@ -51,17 +51,17 @@ class Shapes:
     @property
     def profiles(self) -> dict[str, Profile]:
         """The least, usual and largest of each size that may vary."""
-        return {
+        sizes = {
             "height": _profile([size.height for size in self.sizes]),
             "width": _profile([size.width for size in self.sizes]),
-            "tokens": self.tokens,
         }
+        return sizes if self.tokens is None else sizes | {"tokens": self.tokens}
 
     @property
     def free(self) -> Free:
         """What of it graphs must leave free."""
         varies = {name: profile.min < profile.max for name, profile in self.profiles.items()}
-        most = self.tokens.max if varies["tokens"] else None
+        most = self.tokens.max if self.tokens is not None and varies["tokens"] else None
         return Free(varies["height"], varies["width"], self.step, most)
 
 
@@ -69,8 +69,8 @@ def _profile(values: list[int]) -> Profile:
     return Profile(min=min(values), opt=values[0], max=max(values))
 
 
-def describe(model: SourceModel, unet: UNet2DConditionModel) -> ModelInfo:
-    """What the manifest says of the model."""
+def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> ModelInfo:
+    """What the manifest says of the model; of its U-Net the configuration counts."""
     config: Any = unet.config
     preset = PRESETS[model.name] if model.folder is None else None
     scale, tokens = (preset.scale, preset.tokens) if preset is not None else (8, None)
@@ -80,7 +80,8 @@ def describe(model: SourceModel, unet: UNet2DConditionModel) -> ModelInfo:
         scale, latent_channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
     if "text" in model.components:
         tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
-    told = config.addition_embed_type == "text_time"
+    told = config.get("addition_embed_type") == "text_time"
+    classes = config.get("num_class_embeds") or config.get("class_embed_type")
     return ModelInfo(
         name=model.name,
         family=model.family,
@@ -93,6 +94,7 @@ def describe(model: SourceModel, unet: UNet2DConditionModel) -> ModelInfo:
         zero_negative=model.family == "sdxl" and bool(model.settings.get("force_zeros_for_empty_prompt", True)),
         scheduler=model.scheduler,
         loras=tuple(entry for _, entry in model.loras),
+        unconditional=tokens == 0 and not classes,
     )
 
 
@@ -105,10 +107,11 @@ def work(unet: nn.Module, inputs: Inputs) -> tuple[WorkEntry, ...]:
     return tuple(WorkEntry(branch_id=b, layers=one.layers, attention=one.attention) for b, one in passes)
 
 
-def shapes(unet: UNet2DConditionModel, recipe: Recipe, info: ModelInfo) -> Shapes:
+def shapes(unet: UNet2DConditionModel | UNet2DModel, recipe: Recipe, info: ModelInfo) -> Shapes:
     """The recipe's sizes, or the one that the model was trained for.
 
-    Raises: `ValueError` for a size that the VAE or the U-Net cannot halve as often as it does.
+    Raises: `ValueError` for a size that the VAE or the U-Net cannot halve as often as it does, or a `max_tokens` that
+    does not fit.
     """
     config: Any = unet.config
     own, scale = config.sample_size, info.vae_scale_factor
@@ -122,9 +125,17 @@ def shapes(unet: UNet2DConditionModel, recipe: Recipe, info: ModelInfo) -> Shape
             needed = scale if len(sizes) == 1 else step
             if pixels % needed:
                 raise ValueError(f"expected a {name} divisible by {needed} for {info.name}, got {pixels}")
-    usual_tokens = info.tokens or _CLIP_TOKENS
-    most = recipe.max_tokens or usual_tokens
-    if most < usual_tokens:
-        raise ValueError(f"expected max_tokens of {usual_tokens} or more for {info.name}, got {most}")
     step = math.gcd(step, *(size.height for size in sizes), *(size.width for size in sizes))
-    return Shapes(sizes, scale, step, Profile(min=usual_tokens, opt=usual_tokens, max=most))
+    return Shapes(sizes, scale, step, _tokens(recipe, info))
+
+
+def _tokens(recipe: Recipe, info: ModelInfo) -> Profile | None:
+    usual = CLIP_TOKENS if info.tokens is None else info.tokens
+    if usual == 0:
+        if recipe.max_tokens is not None:
+            raise ValueError(f"expected no max_tokens for {info.name}, which reads no text, got {recipe.max_tokens}")
+        return None
+    most = recipe.max_tokens or usual
+    if most < usual:
+        raise ValueError(f"expected max_tokens of {usual} or more for {info.name}, got {most}")
+    return Profile(min=usual, opt=usual, max=most)

@@ -9,61 +9,99 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastcache.bundle import sha256_of
+from fastcache.bundle import Family, LoraEntry, sha256_of
+from fastcache.compile import lora
 from fastcache.compile.presets import PRESETS
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.recipe import Component
+from fastcache.recipe import Component, Lora
 
-_PIPELINES = {
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
+_PIPELINES: dict[str, Family] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "StableDiffusionInstructPix2PixPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
 }
-_FOLDERS: dict[Component, tuple[str, ...]] = {
-    "unet": ("unet",),
-    "vae": ("vae",),
-    "text": ("text_encoder", "tokenizer"),
+# Each part of a pipeline that is read: its component, and the class it must be of.
+_PARTS: dict[str, tuple[Component, str]] = {
+    "unet": ("unet", "UNet2DConditionModel"),
+    "vae": ("vae", "AutoencoderKL"),
+    "text_encoder": ("text", "CLIPTextModel"),
+    "text_encoder_2": ("text", "CLIPTextModelWithProjection"),
+    "tokenizer": ("text", "CLIPTokenizer"),
+    "tokenizer_2": ("text", "CLIPTokenizer"),
 }
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_TEXT_CLASSES: dict[lora.Part, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+TOKENIZERS: dict[lora.Part, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model found but not loaded: where it is, and what identifies its weights."""
+    """A model found but not loaded: where it is, and what identifies its weights.
+
+    `parts` are the subfolders it is read from, `settings` what the pipeline itself is configured with. LoRAs are merged
+    into whatever is loaded.
+    """
 
     name: str
     folder: Path | None
     weights_sha256: str
     scheduler: dict[str, Any]
     components: tuple[Component, ...]
+    family: Family = "sd"
+    parts: tuple[str, ...] = ("unet",)
+    settings: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[tuple[Lora, LoraEntry], ...] = ()
 
     @property
     def random_weights(self) -> bool:
         return self.folder is None
 
-    def load_unet(self) -> UNet2DConditionModel:
-        if self.folder is None:
-            return _random_unet(self.name)
-        return _load(UNet2DConditionModel, self.folder, "unet")
+    @property
+    def text_encoders(self) -> tuple[lora.Part, ...]:
+        """The names of its text encoders, in the order in which what they make of a prompt is joined."""
+        return tuple(name for name in _TEXT_CLASSES if name in self.parts)
+
+    def require_pictures(self) -> None:
+        """Raises: `ValueError` for a model of videos, which have no loop here."""
+        if self.folder is None and PRESETS[self.name].unet_class is UNetSpatioTemporalConditionModel:
+            raise ValueError(
+                f"expected a model of pictures, got {self.name}, a model of videos: inspect counts its work and "
+                "fastcache.partition_unet cuts it, but no engines are built of it yet"
+            )
+
+    def load_unet(self) -> UNet2DConditionModel | UNet2DModel:
+        unet = _random_unet(self.name) if self.folder is None else _load(UNet2DConditionModel, self.folder, "unet")
+        return self._merged(unet, "unet")
 
     def load_vae(self) -> AutoencoderKL:
         return _load(AutoencoderKL, self._folder("vae"), "vae")
 
-    def load_text_encoder(self) -> CLIPTextModel:
-        return _load(CLIPTextModel, self._folder("text"), "text_encoder")
+    def load_text_encoder(self, name: lora.Part = "text_encoder") -> CLIPTextModel | CLIPTextModelWithProjection:
+        return self._merged(_load(_TEXT_CLASSES[name], self._folder("text"), name), name)
 
-    def load_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self._folder("text") / "tokenizer", local_files_only=True)
+    def load_tokenizer(self, name: lora.Part = "text_encoder") -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self._folder("text") / TOKENIZERS[name], local_files_only=True)
+
+    def _merged(self, model: lora.Model, part: lora.Part) -> lora.Model:
+        if not self.loras:
+            return model
+        config = PRESETS[self.name].unet if self.folder is None else _read_json(self.folder / "unet" / "config.json")
+        return lora.merge(model, part, self.family, config, [chosen for chosen, _ in self.loras])
 
     def _folder(self, component: Component) -> Path:
         if self.folder is None or component not in self.components:
@@ -71,18 +109,32 @@ class SourceModel:
         return self.folder
 
 
-def find_model(name: str, *, random_weights: bool = False, revision: str | None = None) -> SourceModel:
-    """Find a model and hash its weights, without loading them.
+def find_model(
+    name: str, *, random_weights: bool = False, revision: str | None = None, loras: Sequence[Lora] = ()
+) -> SourceModel:
+    """Find a model and hash its weights, without loading them; LoRAs count among the weights.
 
     Raises: `ValueError` for a name that is nothing known, a folder that is no model, pickled weights, or a class
     that is not on the allow-list.
     """
+    found = _find(name, random_weights, revision)
+    if not loras:
+        return found
+    entries = [lora.entry_of(chosen) for chosen in loras]
+    identity = json.dumps([found.weights_sha256, *([entry.sha256, entry.weight] for entry in entries)])
+    weights = hashlib.sha256(identity.encode()).hexdigest()
+    return replace(found, weights_sha256=weights, loras=tuple(zip(loras, entries, strict=True)))
+
+
+def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
     if random_weights:
         if name not in PRESETS:
             raise ValueError(f"expected a preset with random weights ({', '.join(PRESETS)}), got {name!r}")
         key = json.dumps([name, PRESETS[name].unet, torch.__version__], sort_keys=True)
         weights = hashlib.sha256(key.encode()).hexdigest()
-        return SourceModel(name, None, weights, PRESETS[name].scheduler, ("unet",))
+        family: Family = "sdxl" if "addition_embed_type" in PRESETS[name].unet else "sd"
+        scheduler, settings = PRESETS[name].scheduler, PRESETS[name].settings
+        return SourceModel(name, None, weights, scheduler, ("unet",), family, settings=settings)
     folder = MODEL_DIRECTORY if name == "demo" else Path(name)
     if not folder.is_dir():
         if name in PRESETS:
@@ -98,39 +150,44 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     if not index_file.is_file():
         raise ValueError(f"expected a model folder in diffusers' layout (with model_index.json), got {folder}")
     index = _read_json(index_file)
-    if str(index.get("_class_name")) not in _PIPELINES:
+    family = _PIPELINES.get(str(index.get("_class_name")))
+    if family is None:
         raise ValueError(
             f"expected a pipeline of {', '.join(sorted(_PIPELINES))} in {folder}, got {index.get('_class_name')}"
         )
-    for part, wanted in _CLASSES.items():
+    for part, (_, wanted) in _PARTS.items():
         if index.get(part, wanted) not in (wanted, [None, None], ["diffusers", wanted], ["transformers", wanted]):
             raise ValueError(f"expected {part} of {folder} to be a {wanted}, got {index[part]}")
-    components: tuple[Component, ...] = tuple(
-        c for c, parts in _FOLDERS.items() if all((folder / p).is_dir() for p in parts)
-    )
-    if index["_class_name"] == "StableDiffusionXLPipeline":
-        components = tuple(c for c in components if c != "text")
+    parts = tuple(part for part in _PARTS if (folder / part).is_dir() and index.get(part) != [None, None])
+    if any((encoder in parts) != (tokenizer in parts) for encoder, tokenizer in TOKENIZERS.items()):
+        parts = tuple(part for part in parts if _PARTS[part][0] != "text")  # text that cannot be encoded
+    components: tuple[Component, ...] = tuple(dict.fromkeys(_PARTS[part][0] for part in parts))
     if "unet" not in components:
         raise ValueError(f"expected a unet folder in {folder}, got {', '.join(p.name for p in folder.iterdir())}")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
     scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
-    if index["_class_name"] != "StableDiffusionXLPipeline":
+    if family == "sd":
         scheduler |= {"steps_offset": 1, "clip_sample": False}  # diffusers' pipelines set these, whatever the file says
-    return SourceModel(name, folder, _hash_sources(folder, components), scheduler, components)
+    settings = {key: index[key] for key in _SETTINGS if key in index}
+    weights = _hash_sources(folder, parts, settings)
+    return SourceModel(name, folder, weights, scheduler, components, family, parts, settings)
 
 
-def _hash_sources(folder: Path, components: tuple[Component, ...]) -> str:
-    """The hash of every file that a bundle of these components is made from."""
+_SETTINGS = ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
+
+
+def _hash_sources(folder: Path, parts: tuple[str, ...], settings: dict[str, Any]) -> str:
+    """The hash of every file that a bundle of these parts is made from."""
     files = [folder / "scheduler" / "scheduler_config.json"]
-    for part in (folder / name for component in components for name in _FOLDERS[component]):
-        if part.name == "tokenizer":
+    for part in (folder / name for name in parts):
+        if part.name in TOKENIZERS.values():
             files += [file for file in part.iterdir() if file.is_file()]
         elif not (part / "config.json").is_file():
             raise ValueError(f"expected a config.json in {part}, got none; save the model again with diffusers")
         else:
             files += [part / "config.json", *_weight_files(part)]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in sorted(files):
         digest.update(f"{file.parent.name}/{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
@@ -183,10 +240,10 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _random_unet(preset: str) -> UNet2DConditionModel:
+def _random_unet(preset: str) -> UNet2DConditionModel | UNet2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return UNet2DConditionModel(**PRESETS[preset].unet).eval().requires_grad_(False)
+        return PRESETS[preset].make()
 
 
 def _download(name: str, revision: str | None) -> Path:

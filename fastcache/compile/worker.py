@@ -19,36 +19,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import save
 
 import fastcache_engines
 from fastcache import bundle as bundles
 from fastcache.bundle import Role
-from fastcache.compile import export, graph_passes, lower
+from fastcache.compile import components, describe, export, graph_passes, lower
 from fastcache.compile.builder import Job, Progress, resolve
-from fastcache.compile.models import SourceModel, state_bytes
-from fastcache.cut.partition import partition_unet
+from fastcache.compile.models import TOKENIZERS, state_bytes
+from fastcache.cut.partition import partition_branches
 from fastcache.errors import BackendUnavailable, BuildError
 from fastcache.parity import measure_parity, module_parity
 from fastcache.recipe import Device, DType, Recipe
 from fastcache_engines import BuildOptions, LoadOptions
 
-_CLIP_TOKENS = 77
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 _LARGEST_FP16 = 65504.0
-
-
-@dataclass(frozen=True)
-class _Size:
-    """The size of an image and of its latents."""
-
-    height: int
-    width: int
-    latent_height: int
-    latent_width: int
 
 
 def build(job: Job, folder: Path, say: Progress) -> None:
@@ -58,21 +47,21 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     engines that do not compute what the model does.
     """
     start = time.monotonic()
-    recipe, model, components = job.recipe, job.model, job.recipe.components or ()
+    recipe, model, wanted = job.recipe, job.model, job.recipe.components or ()
     say(f"loading {model.name}")
     unet = model.load_unet()
-    info = _describe(model, unet)
-    size = _size(unet, recipe, info)
+    info = describe.describe(model, unet)
+    shapes = describe.shapes(unet, recipe, info)
     _require_space(folder, state_bytes(unet))
-    workshop = _Workshop(job, folder, say)
-    num_branches = workshop.make_unet(unet, size, info.tokens or _CLIP_TOKENS)
+    workshop = _Workshop(job, folder, say, info, shapes)
+    num_branches = workshop.make_unet(unet)
     del unet
-    if "text" in components:
-        workshop.make_text_encoder()
-    if "vae" in components:
-        workshop.make_vae_decoder(size)
+    if "text" in wanted:
+        workshop.make_text_encoders()
+    if "vae" in wanted:
+        workshop.make_vae()
     say("sealing the bundle")
-    fields = _manifest_fields(job, info, size, num_branches, workshop)
+    fields = _manifest_fields(job, num_branches, workshop)
     bundles.seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
 
 
@@ -83,10 +72,13 @@ class _Workshop:
     job: Job
     folder: Path
     say: Progress
+    info: bundles.ModelInfo
+    shapes: describe.Shapes
     engines: dict[Role, bundles.EngineEntry] = field(default_factory=dict)
     cut: str = "plain"
     weights_bytes: int = 0
     duplicated_bytes: int = 0
+    work: tuple[bundles.WorkEntry, ...] = ()
 
     def __post_init__(self) -> None:
         self.recipe = self.job.recipe
@@ -96,56 +88,67 @@ class _Workshop:
         self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
         self.parity: bundles.Parity | None = None
 
-    def make_unet(self, unet: UNet2DConditionModel, size: _Size, tokens: int) -> int:
+    def make_unet(self, unet: UNet2DConditionModel | UNet2DModel) -> int:
         """The full and the shallow engine, checked against the model. Returns the number of branches."""
-        inputs = export.unet_inputs(unet, 2, size.latent_height, size.latent_width, tokens)
-        cut = partition_unet(unet, self.recipe.branch_id, self.recipe.cut)
-        bundles.write_whole(self.folder / bundles.REFERENCE, save(inputs | export.reference(unet, cut, inputs)))
-        lower.split_gates(cut)
-        if self.backend.TYPED:
-            lower.lower(cut, self.dtype)
-        self.say(f"exporting full and shallow U-Nets, branch {cut.branch_id} of {cut.num_branches}")
-        self.cut = cut.kind
-        num_branches, parts = cut.num_branches, export.exportable_unet(cut, inputs)
+        shapes = self.shapes
+        tokens = shapes.tokens.opt if shapes.tokens is not None else 0
+        inputs = export.unet_inputs(unet, 2, *shapes.latent, tokens, self.info.time_ids or 6)
+        cuts = partition_branches(unet, self.recipe.branches, self.recipe.cut)
+        bundles.write_whole(self.folder / bundles.REFERENCE, save(inputs | export.reference(unet, cuts, inputs)))
+        cut = cuts.at[self.recipe.branch_id]
+        lower.prepare(cuts.at.values(), self.dtype if self.backend.TYPED else None, self.recipe.kernels)
+        named = ", ".join(map(str, self.recipe.branches))
+        self.say(f"exporting full and shallow U-Nets, branch {named} of {cut.num_branches}")
+        self.cut, self.work = cut.kind, describe.work(unet, inputs)
+        num_branches, parts = cut.num_branches, export.exportable_unet(cuts, inputs, shapes.scale)
         images = self.recipe.batch
-        rows = (images.min, 2 * images.opt, 2 * images.max)  # a guided image takes two
-        del unet, cut
+        each = self.info.guided_rows
+        rows = (images.min, each * images.opt, each * images.max)
+        del unet, cut, cuts
         self._make(parts, "unet", self.dtype, rows, self._translations(self.dtype), checked=True)
         return num_branches
 
-    def make_text_encoder(self) -> None:
-        """It runs once a picture, in float32 whatever the U-Net's dtype."""
-        self.say("exporting the text encoder")
-        tokenizer = self.job.model.load_tokenizer()
-        tokenizer.save_pretrained(self.folder / "tokenizer")
-        part = export.exportable_text_encoder(self.job.model.load_text_encoder(), int(tokenizer.model_max_length))
-        images = self.recipe.batch
-        self._make([part], part.role, "fp32", (1, images.opt, images.max), {})  # causal attention, which is not fused
+    def make_text_encoders(self) -> None:
+        """They run once a picture, in float32 whatever the U-Net's dtype."""
+        model, images = self.job.model, self.recipe.batch
+        for name in model.text_encoders:
+            self.say(f"exporting the {name.replace('_', ' ')}")
+            tokenizer = model.load_tokenizer(name)
+            tokenizer.save_pretrained(self.folder / TOKENIZERS[name])
+            encoder, tokens = model.load_text_encoder(name), int(tokenizer.model_max_length)
+            part = components.exportable_text_encoder(encoder, tokens, name, model.family)
+            # Causal attention, which is not fused.
+            self._make([part], part.role, "fp32", (1, images.opt, images.max), {})
 
-    def make_vae_decoder(self, size: _Size) -> None:
-        """It runs in the recipe's dtype where that is exact enough, else in float32."""
-        self.say("exporting the VAE decoder")
+    def make_vae(self) -> None:
+        """Decoder and encoder, each in the recipe's dtype where that is exact enough, else in float32."""
         vae = self.job.model.load_vae()
-        part = export.exportable_vae_decoder(vae, size.latent_height, size.latent_width)
-        dtype = self._vae_dtype(part)
-        if self.backend.TYPED:
-            part.module.to(lower.TORCH_DTYPES[dtype])
-        images = self.recipe.batch
-        self._make([part], part.role, dtype, (images.min, images.opt, images.max), self._translations(dtype))
+        sizes = *self.shapes.latent, self.shapes.scale
+        for part in (
+            components.exportable_vae_decoder(vae, *sizes),
+            components.exportable_vae_encoder(vae, *sizes, scaled=not self.info.edits),
+        ):
+            name = f"VAE {part.role.removeprefix('vae_')}"
+            self.say(f"exporting the {name}")
+            dtype = self._vae_dtype(part, name)
+            if self.backend.TYPED:
+                part.module.to(lower.TORCH_DTYPES[dtype])
+            images = self.recipe.batch
+            # An image to image run may give one image for several pictures.
+            rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
+            self._make([part], part.role, dtype, rows, self._translations(dtype))
 
     def _translations(self, dtype: DType) -> graph_passes.Translations:
         return graph_passes.translations(self.recipe.backend, dtype if self.backend.TYPED else "fp32")
 
-    def _vae_dtype(self, part: export.Exportable) -> DType:
-        """float16 where the decoder's largest activation leaves it room. bfloat16 bands a picture: never here."""
+    def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
+        """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
         if self.dtype != "fp16":
             return "fp32"
         largest = lower.largest_activation(part.module, part.inputs)
         if largest < _LARGEST_FP16 / 4:
             return "fp16"
-        self.say(
-            f"the VAE decoder stays in fp32: its activations reach {largest:.0f}, fp16 ends at {_LARGEST_FP16:.0f}"
-        )
+        self.say(f"the {name} stays in fp32: its activations reach {largest:.0f}, fp16 ends at {_LARGEST_FP16:.0f}")
         return "fp32"
 
     def _make(
@@ -162,10 +165,10 @@ class _Workshop:
         models: list[tuple[str, Any]] = []
         for part in parts:
             if self.backend.SOURCE == "program":
-                graph, specs = export.export_program(part)
+                graph, specs = export.export_program(part, self.shapes.free)
                 graphs[part.role] = graph
             else:
-                model, specs = export.export(part, translations)
+                model, specs = export.export(part, translations, self.shapes.free)
                 models.append((f"{part.role}.onnx", model))
                 graphs[part.role] = self.folder / models[-1][0]
             file = f"{part.role}.onnx"
@@ -181,12 +184,30 @@ class _Workshop:
             self._check_graphs(parts)
         if not self.recipe.onnx_only:
             self.say(f"building {' and '.join(graphs)} with {self.recipe.backend}")
-            options = BuildOptions(self.device, dtype, rows, self.recipe.compute_capability, self.say)
+            shapes = {name: shape for part in parts for name, shape in self._input_shapes(part).items()}
+            options = BuildOptions(self.device, dtype, rows, shapes, self.recipe.compute_capability, self.say)
             for role, name in self.backend.build(graphs, self.folder, options).items():
-                self.engines[cast(Role, role)] = self.engines[cast(Role, role)].model_copy(update={"file": name})
+                self.engines[role] = self.engines[role].model_copy(update={"file": name})
         if checked and self.runs_here:
             self.say(f"checking the {self.recipe.backend} engines against the model")
             self._measure(self.backend, LoadOptions(self.device, dtype))
+
+    def _input_shapes(self, part: export.Exportable) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The least, usual and largest of inputs of which more than the batch is free, without the batch."""
+        profiles, free = self.shapes.profiles, self.shapes.free
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name, example in part.inputs.items():
+            stride = part.strides.get(name)
+            axes = {axis: profiles[size] for axis, (size, _, _) in free.axes(name, stride).items()}
+            if axes:
+                found[name] = tuple(
+                    tuple(
+                        getattr(axes[axis], end) // (stride or 1) if axis in axes else size
+                        for axis, size in enumerate(example.shape)
+                    )[1:]
+                    for end in ("min", "opt", "max")
+                )
+        return found
 
     def _check_graphs(self, parts: Sequence[export.Exportable]) -> None:
         """Engines that cannot run here are checked by what they are built from.
@@ -195,13 +216,16 @@ class _Workshop:
         """
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
-            self._keep(module_parity([part.module for part in parts], self.folder / bundles.REFERENCE, self.dtype))
+            self._keep(module_parity(parts, self.folder / bundles.REFERENCE, self.dtype))
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             self._measure(fastcache_engines.backend("onnxruntime"), LoadOptions("cpu", self.dtype))
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
-        full, shallow = (self.folder / self.engines[role].file for role in ("full", "shallow"))
+        full, *shallow = (
+            self.folder / self.engines[role].file
+            for role in ("full", *(bundles.shallow_role(b, self.recipe.branch_id) for b in self.recipe.branches))
+        )
         self._keep(measure_parity(backend, full, shallow, self.folder / bundles.REFERENCE, options))
 
     def _keep(self, parity: bundles.Parity) -> None:
@@ -212,8 +236,6 @@ class _Workshop:
 
 def _manifest_fields(
     job: Job,
-    info: bundles.ModelInfo,
-    size: _Size,
     num_branches: int,
     made: _Workshop,
 ) -> dict[str, Any]:
@@ -222,17 +244,19 @@ def _manifest_fields(
     return {
         "schema": bundles.SCHEMA,
         "key": job.key,
-        "model": info,
+        "model": made.info,
         "weights_sha256": job.model.weights_sha256,
         "branch_id": recipe.branch_id,
+        "branches": recipe.branches,
         "num_branches": num_branches,
         "cut": made.cut,
         "backend": recipe.backend,
         "dtype": recipe.dtype,
-        "height": size.height,
-        "width": size.width,
+        "height": made.shapes.height,
+        "width": made.shapes.width,
+        "sizes": made.shapes.sizes,
         "components": recipe.components,
-        "profiles": {"batch": recipe.batch},
+        "profiles": {"batch": recipe.batch, **made.shapes.profiles},
         "versions": job.versions,
         "device": job.device,
         "engines": made.engines,
@@ -240,40 +264,9 @@ def _manifest_fields(
         "recipe": recipe,
         "weights_bytes": made.weights_bytes,
         "duplicated_bytes": made.duplicated_bytes,
+        "work": made.work,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _describe(model: SourceModel, unet: UNet2DConditionModel) -> bundles.ModelInfo:
-    """What the loop around the engines must know of the model."""
-    config: Any = unet.config
-    scale, latent_channels, tokens = 8, config.out_channels, None
-    if model.folder is not None and "vae" in model.components:
-        vae = json.loads((model.folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        scale, latent_channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
-    if "text" in model.components:
-        tokens = int(model.load_tokenizer().model_max_length)
-    return bundles.ModelInfo(
-        name=model.name,
-        random_weights=model.random_weights,
-        in_channels=config.in_channels,
-        latent_channels=latent_channels,
-        vae_scale_factor=scale,
-        tokens=tokens,
-        scheduler=model.scheduler,
-    )
-
-
-def _size(unet: UNet2DConditionModel, recipe: Recipe, info: bundles.ModelInfo) -> _Size:
-    """The recipe's size, or the one that the model was trained for."""
-    config: Any = unet.config
-    own, scale = config.sample_size, info.vae_scale_factor
-    own_height, own_width = own if isinstance(own, list | tuple) else (own, own)
-    height, width = recipe.height or own_height * scale, recipe.width or own_width * scale
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % scale:
-            raise ValueError(f"expected a {name} divisible by {scale} for {info.name}, got {pixels}")
-    return _Size(height, width, height // scale, width // scale)
 
 
 def _require_space(folder: Path, weights_bytes: int) -> None:

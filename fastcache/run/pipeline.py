@@ -1,44 +1,38 @@
-"""A bundle -> text to images, with diffusers' argument names and the plan as one more argument.
+"""A bundle -> text to images, image to image and inpainting, with diffusers' argument names and the plan as one more.
 
-Everything a picture needs (tokenizer, text encoder, U-Net, VAE decoder, noise schedule) comes from the bundle. Knows
-prompts and pictures; how a step runs is `denoise.py`'s business.
+Everything a picture needs (tokenizers, text encoders, U-Net, VAE, noise schedule) comes from the bundle. Brings
+together prompts (`prompts.py`), pictures (`images.py`) and calls (`schedule.py`); how a step runs is `denoise.py`'s
+business.
 """
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fastcache.bundle import Bundle, open_bundle
+from fastcache.recipe import Size
+from fastcache.run.arguments import conditioning, size_of, span_of
 from fastcache.run.buffers import BufferPool
-from fastcache.run.denoise import Generators, ScheduledSampler, Step, denoise, draw
+from fastcache.run.denoise import Generators, ScheduledSampler, Step, draw
+from fastcache.run.images import Images, OutputType, Pictures, Start, png_bytes
 from fastcache.run.plan import CachePlan
-from fastcache.run.runtime import Runtime, run_once
-from fastcache.run.sampler import (
-    NonlinearSamplerError,
-    SamplerTable,
-    Scheduler,
-    compile_sampler,
-    make_scheduler,
-    same_sampler,
-)
+from fastcache.run.prompts import Prompt, Prompts, Texts
+from fastcache.run.runtime import Runtime
+from fastcache.run.sampler import SamplerTable, Scheduler, make_scheduler, same_sampler
+from fastcache.run.schedule import WHOLE, Schedule, Span, make_schedule
 
-OutputType = Literal["pil", "np", "pt", "latent"]
+__all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load", "png_bytes"]
+
 StepCallback = Callable[["FastCachePipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -60,60 +54,50 @@ class Run:
     steps: Iterator[Step]
 
 
-def load(path: str | os.PathLike[str], *, threads: int = 0) -> FastCachePipeline:
+def load(path: str | os.PathLike[str], *, threads: int = 0, cuda_graph: bool = False) -> FastCachePipeline:
     """Open a bundle, every byte checked before anything is loaded. `threads` 0 means as many as torch uses.
+
+    With `cuda_graph` a run on a GPU is one launch, or one a step where its steps are asked for.
 
     Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
     """
-    return FastCachePipeline(open_bundle(Path(path)), threads=threads)
+    return FastCachePipeline(open_bundle(Path(path)), threads=threads, cuda_graph=cuda_graph)
 
 
 class FastCachePipeline:
     """Draws images with the engines of a checked bundle. Not for several threads at once: runs share buffers."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, cuda_graph: bool = False) -> None:
         self.bundle = bundle
-        self.runtime = Runtime(bundle, threads=threads)
-        self._table = lru_cache(maxsize=16)(self._compile_table)
+        self.runtime = Runtime(bundle, threads=threads, cuda_graph=cuda_graph)
+        self.prompts, self.pictures = Prompts(bundle, self.runtime), Pictures(bundle, self.runtime)
+        self._schedule = lru_cache(maxsize=16)(self._make_schedule)
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
+        """The first text encoder's."""
+        return next(iter(self.prompts.tokenizers.values()))
 
-        self.bundle.engine_path("text_encoder")  # says what is missing in a bundle without text
-        return CLIPTokenizer.from_pretrained(self.bundle.file("tokenizer"), local_files_only=True)
-
+    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Texts = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Texts = None,
         num_images_per_prompt: int = 1,
         *,
-        cache_interval: int = 1,
-        plan: CachePlan | None = None,
-        sampler: str | Scheduler = "ddim",
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        guidance_rescale: float = 0.0,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        **arguments: Any,
     ) -> PipelineOutput:
-        """Draw images. Arguments mean what they mean in diffusers' `StableDiffusionPipeline`.
+        """Draw images. Arguments mean what they mean in diffusers' pipelines; the others are those of `begin`.
 
-        `cache_interval` N refreshes the cached feature every Nth step (1: no caching); `plan` says it step by step.
-        One generator a picture makes a picture independent of its neighbours in the batch. `callback_on_step_end`
-        gets (pipeline, step, timestep, {"latents": ...}) and may return other latents; unipc's corrector takes these
-        otherwise than in diffusers.
+        `callback_on_step_end` gets (pipeline, step, timestep, {"latents": ...}) and may return other latents.
 
-        Shapes: `latents` (N, C, H / 8, W / 8) as drawn from a unit normal; `prompt_embeds` (N, tokens, width). Returns
-        PIL images, a float array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], or latents.
+        Shapes: returns PIL images, a float array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], or latents.
 
         Raises: `ValueError` for arguments that do not fit the bundle; `BundleError` for a component it lacks.
         """
@@ -121,25 +105,17 @@ class FastCachePipeline:
             raise ValueError(f"expected output_type pil, np, pt or latent, got {output_type!r}")
         if output_type != "latent":
             self.bundle.engine_path("vae_decoder")
-        self._check_size(height, width)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
-        guided = guidance_scale > 1
-        embeds = self._embeds(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, guided
-        )
-        run = self.start(
-            embeds,
-            guided=guided,
+        run = self.begin(
+            prompt,
+            height=height,
+            width=width,
             num_inference_steps=num_inference_steps,
-            plan=plan,
-            cache_interval=cache_interval,
-            sampler=sampler,
-            eta=eta,
-            generator=generator,
-            latents=latents,
             guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            replaces_latents=callback_on_step_end is not None,
+            whole=callback_on_step_end is None and arguments.get("mask_image") is None,
+            **arguments,
         )
         result = run.pool.latents[0]
         for step in run.steps:
@@ -148,7 +124,99 @@ class FastCachePipeline:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": result})
                 if changed and changed.get("latents") is not None:
                     result.copy_(changed["latents"])
-        return PipelineOutput(self._images(result.clone(), output_type), run.plan)
+        return PipelineOutput(self.pictures.decode(result.clone(), output_type), run.plan)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        prompt: Texts = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        prompt_2: Texts = None,
+        negative_prompt_2: Texts = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        image_guidance_scale: float = 1.5,
+        sampler: str | Scheduler = "ddim",
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        replaces_latents: bool = False,
+        **arguments: Any,
+    ) -> Run:
+        """Everything up to the first step, which the run returned then takes.
+
+        `image` alone is image to image, with a `mask_image`, white where to draw, inpainting; both at `strength`.
+        InstructPix2Pix edits it, by `guidance_scale` and `image_guidance_scale`. One generator a picture makes a
+        picture independent of its neighbours in the batch. `arguments` are SDXL's
+        sizes (`original_size`, ...), and those of `start`: `cache_interval` N refreshes the cached feature every Nth
+        step (1: no caching), `plan` says it step by step. `replaces_latents` announces that steps' results are changed.
+
+        Shapes: `latents` (N, C, H / 8, W / 8) as drawn from a unit normal; `prompt_embeds` (N, tokens, width).
+
+        Raises: as `__call__`.
+        """
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
+        info, size = self.bundle.manifest.model, size_of(self.bundle.manifest, height, width, image, mask_image)
+        guided = guidance_scale > 1 and (not info.edits or image_guidance_scale >= 1)
+        span = span_of(info, image, mask_image, strength, denoising_start, denoising_end, latents)
+        embeds = self.prompts.condition(
+            Prompt("prompt", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds),
+            Prompt(
+                "negative_prompt",
+                negative_prompt,
+                negative_prompt_2,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+            ),
+            count=num_images_per_prompt,
+            guided=guided,
+            clip_skip=clip_skip,
+        )
+        rows = embeds.hidden.shape[0] // (1 + guided)
+        arguments = conditioning(info, arguments, embeds, size, guided, from_image=image is not None)
+        schedule = self.schedule(
+            sampler,
+            num_inference_steps,
+            eta,
+            generator,
+            span,
+            takes_new_latents=replaces_latents or mask_image is not None,
+        )
+        start = None
+        if image is not None:
+            self._check_generators(generator, rows)
+            start = self.pictures.start(
+                image, mask_image, schedule, span, rows=rows, size=size, generator=generator, guided=guided
+            )
+        unguided_twice = info.edits and guided  # without the image, and with it
+        return self.start(
+            torch.cat([embeds.hidden[:rows], embeds.hidden]) if unguided_twice else embeds.hidden,
+            guided=guided,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale if unguided_twice else None,
+            schedule=schedule,
+            sampler=sampler,
+            generator=generator,
+            latents=latents,
+            size=size,
+            start=start,
+            **arguments,
+        )
 
     def provenance(self, plan: CachePlan) -> dict[str, object]:
         """What of a picture's making the pipeline knows, for `png_bytes`."""
@@ -160,19 +228,17 @@ class FastCachePipeline:
             "bundle_sha256": manifest.bundle_sha256,
         }
 
-    def stream(self, prompt: str | Sequence[str], **arguments: Any) -> Iterator[Step]:
-        """The steps of a run as they finish; stop reading to cancel. Arguments as in `__call__`, but for the output's.
+    def stream(self, prompt: Texts = None, **arguments: Any) -> Iterator[Step]:
+        """The steps of a run as they finish; stop reading to cancel. Arguments as in `begin`.
 
         `decode(step.latents)` makes a preview, and of the last step the picture.
         """
-        guidance_scale = arguments.setdefault("guidance_scale", 7.5)
-        negative, count = arguments.pop("negative_prompt", None), arguments.pop("num_images_per_prompt", 1)
-        embeds = self._embeds(prompt, negative, None, None, count, guidance_scale > 1)
-        return self.start(embeds, guided=guidance_scale > 1, **arguments).steps
+        return self.begin(prompt, **arguments).steps
 
+    @torch.no_grad()  # a value that wants a gradient would make the buffers want one
     def start(
         self,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         *,
         guided: bool,
         num_inference_steps: int = 50,
@@ -184,77 +250,105 @@ class FastCachePipeline:
         latents: Tensor | None = None,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float | None = None,
+        schedule: Schedule | None = None,
+        size: Size | None = None,
+        start: Start | None = None,
+        whole: bool = False,
         **conditioning: Tensor,
     ) -> Run:
         """Settle sampler and plan, fill the buffers, and return the run, its first step not yet taken.
 
-        Shapes: `encoder_hidden_states` (2N, tokens, width) if guided, unconditional half first, else (N, ...);
-        `conditioning` the U-Net's further inputs by name, of as many rows.
+        `schedule` takes the place of `num_inference_steps` and `eta`, `start` that of noise. `whole` allows a run that
+        is one CUDA graph to have one step only, the last.
+
+        Shapes: `encoder_hidden_states` (2N, tokens, width) if guided, unconditional half first, else (N, ...), for
+        InstructPix2Pix (3N, ...), the first two thirds unconditional;
+        `conditioning` the U-Net's further inputs by name, of as many rows. A U-Net without text has none of the first;
+        with no conditioning at all there are as many images as latents, or else generators.
         """
-        table = self._sampler(sampler, num_inference_steps, eta, generator)
+        if encoder_hidden_states is not None:
+            conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditioning}
+        schedule = schedule or self.schedule(sampler, num_inference_steps, eta, generator)
+        table = schedule.sampler
         plan = self._plan(plan, cache_interval, len(table.timesteps), sampler)
-        rows = encoder_hidden_states.shape[0]
-        batch = rows // 2 if guided else rows
-        if isinstance(generator, Sequence) and len(generator) != batch:
-            raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
-        pool = self.runtime.pool(batch=batch, guided=guided, num_calls=plan.num_steps)
-        pool.set_inputs({"encoder_hidden_states": encoder_hidden_states, **conditioning})
-        noise = pool.latents[0]
-        if latents is None:
-            draw(noise, generator)
-        elif latents.shape != noise.shape:
-            raise ValueError(f"expected latents of shape {list(noise.shape)}, got {list(latents.shape)}")
+        tokens = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        batch = self._images(conditioning, latents, generator, guided)
+        self._check_generators(generator, batch)
+        pool = self.runtime.pool(batch=batch, guided=guided, num_calls=plan.num_steps, size=size, tokens=tokens)
+        pool.set_inputs(conditioning)
+        first = pool.latents[0]
+        if start is not None:
+            first.copy_(start.latents)
+            if start.appended is not None:
+                _append(pool, start.appended)
+        elif latents is None:
+            draw(first, generator)
+            first.mul_(table.init_noise_sigma)
+        elif latents.shape != first.shape:
+            raise ValueError(f"expected latents of shape {list(first.shape)}, got {list(latents.shape)}")
         else:
-            noise.copy_(latents)
-        noise.mul_(table.init_noise_sigma)
-        steps = denoise(
-            pool, table, plan, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, generator=generator
+            first.copy_(latents).mul_(table.init_noise_sigma)
+        steps = self.runtime.denoise(
+            pool,
+            table,
+            plan,
+            whole=whole,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            image_guidance_scale=image_guidance_scale,
+            generator=generator,
         )
-        return Run(pool, table, plan, steps)
+        return Run(pool, table, plan, _restoring(steps, start))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""
-        return cast("list[Image.Image]", self._images(latents, "pil"))
+        return cast("list[Image.Image]", self.pictures.decode(latents, "pil"))
 
-    def _images(self, latents: Tensor, output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return latents
-        pictures = run_once(self.runtime.vae_decoder, {"latents": latents.contiguous().to(self.runtime.device)})
-        if output_type == "pt":
-            return pictures
-        array = cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).cpu().numpy())
-        if output_type == "np":
-            return array
-        return [Image.fromarray(pixels) for pixels in (array * 255).round().astype(np.uint8)]
+    def encode_prompt(self, texts: list[str], clip_skip: int | None = None) -> Tensor:
+        """Text -> what the U-Net attends to; words past the encoder's length are left out, with a warning.
 
-    def _check_size(self, height: int | None, width: int | None) -> None:
-        built = self.bundle.manifest.height, self.bundle.manifest.width
-        wanted = built[0] if height is None else height, built[1] if width is None else width
-        if wanted != built:
-            raise ValueError(
-                f"expected {built[0]}x{built[1]}, the size this bundle was built for, got {wanted[0]}x{wanted[1]}; "
-                "build another with --height and --width"
-            )
+        Shapes: returns (N, tokens, width).
+        """
+        return self.prompts.encode(texts, clip_skip=clip_skip).hidden
 
-    def _sampler(
-        self, sampler: str | Scheduler, num_steps: int, eta: float, generator: Generators
-    ) -> SamplerTable | ScheduledSampler:
-        if num_steps < 1:
-            raise ValueError(f"expected num_inference_steps of 1 or more, got {num_steps}")
+    def schedule(
+        self,
+        sampler: str | Scheduler,
+        num_steps: int,
+        eta: float = 0.0,
+        generator: Generators = None,
+        span: Span = WHOLE,
+        *,
+        takes_new_latents: bool = False,
+    ) -> Schedule:
+        """The calls of a run; with `takes_new_latents` such that steps' results may be replaced."""
         if isinstance(sampler, str):
-            return self._table(sampler, num_steps, eta)
-        try:
-            return compile_sampler(sampler, num_steps, **_step_arguments(sampler, eta))
-        except NonlinearSamplerError as error:
-            warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=4)
-        own = copy.deepcopy(sampler)
-        own.set_timesteps(num_steps)
-        one = list(generator) if isinstance(generator, Sequence) else generator
-        return ScheduledSampler(own, _step_arguments(own, eta, one))
+            found = self._schedule(sampler, num_steps, eta, span)
+            if found.takes_new_latents or not takes_new_latents:
+                return found
+            sampler = make_scheduler(sampler, self.bundle.manifest.model.scheduler)
+        found = make_schedule(sampler, num_steps, eta, span, generator)
+        if takes_new_latents and not found.takes_new_latents:
+            return make_schedule(sampler, num_steps, eta, span, generator, own=True)
+        return found
 
-    def _compile_table(self, name: str, num_steps: int, eta: float) -> SamplerTable:
-        scheduler = make_scheduler(name, self.bundle.manifest.model.scheduler)
-        return compile_sampler(scheduler, num_steps, **_step_arguments(scheduler, eta))
+    def _make_schedule(self, name: str, num_steps: int, eta: float, span: Span) -> Schedule:
+        return make_schedule(make_scheduler(name, self.bundle.manifest.model.scheduler), num_steps, eta, span)
+
+    def _images(
+        self, conditioning: dict[str, Tensor], latents: Tensor | None, generator: Generators, guided: bool
+    ) -> int:
+        rows = next(iter(conditioning.values()), None)
+        if rows is not None:
+            return len(rows) // self.bundle.manifest.model.guided_rows if guided else len(rows)
+        if latents is not None:
+            return len(latents)
+        return len(generator) if isinstance(generator, Sequence) else 1
+
+    def _check_generators(self, generator: Generators, batch: int) -> None:
+        if isinstance(generator, Sequence) and len(generator) != batch:
+            raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
 
     def _plan(self, plan: CachePlan | None, cache_interval: int, num_calls: int, sampler: str | Scheduler) -> CachePlan:
         manifest = self.bundle.manifest
@@ -262,9 +356,10 @@ class FastCachePipeline:
             return CachePlan.uniform(num_calls, cache_interval, manifest.branch_id)
         if cache_interval != 1:
             raise ValueError("expected cache_interval or plan, got both")
-        if any(branch not in (None, manifest.branch_id) for branch in plan.branches):
+        if not set(plan.branch_ids) <= set(manifest.branches):
             raise ValueError(
-                f"expected a plan for branch {manifest.branch_id}, which the bundle was cut at, got {plan.branches}"
+                f"expected a plan for branch {' and '.join(map(str, manifest.branches))}, which the bundle was cut at, "
+                f"got one for {', '.join(map(str, plan.branch_ids))}; build with --branch-id for others"
             )
         if plan.model not in (None, manifest.model.name):
             raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
@@ -272,73 +367,23 @@ class FastCachePipeline:
             raise ValueError(f"expected a plan made for sampler {sampler}, got one for {plan.sampler}")
         return plan
 
-    def _embeds(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        num_images_per_prompt: int,
-        guided: bool,
-    ) -> Tensor:
-        """Text or embeddings -> one row an image, the unconditional rows first under guidance."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError(
-                "expected either prompt or prompt_embeds, got " + ("neither" if prompt is None else "both")
-            )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"expected num_images_per_prompt of 1 or more, got {num_images_per_prompt}")
-        positive = prompt_embeds if prompt_embeds is not None else self.encode_prompt(_texts("prompt", prompt))
-        positive = positive.repeat_interleave(num_images_per_prompt, dim=0)
-        if not guided:
-            return positive
-        if negative_prompt_embeds is None:
-            count = positive.shape[0] // num_images_per_prompt
-            texts = _texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-            if len(texts) not in (1, count):
-                raise ValueError(f"expected one negative_prompt, or one for each of {count} prompts, got {len(texts)}")
-            negative_prompt_embeds = self.encode_prompt(texts if len(texts) == count else texts * count)
-        negative = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        if negative.shape != positive.shape:
-            raise ValueError(
-                f"expected negative_prompt_embeds of shape {list(positive.shape)}, got {list(negative.shape)}"
-            )
-        return torch.cat([negative, positive])
 
-    def encode_prompt(self, texts: list[str]) -> Tensor:
-        """Text -> what the U-Net attends to; words past the encoder's length are left out, with a warning.
+def _restoring(steps: Iterator[Step], start: Start | None) -> Iterator[Step]:
+    """The steps, what a mask keeps put back after each."""
+    if start is None or start.known is None:
+        return steps
+    known = start.known
 
-        Shapes: returns (N, tokens, width).
-        """
-        length = self.bundle.manifest.model.tokens
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for text in texts:
-            if len(self.tokenizer(text).input_ids) > (length or 0):
-                warnings.warn(f"only the first {length} tokens of the prompt count: {text!r}", stacklevel=4)
-        return run_once(self.runtime.text_encoder, {"input_ids": tokens.input_ids.contiguous().to(self.runtime.device)})
+    def restored() -> Iterator[Step]:
+        for step in steps:
+            known.restore(step.index, step.latents)
+            yield step
+
+    return restored()
 
 
-def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected {name} to be a string or a list of strings, got {value!r}")
-    return texts
-
-
-def _step_arguments(scheduler: Scheduler, eta: float, generator: Any = None) -> dict[str, Any]:
-    """What of eta and generator this scheduler's `step` takes."""
-    import inspect
-
-    accepted = inspect.signature(scheduler.step).parameters
-    arguments = {"eta": eta, "generator": generator}
-    return {name: value for name, value in arguments.items() if name in accepted and value}
-
-
-def png_bytes(image: Image.Image, provenance: Mapping[str, object]) -> bytes:
-    """The image as a PNG that says in text chunks how it was made."""
-    info = PngInfo()
-    for key, value in provenance.items():
-        info.add_itxt(key, str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+def _append(pool: BufferPool, channels: Tensor) -> None:
+    """Fill the U-Net's channels after the latents', which stay as they are for the whole run."""
+    sample = pool.tensors["sample"]
+    every = sample.view(pool.halves, pool.batch, *sample.shape[1:])[:, :, pool.latent_shape[1] :]
+    every.copy_(channels.unflatten(0, (-1, pool.batch)))

@@ -145,33 +145,34 @@ class Runtime:
     ) -> BufferPool:
         """The buffers for a run, those of the run before where they fit.
 
-        Raises: `ValueError` for more or fewer images, another size or longer prompts than the bundle was built for.
+        Raises: `ValueError` for more or fewer images, another size or longer prompts than the bundle was built for, or
+        guidance of a model that has nothing to guide by.
         """
-        profile = self.manifest.profiles["batch"]
+        profile, model = self.manifest.profiles["batch"], self.manifest.model
+        if guided and model.unconditional:
+            raise ValueError(f"expected guided=False for {model.name}, which takes no conditioning, got guided=True")
         if not profile.min <= batch <= profile.max:
             raise ValueError(
                 f"expected {profile.min} to {profile.max} images at once, got {batch}; "
                 "build with --batch MIN:OPT:MAX for more"
             )
-        tokens = tokens or self.manifest.profiles["tokens"].opt
-        size = self._check(size or self.manifest.sizes[0], tokens)
+        size = size or self.manifest.sizes[0]
+        sizes = {"height": size.height, "width": size.width}
+        if (lengths := self.manifest.profiles.get("tokens")) is not None:
+            tokens = sizes["tokens"] = tokens or lengths.opt
+        self._check(size, tokens)
         key = (batch, guided, size, tokens)
-        halves, pool = self.manifest.model.guided_rows if guided else 1, self._pool
+        halves, pool = model.guided_rows if guided else 1, self._pool
         if pool is None or self._pool_key != key or pool.num_calls < num_calls:
-            channels = self.manifest.model.latent_channels
             pool = BufferPool(
                 self.full,
                 self.shallow_engines,
                 batch=batch,
                 halves=halves,
                 num_calls=num_calls,
-                channels=channels,
+                channels=model.latent_channels,
                 device=self.device,
-                sizes={
-                    "height": size.height,
-                    "width": size.width,
-                    "tokens": tokens,
-                },
+                sizes=sizes,
             )
             if self._pool is not None:
                 self._pool.recorded.clear()  # they hold it, and it them
@@ -198,17 +199,16 @@ class Runtime:
             return denoise(pool, sampler, plan, **options)
         return denoise_captured(self._recorder, pool, sampler, plan, stepwise=not whole, **options)
 
-    def _check(self, size: Size, tokens: int) -> Size:
-        sizes, lengths = self.manifest.sizes, self.manifest.profiles["tokens"]
+    def _check(self, size: Size, tokens: int | None) -> None:
+        sizes, lengths = self.manifest.sizes, self.manifest.profiles.get("tokens")
         if size not in sizes:
             one = "the size" if len(sizes) == 1 else "one of the sizes"
             raise ValueError(
                 f"expected {', '.join(map(str, sizes))}, {one} this bundle was built for, got {size}; "
                 "build another with --sizes"
             )
-        if not lengths.min <= tokens <= lengths.max:
+        if lengths is not None and tokens is not None and not lengths.min <= tokens <= lengths.max:
             span = lengths.min if lengths.min == lengths.max else f"{lengths.min} to {lengths.max}"
             raise ValueError(
                 f"expected prompts of {span} tokens, got {tokens}; build with --max-tokens for longer ones"
             )
-        return size

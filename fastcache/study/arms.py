@@ -17,7 +17,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "NAME[:BACKEND][:DTYPE]"
-GUIDANCE_SCALE = 7.5
+GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 7.5, 1.5  # diffusers' defaults
 _T = TypeVar("_T", bound=str)
 
 
@@ -62,7 +62,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What every arm runs: the same model, size, steps and inputs. Sizes in pixels."""
+    """What every arm runs: the same model, size, steps and inputs. Sizes in pixels.
+
+    `guided_rows` is how many rows of the U-Net an image takes: as many as guidance has parts, 1 without guidance.
+    """
 
     model: str
     random_weights: bool
@@ -78,6 +81,11 @@ class BenchSettings:
     warmup: int
     repeats: int
     threads: int
+    guided_rows: int = 2
+
+    @property
+    def guided(self) -> bool:
+        return self.guided_rows > 1
 
 
 def one_of(options: Sequence[_T], wanted: str) -> _T | None:

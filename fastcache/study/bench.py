@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastcache.bundle import Bundle
 from fastcache.compile.models import SourceModel, find_model
+from fastcache.run.prompts import Sizes
 from fastcache.study.arms import GUIDANCE_SCALE, TORCH, Arm, BenchSettings
 from fastcache.study.lineup import BundleKey, Lineup
 from fastcache.study.loops import LoopTimes, Task
@@ -135,7 +136,7 @@ def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measu
     """A benchmark as JSON: the machine, what was asked for, and each arm's figures."""
     conditions = {
         "arms": [result.name for result in measured.results],
-        "guidance_scale": GUIDANCE_SCALE,
+        "guidance_scale": GUIDANCE_SCALE if settings.guided else None,
         "references": dict(measured.references),
         "reloads": measured.reloads,
         "bundles": [
@@ -161,8 +162,8 @@ def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measu
 def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor]:
     """The conditioning and the noise that all arms share: a real prompt for a real model, else seeded random rows.
 
-    Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first; `latents`
-    (N, C, h, w).
+    Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first, these twice for
+    InstructPix2Pix, and no conditioning at all for a U-Net without text; `latents` (N, C, h, w).
     """
     shapes, generator, rows = geometry(model), torch.Generator().manual_seed(0), 2 * settings.batch
     size = settings.height // shapes.scale, settings.width // shapes.scale
@@ -173,13 +174,16 @@ def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
             inputs["encoder_hidden_states"] = encoder(ids).last_hidden_state
-    else:
+    elif shapes.tokens:
         text = torch.randn(rows, shapes.tokens, shapes.text_width, generator=generator)
         inputs["encoder_hidden_states"] = text
-    if shapes.pooled_width is not None:
+    if shapes.pooled_width is not None and shapes.time_ids is not None:
         inputs["text_embeds"] = torch.randn(rows, shapes.pooled_width, generator=generator)
-        sizes = [settings.height, settings.width, 0, 0, settings.height, settings.width]
-        inputs["time_ids"] = torch.tensor([sizes], dtype=torch.float32).repeat(rows, 1)
+        told = (settings.height, settings.width)
+        inputs["time_ids"] = Sizes().time_ids(told, num_ids=shapes.time_ids, rows=rows, guided=True, from_image=False)
+    if settings.guided_rows == 3:
+        text = inputs["encoder_hidden_states"]
+        inputs["encoder_hidden_states"] = torch.cat([text[: settings.batch], text])
     return inputs
 
 

@@ -98,9 +98,10 @@ def _title(document: Mapping[str, Any]) -> Sequence[str]:
     where = ", ".join(gpu["name"] for gpu in gpus) or f"{environment['processor']}, {environment['threads']} threads"
     versions = [f"{name} {environment['versions'][name]}" for name in ("torch", "diffusers", "fastcache")]
     images = "1 image" if settings["batch"] == 1 else f"{settings['batch']} images"
+    guidance = "without guidance" if settings.get("guided_rows") == 1 else "under guidance"
     plan = f"N={settings['cache_interval']}, branch {settings['branch_id']}"
     return (
-        f"{settings['model']}{weights}, {settings['width']}x{settings['height']}, {images} under guidance, "
+        f"{settings['model']}{weights}, {settings['width']}x{settings['height']}, {images} {guidance}, "
         f"{settings['steps']} {settings['sampler']} steps, {plan}",
         f"{where}; {', '.join(versions)}; {environment['date']}; median of {settings['repeats']}",
     )

@@ -76,6 +76,7 @@ def of_bundle(
         height=built.height,
         width=built.width,
         dtype=built.dtype,
+        guided_rows=built.model.guided_rows,
         **common,
     )
     defaults = Defaults(built.backend, built.dtype, settings.cache_interval, built.branch_id)
@@ -91,8 +92,9 @@ def of_model(
     Raises: `ValueError` for a model that is not there, or a wish that does not fit it.
     """
     model = find_model(name, random_weights=random_weights)
+    model.require_pictures()
     shapes = geometry(model)
-    height, width = wishes.height or shapes.size, wishes.width or shapes.size
+    height, width = wishes.height or shapes.height, wishes.width or shapes.width
     for what, pixels in (("height", height), ("width", width)):
         if pixels % shapes.scale or pixels <= 0:
             raise ValueError(f"expected a {what} divisible by {shapes.scale} for {name}, got {pixels}")
@@ -109,6 +111,7 @@ def of_model(
         height=height,
         width=width,
         dtype=dtype,
+        guided_rows=shapes.guided_rows,
         **common,
     )
     multiply_adds(model, settings.branch_id, height, width)  # refuses a branch that is not there, before any build

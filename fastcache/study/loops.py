@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +24,8 @@ import fastcache
 from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
 from fastcache.run.sampler import make_scheduler
-from fastcache.study.arms import GUIDANCE_SCALE, Arm, BenchSettings
+from fastcache.study.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
+from fastcache.study.plain import PlainPipeline
 from fastcache_engines import Binding, DType
 
 
@@ -81,20 +82,19 @@ def serve(pipe: Connection, task: Task) -> None:
 
 
 class TorchArms:
-    """diffusers' own pipeline over latents, plain, compiled, or with the DeepCache package's helper."""
+    """diffusers' own pipeline over latents, plain, compiled, or with the DeepCache package's helper.
+
+    Where diffusers' needs more than latents and embeddings, the loop alone (`PlainPipeline`).
+    """
 
     def __init__(self, task: Task) -> None:
         self.settings, device, dtype = task.settings, task.settings.device, TORCH_DTYPES[task.dtype]
         self.inputs = {name: tensor.to(device, dtype) for name, tensor in task.inputs.items()}
         model = find_model(self.settings.model, random_weights=self.settings.random_weights)
         unet: Any = model.load_unet()
-        channels = unet.config.in_channels
-        if channels != unet.config.out_channels:
-            raise ValueError(f"diffusers' text-to-image pipeline does not run a U-Net of {channels} channels")
         unet = unet.to(device, dtype)
         scheduler = make_scheduler(self.settings.sampler, model.scheduler)
-        self.pipe = _pipeline(unet, scheduler, sdxl="text_embeds" in self.inputs)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = _pipeline(unet, scheduler, self.inputs)
         self.unet, self._compiled = unet, None
 
     def __call__(self, arm: Arm) -> LoopTimes:
@@ -131,6 +131,15 @@ class TorchArms:
         return LoopTimes(loop_ms, calls, tuple(i % interval == 0 for i in range(len(calls))), latents.float().cpu())
 
     def _latents(self) -> Tensor:
+        if isinstance(self.pipe, PlainPipeline):
+            return self.pipe(
+                {name: rows for name, rows in self.inputs.items() if name != "latents"},
+                self.inputs["latents"],
+                self.settings.steps,
+                GUIDANCE_SCALE,
+                IMAGE_GUIDANCE_SCALE,
+                torch.Generator().manual_seed(1),
+            )
         negative, positive = self.inputs["encoder_hidden_states"].chunk(2)
         arguments: dict[str, Any] = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         if "text_embeds" in self.inputs:
@@ -148,14 +157,20 @@ class TorchArms:
         ).images
 
 
-def _pipeline(unet: Any, scheduler: Any, *, sdxl: bool) -> Any:
-    """diffusers' text-to-image pipeline with nothing in it but a U-Net and a scheduler."""
+def _pipeline(unet: Any, scheduler: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """diffusers' text-to-image pipeline with nothing in it but a U-Net and a scheduler, or else the loop alone."""
     import diffusers
 
+    sdxl = "text_embeds" in inputs
+    refines = sdxl and inputs["time_ids"].shape[1] == 5
+    if refines or "encoder_hidden_states" not in inputs or unet.config.in_channels != unet.config.out_channels:
+        return PlainPipeline(unet, scheduler)
     kind: Any = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
     missing = ("text_encoder_2", "tokenizer_2") if sdxl else ("safety_checker", "feature_extractor")
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *missing))
-    return kind(unet=unet, scheduler=scheduler, **parts)
+    pipe = kind(unet=unet, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 class EngineArms:
@@ -166,7 +181,8 @@ class EngineArms:
         self.conditioning: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name != "latents"}
         self.pipe = fastcache.load(bundle, threads=self.settings.threads)
         # Loads the engines, so that what that takes counts as no run's peak.
-        self.pipe.runtime.pool(batch=self.settings.batch, guided=True, num_calls=self.settings.steps)
+        settings = self.settings
+        self.pipe.runtime.pool(batch=settings.batch, guided=settings.guided, num_calls=settings.steps)
 
     def __call__(self, arm: Arm) -> LoopTimes:
         clock, full = CallClock(self.settings.device), list[bool]()
@@ -176,13 +192,14 @@ class EngineArms:
     def _latents(self, arm: Arm, clock: CallClock, full: list[bool]) -> Tensor:
         run = self.pipe.start(
             **self.conditioning,
-            guided=True,
+            guided=self.settings.guided,
             num_inference_steps=self.settings.steps,
             cache_interval=arm.cache_interval,
             sampler=self.settings.sampler,
             generator=torch.Generator().manual_seed(1),
             latents=self.inputs["latents"],
             guidance_scale=GUIDANCE_SCALE,
+            image_guidance_scale=IMAGE_GUIDANCE_SCALE if self.settings.guided_rows == 3 else None,
         )
         full += [run.plan.is_full(i) for i in range(run.plan.num_steps)]
         pool, bindings = run.pool, dict(run.pool.bindings)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import fastcache
 from fastcache.bundle import Bundle
@@ -79,7 +80,9 @@ def profile_eager(
     unet: Any = model.load_unet()
     cut = partition_unet(unet.to(device, TORCH_DTYPES[dtype]), branch_id)
     given = {name: tensor.to(device, TORCH_DTYPES[dtype]) for name, tensor in inputs.items() if name != "latents"}
-    given["sample"] = inputs["latents"].repeat(2, 1, 1, 1).to(device, TORCH_DTYPES[dtype])
+    latents = inputs["latents"]
+    rows = latents.repeat(_rows(inputs) // len(latents), 1, 1, 1).to(device, TORCH_DTYPES[dtype])
+    given["sample"] = functional.pad(rows, (0, 0, 0, 0, 0, unet.config.in_channels - latents.shape[1]))
     given["timestep"] = torch.full((len(given["sample"]),), 500.0, device=device)
     with torch.no_grad():
         _, cached_feature = call_unet(cut.full, given)
@@ -93,8 +96,14 @@ def profile_eager(
 def profile_engines(bundle: Bundle, inputs: Mapping[str, Tensor], device: str) -> dict[str, dict[str, float]]:
     """A full and a shallow run of a bundle's engines, by class. `inputs` as in `bench.make_inputs`."""
     pipe = fastcache.load(bundle.path)
-    pool = pipe.runtime.pool(batch=len(inputs["latents"]), guided=True, num_calls=1)
+    images = len(inputs["latents"])
+    pool = pipe.runtime.pool(batch=images, guided=_rows(inputs) > images, num_calls=1)
     pool.set_inputs({name: tensor for name, tensor in inputs.items() if name != "latents"})
     pool.tensors["timestep"].fill_(500.0)
     pool.full.run()
     return {"full": time_by_class(pool.full.run, device), "shallow": time_by_class(pool.shallow.run, device)}
+
+
+def _rows(inputs: Mapping[str, Tensor]) -> int:
+    """How many rows the U-Net is called with: the latents once, or as many times as there are parts of guidance."""
+    return max(len(rows) for rows in inputs.values())

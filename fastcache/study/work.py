@@ -5,7 +5,6 @@ Everything runs on torch's meta device: nothing is loaded and nothing is compute
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
+from fastcache.compile.describe import CLIP_TOKENS, describe
 from fastcache.compile.models import SourceModel
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.signals import UNET_CLASSES
@@ -20,14 +20,13 @@ from fastcache.cut.work import UNetWork, count_work
 from fastcache.cut.work import empty_unet as make_empty
 from fastcache.errors import PartitionError
 
-_CLIP_TOKENS, _SD_SCALE = 77, 8  # Stable Diffusion's text and VAE
-
 
 @dataclass(frozen=True)
 class Geometry:
     """What decides the shapes of a model's tensors. `size` is the image's own side in pixels, `scale` a latent's.
 
-    `height` and `width` are its own, too. `tokens` and `text_width` are 0 for a model without cross-attention.
+    `height` and `width` are its own, too. `tokens` and `text_width` are 0 for a model without cross-attention;
+    `time_ids` and `guided_rows` are as in `ModelInfo`.
     """
 
     latent_channels: int
@@ -39,7 +38,8 @@ class Geometry:
     weights_bytes: int
     height: int
     width: int
-    time_ids: int
+    time_ids: int | None
+    guided_rows: int
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,25 @@ def geometry(model: SourceModel) -> Geometry:
     """The model's shapes, from its configuration files."""
     unet = empty_unet(model)
     config: Any = unet.config
+    info = describe(model, unet)
     preset = PRESETS[model.name] if model.folder is None else None
-    scale, channels, tokens, pooled = _SD_SCALE, config.out_channels, _CLIP_TOKENS, None
-    if preset is not None:
-        scale, tokens = preset.scale, preset.tokens
-    elif "vae" in model.components and model.folder is not None:
-        vae = json.loads((model.folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        scale, channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
-    if "text" in model.components:
-        tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
-    time_ids = 5 if model.settings.get("requires_aesthetics_score") else 6
-    if getattr(config, "addition_embed_type", None) == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+    scale, pooled = info.vae_scale_factor, None
+    if info.time_ids is not None:
+        pooled = config.projection_class_embeddings_input_dim - info.time_ids * config.addition_time_embed_dim
     own = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
     height, width = preset.size if preset is not None and preset.size else (own[0] * scale, own[1] * scale)
     return Geometry(
-        latent_channels=channels,
+        latent_channels=info.latent_channels,
         scale=scale,
         size=own[0] * scale,
-        tokens=tokens,
+        tokens=CLIP_TOKENS if info.tokens is None else info.tokens,
         text_width=getattr(config, "cross_attention_dim", 0),
         pooled_width=pooled,
         weights_bytes=sum(4 * parameter.numel() for parameter in unet.parameters()),
         height=height,
         width=width,
-        time_ids=time_ids,
+        time_ids=info.time_ids,
+        guided_rows=info.guided_rows,
     )
 
 
@@ -147,6 +141,6 @@ def _inputs(unet: Any, shapes: Geometry, latent: tuple[int, int]) -> dict[str, A
     if isinstance(unet, UNetSpatioTemporalConditionModel):
         inputs["sample"] = empty(config.num_frames, config.in_channels, *latent)
         return inputs | {"added_time_ids": empty(3)}
-    if shapes.pooled_width is not None:
+    if shapes.pooled_width is not None and shapes.time_ids is not None:
         inputs["added_cond_kwargs"] = {"text_embeds": empty(shapes.pooled_width), "time_ids": empty(shapes.time_ids)}
     return inputs

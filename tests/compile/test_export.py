@@ -16,8 +16,9 @@ from fastcache import BuildError, partition_unet
 from fastcache.compile import export
 from fastcache.cut.partition import Cut
 from fastcache.parity import relative_error
-from fastcache_engines import onnxruntime
+from fastcache_engines import onnxruntime, tensorrt_rtx
 from small_unets import small_unet
+from tensorrt_graphs import built, cuda, few_layers
 
 TOLERANCE = 1e-5  # parity.TOLERANCE, 1e-3, is for engines of any size; these graphs are a hundred times nearer
 CASES = [(name, branch_id) for name in ("sd15", "sdxl", "class-labels") for branch_id in (0, 2)]
@@ -121,6 +122,77 @@ def check_files(folder: Path, duplicated_bytes: int) -> None:
     assert size <= sum(-(-n // 4096) * 4096 for _, n in set(both))
     assert max(offset + length for offset, length in both) == size
     assert all(offset % 4096 == 0 for offset, _ in both)
+
+
+FREE = export.Free(height=True, width=True, step=16, max_tokens=20)
+
+
+def free_shapes(cut: Cut) -> dict[str, tuple[int | str, ...]]:
+    """What the tensors of a cut at full resolution are called where sizes and prompts are free."""
+    latents = ("height/8", "width/8")
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "timestep": ("batch",),
+        "encoder_hidden_states": ("batch", "tokens", 24),
+        "noise_pred": ("batch", 4, *latents),
+        "sample": ("batch", 4, *latents),
+    }
+    return shapes | {name: ("batch", channels, *latents) for name, channels in cut.cached.items()}
+
+
+@torch.no_grad()
+def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
+    unet = with_few_layers("sd15")
+    cut = partition_unet(unet, 0, "auto")
+    parts = export.exportable_unet(cut, export.unet_inputs(unet, 2, 8, 8, 7))
+    graphs = [(part, *export.export(part, free=FREE)) for part in parts]
+    export.save_graphs([(f"{part.role}.onnx", model) for part, model, _ in graphs], tmp_path, "unet.weights")
+    for _, _, specs in graphs:
+        assert all(spec.shape == free_shapes(cut)[spec.name] for side in specs for spec in side)
+    full, shallow = (onnxruntime.load(tmp_path / f"{role}.onnx") for role in ("full", "shallow"))
+    for batch, height, width, tokens in ((1, 8, 8, 7), (2, 12, 6, 20), (3, 4, 20, 2)):
+        inputs = export.unet_inputs(unet, batch, height, width, tokens)
+        expected, *cached = cut.full(*inputs.values())
+        tensors: dict[str, Tensor] = inputs | {"noise_pred": torch.empty_like(expected)}
+        tensors |= {name: torch.empty_like(value) for name, value in zip(cut.cached, cached, strict=True)}
+        for engine in (full, shallow):
+            tensors["noise_pred"].fill_(torch.nan)
+            engine.bind(tensors).run()
+            assert relative_error(tensors["noise_pred"], expected) < TOLERANCE
+
+
+def test_one_size_that_is_left_free() -> None:
+    unet = with_few_layers("sd15")
+    part = export.exportable_unet(partition_unet(unet, 0), export.unet_inputs(unet, 2, 8, 8, 7))[1]
+    _, (inputs, outputs) = export.export(part, free=export.Free(width=True, step=16))
+    found = {spec.name: spec.shape for spec in (*inputs, *outputs)}
+    assert found["sample"] == found["noise_pred"] == ("batch", 4, 8, "width/8")
+    assert found["encoder_hidden_states"] == ("batch", 7, 24)
+
+
+def test_a_refiner_is_told_one_thing_less() -> None:
+    unet = small_unet("sdxl", **FEW_LAYERS["sdxl"], block_out_channels=(32, 64), layers_per_block=1)
+    inputs = export.unet_inputs(unet, 2, 8, 8, 7, time_ids=5)
+    assert (inputs["text_embeds"].shape, inputs["time_ids"].shape) == ((2, 28), (2, 5))
+    assert export.call_unet(unet, inputs).sample.isfinite().all()
+
+
+@built
+def test_tensorrt_builds_for_a_range_of_sizes(tmp_path: Path) -> None:
+    unet = few_layers()
+    part = export.exportable_unet(partition_unet(unet, 0), export.unet_inputs(unet, 2, 8, 8, 7))[1]
+    model, _ = export.export(part, free=export.Free(height=True, width=True, step=8))
+    export.save_graphs([("shallow.onnx", model)], tmp_path, "unet.weights")
+    channels = {name: part.inputs[name].shape[1] for name in ("sample", "cached_feature")}
+    shapes = {name: tuple((count, n, n) for n in (8, 8, 16)) for name, count in channels.items()}
+    options = cuda(rows=(1, 2, 2), shapes=shapes)
+    with pytest.raises(ValueError, match=r"expected shallow\.onnx to have no free size but its inputs. first, got"):
+        tensorrt_rtx.build({"shallow": tmp_path / "shallow.onnx"}, tmp_path, cuda())
+    assert tensorrt_rtx.build({"shallow": tmp_path / "shallow.onnx"}, tmp_path, options) == {
+        "shallow": "shallow.engine"
+    }
+    found = {spec.name: spec.shape for spec in tensorrt_rtx.describe(tmp_path / "shallow.engine").inputs}
+    assert found["sample"] == ("batch", 4, "sample[2]", "sample[3]")
+    assert found["encoder_hidden_states"] == ("batch", 7, 24)
 
 
 def test_sizes_that_do_not_halve_are_refused() -> None:

@@ -320,8 +320,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"generator": seeded(0, 1)}, "one for each of 1 images, got 2"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents of shape \[1, 4, 16, 16\]"),
     ({"output_type": "jpeg"}, "output_type pil, np, pt or latent"),
-    ({"height": 128}, "64x64, the size this bundle was built for, got 128x64"),
-    ({"height": 0}, "got 0x64"),
+    ({"height": 128}, "64x64, which this bundle was built for, got 64x128; build another with --sizes"),
+    ({"height": 0}, "got 64x0"),
+    ({"clip_skip": 9}, "clip_skip from 0 to"),
+    ({"eta": float("nan")}, "a finite eta"),
 ]
 
 

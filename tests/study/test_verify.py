@@ -72,7 +72,7 @@ def test_engines_of_another_machine_are_read_as_far_as_they_can_be(tiny_model: P
 
 
 def test_engines_that_compute_something_else(bundle_copy: Path) -> None:
-    """Hashes say that a bundle is the one that was signed; the reference says whether it computes what the model does."""
+    """Hashes say that a bundle is what was signed; the reference says whether it computes what the model does."""
     weights = bundle_copy / "unet.weights"
     values = np.fromfile(weights, np.float32)
     values[len(values) // 2 :] *= 1.5
