@@ -1,11 +1,19 @@
-"""Two sets of images -> how alike they are."""
+"""Images, or their features -> how alike they are, and how sure a mean over images is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array = npt.NDArray[np.floating]
+
+MOST_DB = 100.0  # what an image equal to its reference counts as in a mean, which infinity would swallow
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> float:
@@ -15,3 +23,52 @@ def psnr_db(images: Tensor, reference: Tensor) -> float:
     """
     error = torch.mean((images.double() - reference.double()) ** 2).item()
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def psnr_db_each(images: Tensor, reference: Tensor) -> Array:
+    """Peak signal-to-noise ratio of each image, at most `MOST_DB`.
+
+    Shapes: both (N, 3, H, W), values in [0, 1]; returns (N,).
+    """
+    error = (images.double() - reference.double()).square().mean((1, 2, 3))
+    return (-10 * error.clamp(min=10 ** (-MOST_DB / 10)).log10()).cpu().numpy()
+
+
+def frechet_distance(features: Array, reference: Array) -> float:
+    """Distance of two sets of features, each taken as a normal distribution.
+
+    Biased upwards for few images: compare only sets of equal numbers. Shapes: (N, width) and (M, width).
+    Source: Heusel et al., arXiv 1706.08500, equation 6.
+    """
+    means = features.mean(0) - reference.mean(0)
+    own, other = _deviations(features), _deviations(reference)
+    # of covariances A = a'a and B = b'b, tr sqrt(A B) is the sum of the singular values of a b'
+    cross = np.linalg.norm(own @ other.T, "nuc")
+    return float(means @ means + np.square(own).sum() + np.square(other).sum() - 2 * cross)
+
+
+def _deviations(features: Array) -> Array:
+    """A matrix a, of no more rows than columns, whose product a'a is the covariance."""
+    return np.linalg.qr(features - features.mean(0)).R / math.sqrt(len(features) - 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic over images, with the bounds that 95% of its bootstrap resamples lie within."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(statistic: Callable[[npt.NDArray[np.intp]], float], count: int, resamples: int = 1000) -> Estimate:
+    """A statistic of `count` images, given their indices; resampled with a fixed seed, so that two agree in pairs."""
+    rng = np.random.default_rng(0)
+    drawn = [statistic(rng.integers(count, size=count)) for _ in range(resamples)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(statistic(np.arange(count)), float(low), float(high))
+
+
+def mean_of(values: Array, resamples: int = 1000) -> Estimate:
+    """The mean of one value an image. Shapes: `values` (N,)."""
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), resamples)

@@ -1,0 +1,189 @@
+"""`evaluate`: what plans cost in quality and gain in time, on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan, read_prompts
+from fastcache.console import figure, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from fastcache.run.plan import CachePlan
+    from fastcache.study.evaluate import Evaluation, FeaturesOf, Judge, Row
+    from fastcache.study.quality import Array
+
+
+def evaluate(
+    engines: EnginesOption,
+    plan: Annotated[list[Path], typer.Option(help="A plan file; give the flag again for more.")],
+    output: OutputFolder,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line; the bundled model has held-out ones.")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32, if left out.")
+    ] = None,
+    sampler: Sampler = "ddim",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
+    lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="A folder with a CLIP model, for the CLIP score.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception in safetensors, for FID to --reference-images.")
+    ] = None,
+    reference_images: Annotated[Path | None, typer.Option(help="A folder of true pictures, for FID.")] = None,
+    json_: Json = False,
+) -> None:
+    """Draw the same prompts and seeds with every plan and without caching; compare likeness, quality and time.
+
+    Writes results.json, chart.png and grid.png. Every figure has the interval that 95% of bootstrap resamples lie in.
+
+    Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
+    """
+    from fastcache.bundle import open_bundle, write_whole
+    from fastcache.run.pipeline import FastCachePipeline
+    from fastcache.study.demo import grid
+    from fastcache.study.evaluate import arms_of, usual_guidance
+    from fastcache.study.evaluate import evaluate as run
+    from fastcache.study.evaluate_chart import draw_frontier
+
+    plans = _read_plans(plan)
+    if (inception is None) != (reference_images is None):
+        raise ValueError("expected --inception and --reference-images together, got one of them")
+    pipe = FastCachePipeline(open_bundle(engines))
+    chosen = _prompts(pipe, prompts, num_images)
+    guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
+    arms = arms_of(pipe, plans, sampler, steps)
+    judges, features_of, truth = _judges(chosen, lpips, clip, inception, reference_images)
+    output.mkdir(parents=True, exist_ok=True)
+    with progress() as say:
+        found = run(
+            pipe,
+            arms,
+            chosen,
+            judges=judges,
+            features_of=features_of,
+            truth=truth,
+            first_seed=seed,
+            guidance_scale=guidance,
+            say=say,
+        )
+    settings = {"guidance_scale": guidance, "first_seed": seed, "prompts": chosen}
+    result = _document(pipe, found, settings)
+    write_whole(output / "results.json", (json.dumps(result, indent=1) + "\n").encode())
+    conditions = result["conditions"]
+    title = (
+        f"{conditions['model']} {conditions['size'][0]}x{conditions['size'][1]}, {found.images} pictures, "
+        f"{conditions['backend']} {conditions['dtype']} on {conditions['device']}, {conditions['threads']} threads"
+    )
+    draw_frontier(found.rows, title, output / "chart.png")
+    labels = [_label(row) for row in found.rows]
+    grid(list(zip(labels, map(list, found.samples), strict=True))).save(output / "grid.png")
+    if json_:
+        print_json(result)
+        return
+    _show(found.rows, title)
+    typer.echo(f"chart:   {output / 'chart.png'}\npictures: {output / 'grid.png'}\nresults: {output / 'results.json'}")
+
+
+def _read_plans(files: Sequence[Path]) -> dict[str, CachePlan]:
+    """The plans by their files' names."""
+    names = [file.stem for file in files]
+    twice = {name for name in names if names.count(name) > 1} | ({"uncached"} & set(names))
+    if twice:
+        raise ValueError(f"expected plan files of different names, none of them uncached, got {', '.join(twice)}")
+    return {name: read_plan(file) for name, file in zip(names, files, strict=True)}
+
+
+def _prompts(pipe: Any, file: Path | None, count: int | None) -> list[str]:
+    """As many prompts as pictures; those of a file are taken again, with further seeds, where they are fewer."""
+    from fastcache.study.evaluate_judges import held_out_prompts
+
+    if file is None:
+        if pipe.bundle.manifest.model.name != "demo":
+            raise ValueError("expected --prompts with a model other than the bundled one, got none")
+        return held_out_prompts(count or 32)
+    own = read_prompts(file)
+    return [own[k % len(own)] for k in range(count or len(own))]
+
+
+def _judges(
+    prompts: Sequence[str], lpips: Path | None, clip: Path | None, inception: Path | None, pictures: Path | None
+) -> tuple[dict[str, Judge], FeaturesOf | None, Array | None]:
+    """What these prompts and files allow to judge, and for a distance the features and those of true pictures."""
+    from fastcache.study import evaluate_judges as known
+
+    judges: dict[str, Judge] = {"psnr_db": known.psnr_db, "ssim": known.ssim}
+    look: Callable[..., Any] | None = None
+    truth = None
+    if all(known.scene_of(prompt) is not None for prompt in prompts):
+        judges |= {"scene_right": known.scene_right, "attribute_accuracy": known.attribute_accuracy}
+        look, truth = known.demo_features, known.true_features(prompts)
+    if lpips is not None:
+        judges["lpips"] = known.lpips_judge(lpips)
+    if clip is not None:
+        judges["clip_score"] = known.ClipJudge(clip).score
+    if inception is not None and pictures is not None:
+        look = known.inception_features(inception)
+        truth = known.features_of_folder(pictures, look)
+    return judges, look, truth
+
+
+def _document(pipe: Any, found: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from fastcache.study.evaluate import UNCACHED
+
+    manifest = pipe.bundle.manifest
+    return {
+        "schema": "fastcache.evaluation/1",
+        "conditions": {
+            "model": manifest.model.name,
+            "bundle_sha256": manifest.bundle_sha256,
+            "size": [manifest.width, manifest.height],
+            "backend": manifest.backend,
+            "dtype": manifest.dtype,
+            "device": manifest.device,
+            "versions": manifest.versions,
+            "threads": torch.get_num_threads(),
+            "images": found.images,
+            "reference": UNCACHED,
+            "intervals": "95%, bootstrap over pictures, and over batches for speed",
+            "times": "median U-Net loop of a batch, all plans in turn on each batch",
+        },
+        "settings": settings,
+        "rows": [row.to_json() for row in found.rows],
+    }
+
+
+def _label(row: Row) -> str:
+    if row.arm.name == "uncached":
+        return f"uncached\n{row.loop_ms:.0f} ms (1.00x)"
+    return f"{row.arm.name}\n{row.speedup.value:.2f}x faster\nPSNR {row.metrics['psnr_db'].value:.1f} dB"
+
+
+def _show(rows: Sequence[Row], title: str) -> None:
+    names = list(rows[0].metrics)
+    print_table(
+        f"{title}\nmeans over pictures, with the half width of their 95% intervals; times side by side",
+        ["plan", "refreshes", "loop", "speed", *names],
+        [
+            [
+                row.arm.name,
+                f"{len(row.arm.plan.refresh_steps)}/{row.arm.plan.num_steps}",
+                figure(row.loop_ms, ".0f", " ms"),
+                figure(row.speedup.value, ".2f", "x"),
+                *(
+                    f"{estimate.value:.3g} ± {(estimate.high - estimate.low) / 2:.1g}"
+                    for estimate in row.metrics.values()
+                ),
+            ]
+            for row in rows
+        ],
+    )
