@@ -1,0 +1,53 @@
+"""`serve`: images over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastcache.commands.options import EnginesOption
+from fastcache.console import notes
+
+
+def serve(
+    engines: EnginesOption,
+    host: Annotated[str, typer.Option(help="The address; one beyond this machine needs --api-key-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Images that may wait; beyond that 429.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn at once; the bundle's own most if fewer.")] = 8,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps that a request may ask for.")] = 150,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take; it may ask for less.")] = 300,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="A further name to be asked by.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of the engines; 0 means as many as torch uses.")] = 0,
+) -> None:
+    """Serve a bundle over HTTP, as OpenAI's images API. SIGHUP loads it again, SIGTERM finishes what runs.
+
+    Example: fastcache serve --engines demo-output/engines --port 8000
+    """
+    import logging
+
+    try:
+        from fastcache.serve.server import serve as serve_bundle
+    except ImportError as error:
+        from fastcache.errors import BackendUnavailable
+
+        raise BackendUnavailable(
+            f"expected the packages of serving ({error.name}); pip install 'fastcache[serve]'"
+        ) from error
+    from fastcache.serve.limits import Limits
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("fastcache").setLevel(logging.INFO)
+    serve_bundle(
+        engines,
+        limits=Limits(max_batch=max_batch, queue=queue, max_steps=max_steps, timeout_s=timeout),
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        allowed_hosts=allowed_host or (),
+        threads=threads,
+        listening=lambda url: notes.print(f"listening on {url}", markup=False, soft_wrap=True),
+    )

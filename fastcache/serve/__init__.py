@@ -1,0 +1,1 @@
+"""Requests -> images over HTTP. `scheduler.py` decides, `executor.py` runs, `app.py` speaks HTTP."""

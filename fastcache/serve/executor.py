@@ -1,0 +1,194 @@
+"""A batch that the scheduler chose -> an engine call, and each image's own guidance and sampler update around it.
+
+The one place of the serving side that computes. Knows nothing about queues, threads or HTTP, nor who shares a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+
+from fastcache.errors import BundleError
+from fastcache.recipe import Size
+from fastcache.run.denoise import draw
+from fastcache.run.pipeline import FastCachePipeline
+from fastcache.run.prompts import Prompt, Sizes
+from fastcache.run.sampler import MAX_WINDOW, SamplerTable
+from fastcache.serve.slots import Place, RingTable, Slots
+from fastcache_kernels import reference as kernels
+
+
+class DeviceBroken(RuntimeError):
+    """The device answers no more; only a new process can help."""
+
+
+@dataclass(eq=False)
+class Drawing:
+    """What a job draws: the text, and how. `conditioning` is made when its first image starts, for all of them."""
+
+    prompt: str
+    negative_prompt: str | None
+    guidance_scale: float
+    seed: int
+    sampler: str
+    num_inference_steps: int
+    size: Size
+    table: RingTable
+    conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
+
+
+class Executor:
+    """A bundle's engines, and slots for at most `most` images in flight, for each size that is drawn.
+
+    Raises: `BundleError` for a bundle that has no text encoder or VAE, or whose U-Net takes an image as well.
+    """
+
+    def __init__(self, pipe: FastCachePipeline, most: int) -> None:
+        manifest, self.pipe = pipe.bundle.manifest, pipe
+        model, profile = manifest.model, manifest.profiles["batch"]
+        if profile.min > 1:
+            raise BundleError(f"expected a bundle for 1 image or more, got one for {profile}; build with --batch 1:4:8")
+        if model.in_channels != model.latent_channels:
+            raise BundleError(
+                f"expected a text-to-image bundle, got one whose U-Net takes {model.in_channels} channels for "
+                f"{model.latent_channels}; serve another"
+            )
+        for role in ("text_encoder_2" if model.time_ids is not None else "text_encoder", "vae_decoder"):
+            pipe.bundle.engine_path(role)
+        self.count, self.device = min(most, profile.max), pipe.runtime.device
+        self.table = lru_cache(maxsize=128)(self._table)
+        self._slots: dict[Size, Slots] = {}
+        self._drawings: dict[int, tuple[Drawing, torch.Generator]] = {}
+        self._paced: Any = None
+
+    def _table(self, sampler: str, num_steps: int) -> RingTable:
+        """Raises: `ValueError` for steps that the sampler cannot take."""
+        table = self.pipe.schedule(sampler, num_steps).sampler
+        if not isinstance(table, SamplerTable):
+            raise ValueError(f"expected a sampler that is a table, got {sampler}, which runs its own step here")
+        return RingTable.of(table, self.device)
+
+    def slots(self, size: Size) -> Slots:
+        """The slots for images of a size, made when it is first drawn."""
+        if size not in self._slots:
+            runtime, manifest = self.pipe.runtime, self.pipe.bundle.manifest
+            self._slots[size] = Slots(
+                {None: runtime.full, **runtime.shallow_engines},
+                count=self.count,
+                channels=manifest.model.latent_channels,
+                sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
+                device=self.device,
+            )
+        return self._slots[size]
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
+        manifest = self.pipe.bundle.manifest
+        drawing = Drawing("", None, 2.0, 0, "ddim", 2, manifest.sizes[0], self.table("ddim", 2))
+        self.fill(0, drawing, 0)
+        for branch in (None, *manifest.branches):
+            self.run([(0, 0)], branch=branch, guided=True)
+        self.pictures([0])
+        self.clear(0)
+
+    @torch.no_grad()
+    def fill(self, slot: int, drawing: Drawing, index: int) -> None:
+        """Encode the text, unless an image of the same job did, and draw the noise of image `index`."""
+        if drawing.conditioning is None:
+            drawing.conditioning = self._condition(drawing)
+        slots = self.slots(drawing.size)
+        slots.fill(slot, drawing.conditioning)
+        generator = torch.Generator().manual_seed(drawing.seed + index)
+        noise = slots.latents[slot].view(slots.latent_shape)
+        draw(noise, [generator])
+        noise.mul_(drawing.table.init_noise_sigma)
+        slots.history[slot, 0].copy_(slots.latents[slot, 0])
+        self._drawings[slot] = drawing, generator
+
+    def _condition(self, drawing: Drawing) -> dict[str, Tensor]:
+        """What the U-Net takes besides latents, the conditional row first. Shapes: (halves, ...)."""
+        guided, num_ids = drawing.guidance_scale > 1, self.pipe.bundle.manifest.model.time_ids
+        prompts = Prompt("prompt", drawing.prompt), Prompt("negative_prompt", drawing.negative_prompt)
+        embeds = self.pipe.prompts.condition(*prompts, count=1, guided=guided)
+        found = {"encoder_hidden_states": embeds.hidden}
+        if num_ids is not None and embeds.pooled is not None:
+            size = drawing.size.height, drawing.size.width
+            ids = Sizes().time_ids(size, num_ids=num_ids, rows=1 + guided, guided=guided, from_image=False)
+            found |= {"text_embeds": embeds.pooled, "time_ids": ids}
+        return {name: value.flip(0) for name, value in found.items()}
+
+    def clear(self, slot: int) -> None:
+        """Let go of a slot's drawing. Its tensors stay for the next."""
+        self._drawings.pop(slot, None)
+
+    @torch.no_grad()
+    def run(self, steps: Sequence[tuple[int, int]], *, branch: int | None, guided: bool) -> None:
+        """One U-Net call for these (slot, step) of one size, and their updates. If it raises, nothing has moved."""
+        numbers, halves = [slot for slot, _ in steps], 1 + guided
+        slots = self.slots(self._drawings[numbers[0]][0].size)
+        places = slots.places(numbers, halves)
+        for place, (slot, step) in zip(places, steps, strict=True):
+            table = self._drawings[slot][0].table
+            latents = slots.latents[slot].view(slots.latent_shape).expand(halves, *slots.latent_shape[1:])
+            kernels.duplicate(latents, table.input_scale[step], place.sample)
+            place.timestep.fill_(table.timesteps[step])
+        slots.run(branch, numbers, halves)
+        for place, (slot, step) in zip(places, steps, strict=True):
+            self._update(slots, place, slot, step)
+        self._pace()
+
+    def _update(self, slots: Slots, place: Place, slot: int, step: int) -> None:
+        drawing, generator = self._drawings[slot]
+        history, latents, shape = slots.history[slot], slots.latents[slot], slots.latent_shape
+        row = 3 * (step % MAX_WINDOW)
+        guided = history[row + 1].view(shape)
+        if len(place.noise_pred) == 2:
+            conditional, unconditional = place.noise_pred.split(1)
+            kernels.guide(unconditional, conditional, drawing.guidance_scale, 0.0, guided)
+        else:
+            guided.copy_(place.noise_pred)
+        if drawing.table.draws_noise[step]:
+            draw(history[row + 2].view(shape), [generator])
+        kernels.combine(history, drawing.table.weights[step : step + 1], latents)
+        history[3 * ((step + 1) % MAX_WINDOW)].copy_(latents[0])
+
+    def _pace(self) -> None:
+        """Keep one step ahead of a GPU and no more, so that a cancelled image is gone within a step."""
+        if self.device == "cpu":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        if self._paced is not None:
+            self._paced.synchronize()
+        self._paced = event
+
+    @torch.no_grad()
+    def pictures(self, slots: Sequence[int]) -> list[Pillow.Image]:
+        """The pictures of the latents in these slots, of one size, as they are now."""
+        of = self.slots(self._drawings[slots[0]][0].size)
+        return self.pipe.decode(torch.cat([of.latents[slot].view(of.latent_shape) for slot in slots]))
+
+    def check_device(self) -> None:
+        """Raises: `DeviceBroken` if the device fails at what cannot fail."""
+        try:
+            probe = torch.ones(8, device=self.device)
+            alive = float((probe + probe).sum()) == 16.0
+        except RuntimeError as error:
+            raise DeviceBroken(f"expected the device to add, got {type(error).__name__}; start again") from error
+        if not alive:
+            raise DeviceBroken("expected the device to add, got another sum; start again")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a backend ran out of memory. Each says it in its own words, so the words are looked at."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in said for words in ("out of memory", "failed to allocate memory", "bad_alloc", "cannot allocate memory")
+    )

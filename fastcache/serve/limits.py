@@ -1,0 +1,33 @@
+"""What a server allows, as one value. Knows numbers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on and what a request may ask for.
+
+    `max_batch` images are drawn at once, `queue` more may wait. Units: seconds, bytes, characters.
+    Raises: `ValueError` for a number that leaves nothing to serve.
+    """
+
+    max_batch: int = 8
+    queue: int = 32
+    max_images: int = 10  # OpenAI's own limit on n
+    max_steps: int = 150
+    max_prompt_chars: int = 2000
+    max_body_bytes: int = 128 * 1024
+    max_header_bytes: int = 16 * 1024
+    timeout_s: float = 300.0
+    body_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_images", "max_steps", "max_prompt_chars", "max_body_bytes", "max_header_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of 1 or more, got {getattr(self, name)}")
+        if self.queue < 0:
+            raise ValueError(f"expected a queue of 0 or more images, got {self.queue}")
+        if not (self.timeout_s > 0 and self.body_timeout_s > 0):
+            raise ValueError(f"expected timeouts above 0 s, got {self.timeout_s} and {self.body_timeout_s}")

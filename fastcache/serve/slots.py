@@ -1,0 +1,207 @@
+"""A bundle's engines, a size and a number of slots -> the tensors of images in flight, allocated once, engines bound.
+
+Each slot is one image's own: inputs, cached feature, sampler history. An image alone runs in its slot, to which the
+engines are bound; images in company run on shared rows, which are filled from their slots. The one mutable object of
+the serving side. Knows nothing about plans, prompts or HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fastcache.run.buffers import shape_of
+from fastcache.run.sampler import MAX_WINDOW, SamplerTable
+from fastcache_engines import Binding, Engine, TensorSpec
+
+_WRITTEN: Final = ("sample", "timestep", "noise_pred")
+_ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled engines may count on
+
+
+@dataclass(frozen=True, eq=False)
+class RingTable:
+    """A sampler's table over a history that keeps the last MAX_WINDOW calls only, however many steps there are.
+
+    `weights[i]` are the update's after call i, over the rows x, e, z of each call j at 3 * (j % MAX_WINDOW).
+
+    Shapes: weights (calls, 3 * MAX_WINDOW), float32.
+    """
+
+    timesteps: Sequence[float]
+    input_scale: Sequence[Tensor]
+    weights: Tensor
+    draws_noise: Sequence[bool]
+    init_noise_sigma: float
+
+    @classmethod
+    def of(cls, table: SamplerTable, device: str) -> RingTable:
+        """Raises: `ValueError` for a sampler that looks back further than the ring reaches."""
+        if table.widest_window > MAX_WINDOW:
+            raise ValueError(f"expected a sampler that looks back {MAX_WINDOW} calls, got {table.widest_window}")
+        weights = torch.zeros(table.num_calls, MAX_WINDOW, 3)
+        for call, rule in enumerate(table.recursion()):
+            for j, of_call in enumerate(torch.tensor(rule.weights).view(-1, 3)):
+                weights[call, (rule.first + j) % MAX_WINDOW] = of_call
+        return cls(
+            table.timesteps.tolist(),
+            table.input_scale.float().to(device).unbind(),
+            weights.flatten(1).to(device),
+            [table.draws_noise(call) for call in range(table.num_calls)],
+            table.init_noise_sigma,
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one image's rows of an engine call lie, the conditional one first. Shapes: both (halves, C, H, W)."""
+
+    sample: Tensor
+    timestep: Tensor
+    noise_pred: Tensor
+
+
+class Slots:
+    """The tensors of `count` images in flight. `history[slot]` has the rows x, e, z of the last MAX_WINDOW calls.
+
+    `engines` are the full one (None) and the shallow ones by branch; `sizes` what else than the rows is free in their
+    shapes. An image has two rows everywhere, conditional and unconditional; where guidance is off, the first one runs.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[int | None, Engine],
+        *,
+        count: int,
+        channels: int,
+        sizes: Mapping[str, int],
+        device: str,
+    ) -> None:
+        self.count, self.device, self._engines = count, device, engines
+        self._specs = {s.name: s for engine in engines.values() for s in (*engine.inputs, *engine.outputs)}
+        self._shapes = {name: shape_of(s, {**sizes, "batch": 1})[1:] for name, s in self._specs.items()}
+        self.cached = tuple(spec.name for spec in engines[None].outputs if spec.name != "noise_pred")
+        self.conditioning = tuple(n for n in self._specs if n not in (*_WRITTEN, *self.cached))
+        self.own = {name: self._aligned(name) for name in self._specs}
+        self.latent_shape = (1, channels, *self._shapes["sample"][1:])
+        size = math.prod(self.latent_shape)
+        self.history = torch.zeros(count, 3 * MAX_WINDOW, size, device=device)
+        self.latents = torch.zeros(count, 1, size, device=device)
+        self._bindings: dict[tuple[int | None, int, int, int], Binding] = {}
+        self._place = lru_cache(maxsize=None)(self._make_place)
+        self._index = lru_cache(maxsize=256)(self._make_index)
+        self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
+        self._clock = 0
+        self._changed: dict[tuple[str, int], int] = {}
+
+    @cached_property
+    def _shared(self) -> dict[str, Tensor]:
+        """The rows of images in company: (images, halves) of them from the start."""
+        return {
+            name: torch.zeros(2 * self.count, *self._shapes[name], dtype=_dtype(spec), device=self.device)
+            for name, spec in self._specs.items()
+        }
+
+    def _aligned(self, name: str) -> Tensor:
+        """Two rows a slot, contiguous, each slot where an allocation could start. Shapes: (count, 2, ...)."""
+        dtype, shape = _dtype(self._specs[name]), (2, *self._shapes[name])
+        unit = _ALIGNMENT_BYTES // dtype.itemsize
+        stride = -(-math.prod(shape) // unit) * unit
+        storage = torch.zeros(self.count, stride, dtype=dtype, device=self.device)
+        return storage[:, : math.prod(shape)].unflatten(1, shape)
+
+    def fill(self, slot: int, conditioning: Mapping[str, Tensor]) -> None:
+        """Make a slot ready for a new image: its conditioning in, and nothing left of the image before it.
+
+        Shapes: each conditioning (halves, ...), conditional first.
+
+        Raises: `ValueError` for what the engines do not take.
+        """
+        if set(conditioning) != set(self.conditioning):
+            raise ValueError(f"expected the inputs {', '.join(self.conditioning)}, got {', '.join(conditioning)}")
+        for name, value in conditioning.items():
+            rows = self.own[name][slot, : len(value)]
+            if value.shape != rows.shape:
+                raise ValueError(f"expected {name} of shape {list(rows.shape)}, got {list(value.shape)}")
+            rows.copy_(value)
+        for name in self.cached:
+            self.own[name][slot].fill_(torch.nan)  # a feature of another image would make a wrong picture
+        self.history[slot].zero_()  # weight 0 times what an earlier image left must be 0
+        self._mark((*self.conditioning, *self.cached), [slot])
+
+    def places(self, slots: Sequence[int], halves: int) -> list[Place]:
+        """Where these images' rows of an engine call lie, in order."""
+        if len(slots) == 1:
+            return [self._place(halves, 0, slots[0])]
+        return [self._place(halves, j, -1) for j in range(len(slots))]
+
+    def run(self, branch: int | None, slots: Sequence[int], halves: int) -> None:
+        """One engine call for these images, whose samples and timesteps are in their places."""
+        engine = self._engines[branch]
+        taken = [spec.name for spec in engine.inputs if spec.name not in _WRITTEN]
+        stored = [spec.name for spec in engine.outputs if spec.name not in _WRITTEN]
+        alone = len(slots) == 1
+        if not alone:
+            self._gather(taken, slots, halves)
+        self._binding(branch, halves, len(slots), slots[0] if alone else -1).run()
+        self._mark(stored, slots)
+        if not alone:
+            self._scatter(stored, slots, halves)
+
+    def _gather(self, names: Sequence[str], slots: Sequence[int], halves: int) -> None:
+        """Bring what the slots hold to the shared rows, unless it is there from the call before."""
+        for name in names:
+            state = self._state(name, slots, halves)
+            if self._holds.get(name) != state:
+                rows = self._rows(name, len(slots), halves)
+                torch.index_select(self.own[name][:, :halves], 0, self._index(tuple(slots)), out=rows)
+                self._holds[name] = state
+
+    def _scatter(self, names: Sequence[str], slots: Sequence[int], halves: int) -> None:
+        """Bring what an engine stored to the slots. It stays in the shared rows as well."""
+        for name in names:
+            rows = self._rows(name, len(slots), halves)
+            self.own[name][:, :halves].index_copy_(0, self._index(tuple(slots)), rows)
+            self._holds[name] = self._state(name, slots, halves)
+
+    def _rows(self, name: str, images: int, halves: int) -> Tensor:
+        return self._shared[name][: images * halves].unflatten(0, (images, halves))
+
+    def _state(self, name: str, slots: Sequence[int], halves: int) -> tuple[int, ...]:
+        return (halves, *(self._changed.get((name, slot), 0) for slot in slots))
+
+    def _mark(self, names: Sequence[str], slots: Sequence[int]) -> None:
+        """Note that what these slots hold is new."""
+        for name in names:
+            for slot in slots:
+                self._clock += 1
+                self._changed[name, slot] = self._clock
+
+    def _binding(self, branch: int | None, halves: int, images: int, slot: int) -> Binding:
+        key = branch, halves, images, slot
+        if key not in self._bindings:
+            if images == 1:
+                tensors = {name: own[slot, :halves] for name, own in self.own.items()}
+            else:
+                tensors = {name: shared[: halves * images] for name, shared in self._shared.items()}
+            self._bindings[key] = self._engines[branch].bind(tensors)
+        return self._bindings[key]
+
+    def _make_place(self, halves: int, which: int, slot: int) -> Place:
+        if slot >= 0:
+            of = {name: self.own[name][slot, :halves] for name in _WRITTEN}
+        else:
+            of = {name: self._shared[name][which * halves : (which + 1) * halves] for name in _WRITTEN}
+        return Place(of["sample"], of["timestep"], of["noise_pred"])
+
+    def _make_index(self, slots: tuple[int, ...]) -> Tensor:
+        return torch.tensor(slots, device=self.device)
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    return getattr(torch, spec.dtype)
