@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from fastcache.commands import bench, bundles, pictures, plan
+from fastcache.commands import analyze, batch, bench, bundles, evaluate, export_triton, pictures, plan, serve
 from fastcache.console import debug_asked, end, exit_code, quiet_libraries
 
 app = typer.Typer(
@@ -31,6 +31,11 @@ for command in (
     pictures.generate,
     bench.bench,
     plan.plan,
+    evaluate.evaluate,
+    analyze.analyze,
+    serve.serve,
+    batch.batch,
+    export_triton.export_triton,
 ):
     app.command()(command)
 

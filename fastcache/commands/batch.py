@@ -1,0 +1,68 @@
+"""`batch`: a file of prompts becomes a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan
+from fastcache.console import print_json, progress
+
+
+def batch(
+    engines: EnginesOption,
+    prompts: Annotated[Path, typer.Option(help="One prompt a line, or a .jsonl file of rows with fields.")],
+    output: OutputFolder,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 50,
+    sampler: Sampler = "ddim",
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, help="With a row's id it gives the row's own seed.")] = 0,
+    cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that draw, each with engines of its own.")] = 1,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each; those of this machine shared out.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each; 1 if the bundle needs one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, or auto; RAY_ADDRESS if set, else this machine alone.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Draw a file of prompts, on this machine or on a Ray cluster; started again, it draws what is left.
+
+    Rows of a .jsonl file may have id, prompt, negative_prompt, num_inference_steps, guidance_scale, sampler,
+    cache_interval, plan and seed. A row's seed is the first 63 bits of SHA-256 of "SEED:ID"; its id, if it has none,
+    the number of its line, as 000001. Each picture is OUTPUT/ID.png, and index.jsonl lists all.
+
+    Example: fastcache batch --engines demo-output/engines --prompts prompts.txt --output pictures --workers 2
+    """
+    from fastcache.serve.ray_batch import INDEX, Cluster, draw_file, read_rows
+
+    if plan is not None and cache_interval is not None:
+        raise ValueError("expected --cache-interval or --plan, got both")
+    defaults: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "guidance_scale": guidance_scale,
+        "cache_interval": cache_interval or 1,
+        "plan": None if plan is None else json.loads(read_plan(plan).to_json()),
+    }
+    rows = read_rows(prompts, seed, defaults)
+    cluster = Cluster(workers, cpus, gpus, address or os.environ.get("RAY_ADDRESS"))
+    with progress() as say:
+        report = draw_file(engines, rows, output, cluster, say=say)
+    if json_:
+        counts = {"drawn": report.drawn, "skipped": report.skipped, "failed": len(report.failed)}
+        print_json({**counts, "index": str(output / INDEX), "rows": report.entries})
+    else:
+        typer.echo(f"{output / INDEX}: {report.drawn} drawn, {report.skipped} before, {len(report.failed)} failed")
+    if report.failed:
+        first = report.failed[0]
+        raise ValueError(
+            f"expected every row to fit the bundle, {len(report.failed)} did not; {first['id']}: {first['error']}"
+        )
