@@ -1,7 +1,7 @@
 # make demo | test | lint | clean. The first use creates $(VENV) and installs the pinned dependencies into it.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= auto
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/fastcache demo --output demo-output
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -58,8 +58,8 @@ class Job:
 def resolve(recipe: Recipe) -> Job:
     """Find the model and settle every `auto`.
 
-    Raises: `ValueError` for a model or component that is not there, a model of videos, or GPUs that the backend does not build for;
-    `BackendUnavailable` for what cannot be built here.
+    Raises: `ValueError` for a model or component that is not there, a model of videos, or GPUs that the backend does
+    not build for; `BackendUnavailable` for what cannot be built here.
     """
     model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision, loras=recipe.lora)
     model.require_pictures()

@@ -101,7 +101,8 @@ def unet_inputs(
 ) -> Inputs:
     """Seeded example inputs of a U-Net for latents of `height` x `width`, by their ONNX names.
 
-    `tokens` counts where the U-Net reads text or a class's embedding. `time_ids` is how many sizes and scores SDXL's are told.
+    `tokens` counts where the U-Net reads text or a class's embedding, `time_ids` is how many sizes and scores SDXL's
+    are told.
 
     Raises: `BuildError` for conditioning that engines do not take yet.
     """
