@@ -106,9 +106,15 @@ async def _quietly(service: Service) -> None:
 
 
 def _add_images(app: FastAPI, service: Service) -> None:
+    text: dict[str, Any] = {"type": "string"}
+    event: dict[str, Any] = {
+        "type": "object",
+        "properties": {"event": text, "data": text},
+        "required": ["event", "data"],
+    }
     kinds: dict[str, Any] = {
         "image/png": {"schema": {"type": "string", "format": "binary"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": event},
     }
 
     @app.post(

@@ -96,7 +96,7 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         most, got = served.manifest.model.tokens or 0, served.tokens_of(text)
         if got > most:
             raise _bad(name, f"expected at most {most} tokens, the model's limit, got {got}; shorten it")
-    sampler, steps = asked.sampler or "ddim", asked.num_inference_steps or 50
+    sampler, steps = asked.sampler or "ddim", asked.num_inference_steps or min(50, limits.max_steps)
     try:
         table = served.executor.table(sampler, steps)
     except ValueError as error:

@@ -49,7 +49,7 @@ class ImageRequest(BaseModel):
     partial_images: Whole | None = Field(None, ge=0, le=16, description="Images on the way, with `stream` (0).")
     stream_steps: Flag | None = Field(None, description="An event for each U-Net step, with `stream` (false).")
     negative_prompt: str | None = Field(None, max_length=10_000, description="What not to draw (nothing).")
-    num_inference_steps: Whole | None = Field(None, ge=1, le=1000, description="Denoising steps (50).")
+    num_inference_steps: Whole | None = Field(None, ge=1, le=1000, description="Denoising steps (50 at most).")
     guidance_scale: Number | None = Field(None, ge=0, le=100, description="Guidance (7.5); 1 or less switches it off.")
     seed: Whole | None = Field(None, ge=0, le=2**63 - 11, description="The first image's seed (random).")
     sampler: Sampler | None = Field(None, description="A sampler (ddim).")

@@ -6,11 +6,13 @@ about HTTP.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -140,9 +142,9 @@ class Worker:
                         if self._stopping:
                             return
                         self._changed.wait(self._until_deadline())
-                if self._litter:  # an executor's tensors hang in cycles
+                if self._litter:
                     self._litter = False
-                    gc.collect()
+                    _give_back()
                 admitted, batch = turn or ([], None)
                 for image in admitted:
                     self._begin(image)
@@ -300,6 +302,16 @@ class Worker:
             del self._executors[bundle]
             self._litter = True
             self._changed.notify()
+
+
+def _give_back() -> None:
+    """Collect what an executor left, which hangs in cycles, and have glibc return it.
+
+    It would keep in its arenas what other threads allocated: 45 MB a swap of the bundled model.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _order(job: Job) -> Order:
