@@ -140,7 +140,7 @@ def test_a_special_file(bundle_copy: Path) -> None:
         (lambda m: m["model"]["scheduler"].update(prediction_type="epsilon"), "was changed after the build"),
         (lambda m: m["files"].pop(), "was changed after the build"),
         (lambda m: m["parity"].update(full_vs_model=0.0), "was changed after the build"),
-        (lambda m: m.update(schema="fastcache.bundle/2"), "schema"),
+        (lambda m: m.update(schema="fastcache.bundle/1"), "schema"),
         (lambda m: m.update(height="tall"), "height"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("files"), "files"),
