@@ -23,9 +23,9 @@ import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.study import evaluate_judges as judges
 from fastcache.study.calibrate import Calibration
-from fastcache.study.evaluate import Arm, arms_of, draw_batch
+from fastcache.study.evaluate import Arm, arms_of, draw_batch, frechet_estimate
 from fastcache.study.planning import kept_calibration, optimal_plan, threshold_plan
-from fastcache.study.quality import frechet_distance, mean_of, psnr_db_each
+from fastcache.study.quality import mean_of, psnr_db_each
 from fastcache.study.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
@@ -211,7 +211,7 @@ def summarise(name: str, arms: Sequence[Arm], files: Sequence[Path], prompts: Se
             "made_by": arm.plan.made_by,
             "loop_ms": float(np.median([part["loop_ms"] for part in own])),
             "means": {judge: vars(mean_of(np.array(v))) for judge, v in values.items()},
-            "frechet_distance": frechet_distance(features, truth),
+            "frechet_distance": vars(frechet_estimate(features, truth)),
             "psnr_db": [round(v, 3) for v in values["psnr_db"]],
         }
     document = {
@@ -256,7 +256,7 @@ def table(rows: dict[str, Any]) -> str:
         if rival is not None and rival is not row:
             gain = interval(vars(mean_of(np.array(row["psnr_db"]) - np.array(rival["psnr_db"]))), sign=True)
         right = f"{row['means']['scene_right']['value']:.1%}"
-        lines.append(f"| {name} | {psnr} | {gain} | {right} | {row['frechet_distance']:.2f} |")
+        lines.append(f"| {name} | {psnr} | {gain} | {right} | {interval(row['frechet_distance'])} |")
     return "\n".join(lines)
 
 

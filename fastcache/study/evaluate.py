@@ -228,7 +228,7 @@ def summarise(arms: Sequence[Arm], tallies: Sequence[Tally], truth: Array | None
     for arm, tally in zip(arms, tallies, strict=True):
         metrics = {name: mean_of(np.array(values)) for name, values in tally.values.items()}
         if truth is not None and tally.features:
-            metrics["frechet_distance"] = _frechet(np.concatenate(tally.features), truth)
+            metrics["frechet_distance"] = frechet_estimate(np.concatenate(tally.features), truth)
         rows.append(
             Row(arm, statistics.median(tally.loop_ms), _ratio(reference.loop_ms, tally.loop_ms), metrics, tally.values)
         )
@@ -241,7 +241,7 @@ def _ratio(reference_ms: Sequence[float], loop_ms: Sequence[float]) -> Estimate:
     return bootstrap(lambda rows: float(np.median(theirs[rows]) / np.median(ours[rows])), len(ours))
 
 
-def _frechet(features: Array, truth: Array) -> Estimate:
+def frechet_estimate(features: Array, truth: Array) -> Estimate:
     """The distance, and around it 1.96 standard errors: resampled pictures repeat, which alone raises a distance."""
     rng, count = np.random.default_rng(0), len(features)
     drawn = [frechet_distance(features[rng.integers(count, size=count)], truth) for _ in range(100)]

@@ -83,7 +83,7 @@ def test_engines_are_what_the_manifest_says(bundle: Bundle, engines: Engines) ->
 def test_engine_files_are_described_without_being_loaded(bundle: Bundle) -> None:
     describe = fastcache_engines.backend(bundle.manifest.backend).describe
     facts = {role: dataclasses.asdict(describe(bundle.engine_path(role))) for role in bundle.manifest.engines}
-    assert set(facts) == {"full", "shallow", "text_encoder", "vae_decoder"}
+    assert set(facts) == {"full", "shallow", "text_encoder", "vae_decoder", "vae_encoder"}
     json.dumps(facts)
     assert all(facts.values())
     with pytest.raises(ValueError, match="none"):
