@@ -251,13 +251,18 @@ def table(rows: dict[str, Any]) -> str:
     lines = ["| plan | PSNR, dB | over uniform, dB | right | Fréchet |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         psnr = "-" if name == "uncached" else interval(row["means"]["psnr_db"])
-        rival = rows.get(f"uniform-{name.rpartition('-')[2]}")
-        gain = "-"
-        if rival is not None and rival is not row:
-            gain = interval(vars(mean_of(np.array(row["psnr_db"]) - np.array(rival["psnr_db"]))), sign=True)
+        gain = interval(over_uniform(rows, name), sign=True) if over_uniform(rows, name) else "-"
         right = f"{row['means']['scene_right']['value']:.1%}"
         lines.append(f"| {name} | {psnr} | {gain} | {right} | {interval(row['frechet_distance'])} |")
     return "\n".join(lines)
+
+
+def over_uniform(rows: dict[str, Any], name: str) -> dict[str, float]:
+    """The mean gain over the uniform plan of as many refreshes, picture by picture; nothing where there is none."""
+    uniform = f"uniform-{name.rpartition('-')[2]}"
+    if uniform == name or uniform not in rows:
+        return {}
+    return vars(mean_of(np.array(rows[name]["psnr_db"]) - np.array(rows[uniform]["psnr_db"])))
 
 
 def interval(estimate: dict[str, float], *, sign: bool = False) -> str:
@@ -266,33 +271,35 @@ def interval(estimate: dict[str, float], *, sign: bool = False) -> str:
 
 
 def draw_chart(rows: dict[str, Any], title: str, path: Path) -> None:
-    """PSNR over the share of U-Net calls that run in full, a line for each kind of plan."""
+    """PSNR, and the gain over uniform where uniform was drawn, over the U-Net calls in full, by kind of plan."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in rows if name != "uncached"))
-    for k, kind in enumerate(kinds):
-        own = [row for name, row in rows.items() if name.rpartition("-")[0] == kind]
-        estimates = [row["means"]["psnr_db"] for row in own]
-        middle = [estimate["value"] for estimate in estimates]
-        bars = [
-            [value - estimate["low"] for value, estimate in zip(middle, estimates, strict=True)],
-            [estimate["high"] - value for value, estimate in zip(middle, estimates, strict=True)],
-        ]
-        x = [len(row["refresh_steps"]) * (1 + 0.012 * (k - len(kinds) / 2)) for row in own]  # side by side
-        axes.errorbar(x, middle, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.2, label=kind)
-    axes.set_xscale("log")
-    ticks = sorted({len(row["refresh_steps"]) for name, row in rows.items() if name != "uncached"})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("U-Net calls in full (of 50, but for fewer steps)")
-    axes.set_ylabel("PSNR to the uncached picture, dB")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.set_title(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    names = [name for name in rows if name != "uncached"]
+    psnr = {name: rows[name]["means"]["psnr_db"] for name in names}
+    gain = {name: found for name in names if (found := over_uniform(rows, name))}
+    panels = [("PSNR to the uncached picture, dB", psnr)] + [("PSNR over uniform, dB", gain)] * bool(gain)
+    figure = Figure(figsize=(6 * len(panels), 4.4), layout="constrained")
+    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
+    for axes, (label, estimates) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for k, kind in enumerate(kinds):
+            own = {name: e for name, e in estimates.items() if name.rpartition("-")[0] == kind}
+            middle = np.array([e["value"] for e in own.values()])
+            low, high = (np.array([e[side] for e in own.values()]) for side in ("low", "high"))
+            aside = 1 + 0.015 * (k - len(kinds) / 2)
+            x = [aside * len(rows[name]["refresh_steps"]) for name in own]
+            if own:
+                bars = [middle - low, high - middle]
+                axes.errorbar(x, middle, yerr=bars, fmt="-o", ms=4, capsize=2, lw=1.2, label=kind, color=f"C{k}")
+        axes.set_xscale("log")
+        ticks = sorted({len(rows[name]["refresh_steps"]) for name in names})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("U-Net calls in full")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
