@@ -30,6 +30,7 @@ from fastcache.study.search import interval_costs, local_search, moved, optimal_
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
+FEWER_STEPS = (28, 21, 14, 10)  # of no less time than these, where a shallow step takes a tenth of a full one
 CALIBRATION_PROMPTS = 8
 FIRST_SEED = 5000  # of the held-out pictures
 BATCH = 8
@@ -143,8 +144,7 @@ def refine_command(
 def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
     """What is drawn together, and so compared at the same moments."""
     plans = read_plans(results / "plans.json")
-    # of at least the time that 25, 17, 10 and 5 refreshes take, where a shallow step takes a tenth of a full one
-    fewer = {f"steps-{calls}": CachePlan.all_full(calls) for calls in (28, 21, 14, 10)}
+    fewer = {f"steps-{calls}": CachePlan.all_full(calls) for calls in FEWER_STEPS}
     found = {"plans": plans, "steps": fewer, "forecast": {}}
     for count in INTERVALS:
         for kind in ("uniform", "optimal"):
@@ -237,13 +237,17 @@ def show_command(
     results: Results = RESULTS, figures: Annotated[Path, typer.Option(help="Where charts go.")] = Path("docs/figures")
 ) -> None:
     """Print the tables of docs/findings.md and draw its charts, from the results that are there."""
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(results.glob("drawn-*.json")):
         document = json.loads(file.read_text())
         conditions, rows = document["conditions"], document["rows"]
         name = file.stem.removeprefix("drawn-")
         typer.echo(f"\n{name}: {conditions['images']} pictures, {conditions['backend']}\n\n{table(rows)}")
+        found[name] = rows
         figures.mkdir(parents=True, exist_ok=True)
         draw_chart(rows, f"{conditions['images']} held-out pictures, 95% intervals", figures / f"{name}.png")
+    if {"plans", "steps"} <= found.keys():
+        typer.echo(f"\nequal time\n\n{equal_time(found['plans'], found['steps'])}")
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -254,6 +258,17 @@ def table(rows: dict[str, Any]) -> str:
         gain = interval(over_uniform(rows, name), sign=True) if over_uniform(rows, name) else "-"
         right = f"{row['means']['scene_right']['value']:.1%}"
         lines.append(f"| {name} | {psnr} | {gain} | {right} | {interval(row['frechet_distance'])} |")
+    return "\n".join(lines)
+
+
+def equal_time(plans: dict[str, Any], steps: dict[str, Any]) -> str:
+    """Caching against fewer steps of at least the same time, on the pictures that both drew."""
+    lines = ["| caching | fewer steps | caching over fewer steps, dB |", "|---|---|---|"]
+    for count, rival in zip(INTERVALS, FEWER_STEPS, strict=True):
+        for kind in ("uniform", "optimal"):
+            fewer = np.array(steps[f"steps-{rival}"]["psnr_db"])
+            gain = mean_of(np.array(plans[f"{kind}-{count}"]["psnr_db"])[: len(fewer)] - fewer)
+            lines.append(f"| {kind}-{count} | {rival} steps | {interval(vars(gain), sign=True)} |")
     return "\n".join(lines)
 
 

@@ -105,6 +105,7 @@ def test_by_keyboard_and_cancelled(browser: Any, tiny: Running) -> None:
     from selenium.webdriver.common.keys import Keys
 
     page = Page(browser, tiny.port)
+    page.set("prompt", "a b")
     page.set("num_inference_steps", 400)
     page.one("[name=prompt]").send_keys(Keys.ENTER)
     page.until(lambda: page.count("#cached .strip .full") > 1)
