@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
 import torch
-from diffusers.utils import apply_lora_scale
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
 from fastcache.cut.project import JoinedLayer, ProjectedLayer, why_not
@@ -191,7 +191,7 @@ class Cut:
     feature_stride: int
     kind: CutKind
     cached: dict[str, int]
-    refreshes: dict[str, int] = field(default_factory=dict)
+    refreshes: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def partition_branches(
     parts = take_apart(unet)
     wanted, last = list(branch_ids), parts.num_skips - 1
     for branch_id in wanted:
-        if isinstance(branch_id, bool) or not isinstance(branch_id, int) or not 0 <= branch_id <= last:
+        if type(branch_id) is not int or not 0 <= branch_id <= last:  # True would pass for 1
             raise PartitionError(f"expected a branch_id from 0 to {last} for this U-Net, got {branch_id!r}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise PartitionError(f"expected branch ids from 0 to {last}, each once, got {wanted}")

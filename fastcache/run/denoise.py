@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from fastcache_kernels import reference as kernels
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Call = Callable[[], object]
+
+_vector_norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def _steps(
     guide: _Guide,
     generator: Generators,
 ) -> Iterator[Step]:
-    timesteps = sampler.timesteps.tolist()
+    timesteps = [float(timestep) for timestep in sampler.timesteps]
     steps = [Step(i, timesteps[i], plan.is_full(i), pool.latents[i + 1]) for i in range(plan.num_steps)]
     for step, calls in zip(steps, step_calls(pool, sampler, plan, forecast, guide, generator), strict=True):
         if pool.run != run:
@@ -103,7 +105,8 @@ def step_calls(
 ) -> list[list[Call]]:
     """For each step all that it does, in turn, with every view and number in place."""
     before, after = forecast
-    timesteps, scales = sampler.timesteps.tolist(), sampler.input_scale.float().unbind()
+    timesteps = [float(timestep) for timestep in sampler.timesteps]
+    scales = sampler.input_scale.float().unbind()
     updates = (
         sampler.updates(pool) if isinstance(sampler, ScheduledSampler) else table_updates(sampler, pool, generator)
     )
@@ -162,7 +165,7 @@ class _Guide:
         for values, out in ((conditional, self._factor), (plain, spread)):
             yield partial(torch.mv, values, averaging, out=mean)
             yield partial(torch.sub, values, mean[:, None], out=centred)
-            yield partial(torch.linalg.vector_norm, centred, dim=1, keepdim=True, out=out)
+            yield partial(_vector_norm, centred, dim=1, keepdim=True, out=out)
         yield partial(torch.div, self._factor, spread, out=self._factor)
         yield partial(torch.lerp, one, self._factor, rescale, out=self._factor)
 

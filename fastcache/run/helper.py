@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 from torch import nn
 
 from fastcache.bundle import Bundle, open_bundle
+from fastcache.run.expect import at_least
 from fastcache.run.helper_caching import Caching, ControlCaching, Schedule, can_cut
 from fastcache.run.helper_passes import EagerPasses, EnginePasses, Passes
 from fastcache.run.helper_standin import check_free, dismiss, stand_in
@@ -77,8 +78,7 @@ class FastCacheHelper:
             raise ValueError(f'expected skip_mode "uniform", got {skip_mode!r}; give plan= for any other schedule')
         if plan is not None and cache_interval != 1:
             raise ValueError("expected cache_interval or plan, got both")
-        if isinstance(cache_interval, bool) or not isinstance(cache_interval, int) or cache_interval < 1:
-            raise ValueError(f"expected a cache_interval of 1 or more, got {cache_interval!r}")
+        at_least(1, cache_interval=cache_interval)
         schedule = Schedule(cache_interval, cache_branch_id, plan)
         if self._caching is not None:
             same_cuts = schedule.branch_ids == self._schedule.branch_ids

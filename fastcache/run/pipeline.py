@@ -386,4 +386,4 @@ def _append(pool: BufferPool, channels: Tensor) -> None:
     """Fill the U-Net's channels after the latents', which stay as they are for the whole run."""
     sample = pool.tensors["sample"]
     every = sample.view(pool.halves, pool.batch, *sample.shape[1:])[:, :, pool.latent_shape[1] :]
-    every.copy_(channels.unflatten(0, (-1, pool.batch)))
+    every.copy_(channels.reshape(-1, pool.batch, *channels.shape[1:]))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice, takewhile
 from typing import Any, Final, Literal, cast
 
+from fastcache.run.expect import at_least, expected, is_int, is_number
 from fastcache.run.spacing import power_spaced
 
 FULL: Final = None
@@ -43,11 +44,11 @@ class Forecast:
 
     def __post_init__(self) -> None:
         if self.by not in ("step", "sigma"):
-            raise _expected("a forecast by step or sigma", self.by, "choose one of these")
-        if not _is_int(self.order) or self.order not in (1, 2):
-            raise _expected("a forecast of order 1 or 2", self.order, "leave the forecast out for plain reuse")
-        if not _is_number(self.damping) or not 0 <= self.damping <= 1:
-            raise _expected("a damping from 0 to 1", self.damping, "0 is plain reuse, 1 the whole extrapolation")
+            raise expected("a forecast by step or sigma", self.by, "choose one of these")
+        if not is_int(self.order) or self.order not in (1, 2):
+            raise expected("a forecast of order 1 or 2", self.order, "leave the forecast out for plain reuse")
+        if not is_number(self.damping) or not 0 <= self.damping <= 1:
+            raise expected("a damping from 0 to 1", self.damping, "0 is plain reuse, 1 the whole extrapolation")
 
     def weights(self, stored: Sequence[int], step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
         """What the features stored at these steps, ascending, count at a later one, if anything. They sum to 1.
@@ -55,7 +56,7 @@ class Forecast:
         Raises: ValueError for a forecast by sigma without the calls' sigmas.
         """
         if self.by == "sigma" and sigmas is None:
-            raise _expected("the sampler's noise levels with a forecast by sigma", None, "forecast by step")
+            raise expected("the sampler's noise levels with a forecast by sigma", None, "forecast by step")
         place = sigmas if self.by == "sigma" and sigmas is not None else range(step + 1)
         apart = {place[own]: own for own in stored}  # of two at one place the later
         weights: dict[int, float] = {}
@@ -91,11 +92,11 @@ class CachePlan:
         _check_branches(self.branches)
         for name, value in (("model", self.model), ("sampler", self.sampler)):
             if not (value is None or isinstance(value, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise _expected(f"{name} to be a string or None", value, f"name the {name} or leave it out")
+                raise expected(f"{name} to be a string or None", value, f"name the {name} or leave it out")
         if not isinstance(self.made_by, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise _expected("made_by to be a string", self.made_by, "say which constructor made the plan")
+            raise expected("made_by to be a string", self.made_by, "say which constructor made the plan")
         if not (self.forecast is None or isinstance(self.forecast, Forecast)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise _expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
+            raise expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
         _check_unguided(self.unguided_steps, self.num_steps)
         for step in range(self.num_steps):
             if not self.is_full(step) and self.is_guided(step):
@@ -160,8 +161,8 @@ class CachePlan:
 
         Raises: ValueError if these are no steps of the plan, or step `first` is SHALLOW and guidance was off before.
         """
-        if not (_is_int(first) and _is_int(end) and 0 <= first < end <= self.num_steps):
-            raise _expected(
+        if not (is_int(first) and is_int(end) and 0 <= first < end <= self.num_steps):
+            raise expected(
                 f"guidance from a step to a later one, up to {self.num_steps}", (first, end), "steps count from 0"
             )
         return replace(self, unguided_steps=(*range(first), *range(end, self.num_steps)))
@@ -169,7 +170,7 @@ class CachePlan:
     @classmethod
     def all_full(cls, num_steps: int) -> CachePlan:
         """No caching: every step runs the full engine."""
-        return cls((FULL,) * _at_least(1, num_steps=num_steps), made_by="all_full()")
+        return cls((FULL,) * at_least(1, num_steps=num_steps), made_by="all_full()")
 
     @classmethod
     def uniform(cls, num_steps: int, interval: int, branch_id: int = 0) -> CachePlan:
@@ -178,8 +179,8 @@ class CachePlan:
         Raises: ValueError if num_steps or interval is below 1 or branch_id below 0.
         Source: DeepCache, arXiv 2312.00858, section 3.3 ("uniform 1:N").
         """
-        _at_least(1, num_steps=num_steps)
-        refreshes = range(0, num_steps, _at_least(1, interval=interval))
+        at_least(1, num_steps=num_steps)
+        refreshes = range(0, num_steps, at_least(1, interval=interval))
         return cls(_branches(num_steps, refreshes, branch_id), made_by=f"uniform(interval={interval})")
 
     @classmethod
@@ -202,11 +203,11 @@ class CachePlan:
         Raises: ValueError if center is not a step, power not above 1, or no power in (1, power] fits.
         Source: DeepCache, arXiv 2312.00858, section 3.3, and `sample_from_quad_center` in its code.
         """
-        count = math.ceil(_at_least(1, num_steps=num_steps) / _at_least(1, interval=interval))
+        count = math.ceil(at_least(1, num_steps=num_steps) / at_least(1, interval=interval))
         if not 0 <= center < num_steps:
-            raise _expected(f"center in [0, {num_steps})", center, "give the step to refresh most around")
+            raise expected(f"center in [0, {num_steps})", center, "give the step to refresh most around")
         if not 1 < power < math.inf:
-            raise _expected("a finite power above 1", power, "use 1.2 to 1.5, or CachePlan.uniform")
+            raise expected("a finite power above 1", power, "use 1.2 to 1.5, or CachePlan.uniform")
         options = ", as_shipped=True" if as_shipped else ""
         refreshes = power_spaced(num_steps, count, center, power, as_shipped)
         return cls(
@@ -220,7 +221,7 @@ class CachePlan:
 
         Raises: ValueError if step 0 is missing, or a step is repeated, no integer or outside the plan.
         """
-        _at_least(1, num_steps=num_steps)
+        at_least(1, num_steps=num_steps)
         return cls(_branches(num_steps, refresh_steps, branch_id), made_by="from_refresh_steps()")
 
     def to_json(self) -> str:
@@ -251,10 +252,10 @@ class CachePlan:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {remedy}") from error
         if not isinstance(parsed, dict):
-            raise _expected("a JSON object", parsed, remedy)
+            raise expected("a JSON object", parsed, remedy)
         fields = cast("dict[str, object]", parsed)
         if fields.get("schema") != SCHEMA:
-            raise _expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
+            raise expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
         if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
             raise ValueError(
                 f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
@@ -263,7 +264,7 @@ class CachePlan:
         branches, unguided_steps = fields["branches"], fields.get("unguided_steps", [])
         for name, value in (("branches", branches), ("unguided_steps", unguided_steps)):
             if not isinstance(value, list):
-                raise _expected(f"{name} to be a list", value, remedy)
+                raise expected(f"{name} to be a list", value, remedy)
         plan = cls(  # __post_init__ checks the types
             tuple(cast("list[int | None]", branches)),
             cast("str | None", fields["model"]),
@@ -272,68 +273,49 @@ class CachePlan:
             tuple(cast("list[int]", unguided_steps)),
             _read_forecast(fields.get("forecast"), remedy),
         )
-        if not _is_int(fields["num_steps"]) or fields["num_steps"] != plan.num_steps:
-            raise _expected(f"num_steps {plan.num_steps}, one a branch", fields["num_steps"], remedy)
+        if not is_int(fields["num_steps"]) or fields["num_steps"] != plan.num_steps:
+            raise expected(f"num_steps {plan.num_steps}, one a branch", fields["num_steps"], remedy)
         return plan
 
 
 def _read_forecast(value: object, remedy: str) -> Forecast | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or cast("dict[str, object]", value).keys() != {"order", "damping", "by"}:
-        raise _expected("forecast to have the keys order, damping and by", value, remedy)
-    return Forecast(**cast("dict[str, Any]", value))
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if fields.keys() != {"order", "damping", "by"}:
+        raise expected("forecast to have the keys order, damping and by", cast(object, value), remedy)
+    return Forecast(**fields)
 
 
 def _branches(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[int | None, ...]:
-    _at_least(0, branch_id=branch_id)
+    at_least(0, branch_id=branch_id)
     refreshes = list(refresh_steps)
     for step in refreshes:
-        if not _is_int(step) or not 0 <= step < num_steps:
-            raise _expected(f"refresh steps in 0..{num_steps - 1}", step, "steps count U-Net calls from 0")
+        if not is_int(step) or not 0 <= step < num_steps:
+            raise expected(f"refresh steps in 0..{num_steps - 1}", step, "steps count U-Net calls from 0")
     if len(set(refreshes)) != len(refreshes):
-        raise _expected("each refresh step once", refreshes, "drop the repeats")
+        raise expected("each refresh step once", refreshes, "drop the repeats")
     if 0 not in refreshes:
-        raise _expected("a refresh at step 0", refreshes, "add 0: nothing is cached across requests")
+        raise expected("a refresh at step 0", refreshes, "add 0: nothing is cached across requests")
     chosen = set(refreshes)
     return tuple(FULL if step in chosen else branch_id for step in range(num_steps))
 
 
-def _check_branches(branches: object) -> None:
+def _check_branches(branches: Sequence[object]) -> None:
     if not isinstance(branches, tuple) or not branches:
-        raise _expected("branches to be a tuple with an entry a step", branches, "give at least one step")
-    entries = cast("tuple[object, ...]", branches)
-    for step, branch in enumerate(entries):
-        if branch is not FULL and not (_is_int(branch) and cast(int, branch) >= 0):
-            raise _expected(f"branches[{step}] to be None or an integer >= 0", branch, "None is a FULL step")
-    if entries[0] is not FULL:
-        raise _expected("the first step to be FULL (None)", entries[0], "nothing is cached across requests")
+        raise expected("branches to be a tuple with an entry a step", branches, "give at least one step")
+    for step, branch in enumerate(branches):
+        if branch is not FULL and not (is_int(branch) and branch >= 0):
+            raise expected(f"branches[{step}] to be None or an integer >= 0", branch, "None is a FULL step")
+    if branches[0] is not FULL:
+        raise expected("the first step to be FULL (None)", branches[0], "nothing is cached across requests")
 
 
-def _check_unguided(steps: object, num_steps: int) -> None:
+def _check_unguided(steps: Sequence[object], num_steps: int) -> None:
     if not isinstance(steps, tuple):
-        raise _expected("unguided_steps to be a tuple of steps", steps, "give () for guidance throughout")
-    entries = cast("tuple[object, ...]", steps)
-    if not all(_is_int(step) and 0 <= cast(int, step) < num_steps for step in entries):
-        raise _expected(f"unguided_steps in 0..{num_steps - 1}", steps, "steps count U-Net calls from 0")
-    if sorted(set(cast("tuple[int, ...]", entries))) != list(entries):
-        raise _expected("unguided_steps in ascending order, each once", steps, "sort them and drop the repeats")
-
-
-def _at_least(least: int, **named: int) -> int:
-    ((name, value),) = named.items()
-    if not _is_int(value) or value < least:
-        raise _expected(f"{name} to be an integer >= {least}", value, f"give another {name}")
-    return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # True would pass for branch 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _expected(what: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"expected {what}, got {reprlib.repr(got)}; {remedy}")
+        raise expected("unguided_steps to be a tuple of steps", steps, "give () for guidance throughout")
+    known = [step for step in steps if is_int(step) and 0 <= step < num_steps]
+    if len(known) != len(steps):
+        raise expected(f"unguided_steps in 0..{num_steps - 1}", steps, "steps count U-Net calls from 0")
+    if sorted(set(known)) != known:
+        raise expected("unguided_steps in ascending order, each once", steps, "sort them and drop the repeats")
