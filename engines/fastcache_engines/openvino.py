@@ -1,14 +1,20 @@
 """An ONNX file -> an engine of OpenVINO on the CPU, in float32 or bfloat16, bound to torch tensors without copies.
 
-The graph is compiled when it is loaded, from weights that are mapped from the file: for SD1.5 that takes 1.1 s, an
-imported blob of the compiled model 0.9 s from a cache folder and 11 s from memory, at 3.4 GB more on disk. So none is
-kept.
+The graph is compiled when tensors are bound to it, from weights that are mapped from the file: for SD1.5 that takes
+1.1 s, an imported blob of the compiled model 0.9 s from a cache folder and 11 s from memory, at 3.4 GB more on disk. So
+none is kept.
+
+The shapes bound first are compiled for themselves: with sizes known OpenVINO fuses more, and SD1.5's full step at
+256x256 takes 6 to 8% less time in bf16. All other shapes share one compilation for free sizes, as each holds the
+weights once more.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +53,8 @@ NAME = "openvino"
 SOURCE: Literal["onnx"] = "onnx"
 TYPED = False  # OpenVINO lowers a float32 graph itself, and knows what must stay in float32
 DTYPES: Mapping[str, tuple[DType, ...]] = {"cpu": ("fp32", "bf16")}
+
+_Shapes = dict[str, tuple[int, ...]]
 
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES: Mapping[str, str] = {"f32": "float32", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -100,7 +108,7 @@ def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = Lo
 
     Raises: as `load`.
     """
-    compiled: Any = OpenVinoEngine(path, options).compiled
+    compiled = OpenVinoEngine(path, options).compiled_for({name: tuple(t.shape) for name, t in inputs.items()})
     results = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
     return {name: torch.from_numpy(value) for port, value in results.items() for name in port.get_names()}
 
@@ -112,28 +120,50 @@ class OpenVinoEngine:
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
-        openvino = _openvino()
         refuse_outside_weights(path)
-        settings = {
+        self._name, self._core = path.name, _openvino().Core()
+        self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _PRECISION[options.dtype],
             "INFERENCE_NUM_THREADS": options.threads or torch.get_num_threads(),
         }
-        core = openvino.Core()
-        try:
-            model = core.read_model(path)
-            self.inputs = tuple(_spec(port) for port in model.inputs)
-            self.outputs = tuple(_spec(port) for port in model.outputs)
-            self.compiled = core.compile_model(model, "CPU", settings)
-        except RuntimeError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ValueError(f"OpenVINO cannot load {path.name}: {lines[-1] if lines else 'no message'}") from error
+        with self._loading():
+            self._graph = self._core.read_model(path)
+        self.inputs = tuple(_spec(port) for port in self._graph.inputs)
+        self.outputs = tuple(_spec(port) for port in self._graph.outputs)
+        self._own: tuple[_Shapes, Any] | None = None
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenVinoBinding:
-        """Bind by address: the graph reads and writes the tensors themselves."""
+        """Bind by address: the graph reads and writes the tensors themselves.
+
+        Raises: `ValueError` for tensors that do not fit, or a graph that OpenVINO cannot compile.
+        """
         specs = (*self.inputs, *self.outputs)
         check_tensors(specs, tensors, "cpu")
-        return OpenVinoBinding(self.compiled.create_infer_request(), [(s.name, tensors[s.name]) for s in specs])
+        compiled = self.compiled_for({spec.name: tuple(tensors[spec.name].shape) for spec in self.inputs})
+        return OpenVinoBinding(compiled.create_infer_request(), [(s.name, tensors[s.name]) for s in specs])
+
+    def compiled_for(self, shapes: _Shapes) -> Any:
+        """The compiled graph that takes inputs of these shapes, by name."""
+        if self._own is None:
+            graph = self._graph.clone()
+            with self._loading():
+                graph.reshape({name: list(shape) for name, shape in shapes.items()})
+                self._own = shapes, self._core.compile_model(graph, "CPU", self._settings)
+        return self._own[1] if self._own[0] == shapes else self._for_free_sizes
+
+    @cached_property
+    def _for_free_sizes(self) -> Any:
+        with self._loading():
+            return self._core.compile_model(self._graph, "CPU", self._settings)
+
+    @contextmanager
+    def _loading(self) -> Generator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ValueError(f"OpenVINO cannot load {self._name}: {lines[-1] if lines else 'no message'}") from error
 
 
 class OpenVinoBinding:
