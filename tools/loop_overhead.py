@@ -28,7 +28,8 @@ from fastcache.run.buffers import BufferPool
 from fastcache.run.capture import CudaRecorder, denoise_captured
 from fastcache.run.denoise import DenoiseOptions, denoise
 from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import SamplerTable, compile_sampler, make_scheduler
+from fastcache.run.sampler import SamplerTable, compile_sampler
+from fastcache.run.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 
 STEPS = 6
 PIXELS = 64

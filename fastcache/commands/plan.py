@@ -136,7 +136,8 @@ def _by_formula(
     as_shipped: bool,
 ) -> CachePlan:
     from fastcache.run.plan import CachePlan
-    from fastcache.run.sampler import compile_sampler, make_scheduler
+    from fastcache.run.sampler import compile_sampler
+    from fastcache.run.scheduler import make_scheduler
 
     calls = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
     if uniform is not None:

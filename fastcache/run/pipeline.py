@@ -28,8 +28,9 @@ from fastcache.run.images import Images, OutputType, Pictures, Start, png_bytes
 from fastcache.run.plan import CachePlan
 from fastcache.run.prompts import Prompt, Prompts, Texts
 from fastcache.run.runtime import Runtime
-from fastcache.run.sampler import SamplerTable, Scheduler, make_scheduler, same_sampler
+from fastcache.run.sampler import SamplerTable
 from fastcache.run.schedule import WHOLE, Schedule, Span, make_schedule
+from fastcache.run.scheduler import Scheduler, make_scheduler, same_sampler
 
 __all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load", "png_bytes"]
 

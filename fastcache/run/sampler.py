@@ -7,23 +7,18 @@ once on basis vectors says all there is to know about it. Knows nothing about U-
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-MAX_WINDOW: Final = 5  # PLMS of order 4 passes over one of its first calls: the deepest history but UniPC's
+from fastcache.run.recursion import MAX_WINDOW, Update, floats, own_update, shortest_update
+from fastcache.run.scheduler import Scheduler
 
-# Of a row's largest entry: the named samplers leave 4e-15 in a window that holds, 2e-6 and more in one too small.
-_WINDOW_TOLERANCE: Final = 1e-8
-# A window whose terms cancel to a thirtieth loses that much of float32; the named samplers stay below 4.
-_MAX_CANCELLATION: Final = 30.0
 # A linear scheduler keeps to its table to 1e-14; clipping moves a sample by a good part of itself.
 _LINEARITY_TOLERANCE: Final = 1e-4
 _PROBES: Final = 64
@@ -31,99 +26,6 @@ _PROBES: Final = 64
 
 class NonlinearSamplerError(ValueError):
     """The scheduler is no linear function of its inputs: run its own `step` instead of a table."""
-
-
-class Scheduler(Protocol):
-    """What is used of a diffusers scheduler."""
-
-    @property
-    def config(self) -> Any: ...
-    @property
-    def timesteps(self) -> Any: ...
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any: ...
-    def step(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class SchedulerChoice:
-    """The diffusers class a sampler's name stands for, and the settings that the name implies."""
-
-    class_name: str
-    overrides: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-def _choice(class_name: str, **overrides: Any) -> SchedulerChoice:
-    return SchedulerChoice(class_name, MappingProxyType(overrides))
-
-
-def _dpm(algorithm_type: str, use_karras_sigmas: bool = False) -> SchedulerChoice:
-    return _choice(
-        "DPMSolverMultistepScheduler",
-        algorithm_type=algorithm_type,
-        solver_order=2,
-        use_karras_sigmas=use_karras_sigmas,
-        thresholding=False,
-    )
-
-
-_PNDM: Final = _choice("PNDMScheduler", skip_prk_steps=True)
-
-SAMPLERS: Final[Mapping[str, SchedulerChoice]] = MappingProxyType(
-    {
-        "ddim": _choice("DDIMScheduler", clip_sample=False, thresholding=False),
-        "pndm": _PNDM,
-        "plms": _PNDM,
-        "ddpm": _choice("DDPMScheduler", clip_sample=False, thresholding=False),
-        "euler": _choice("EulerDiscreteScheduler"),
-        "euler_a": _choice("EulerAncestralDiscreteScheduler"),
-        "dpm++_2m": _dpm("dpmsolver++"),
-        "dpm++_2m_karras": _dpm("dpmsolver++", use_karras_sigmas=True),
-        "dpm++_2m_sde": _dpm("sde-dpmsolver++"),
-        "unipc": _choice("UniPCMultistepScheduler", thresholding=False),
-        "heun": _choice("HeunDiscreteScheduler", clip_sample=False),
-        "lms": _choice("LMSDiscreteScheduler"),
-        "lcm": _choice("LCMScheduler", clip_sample=False, thresholding=False),
-    }
-)
-
-
-def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
-    """The diffusers scheduler that users call `name`, for a model whose own scheduler has this config.
-
-    Raises: ValueError for an unknown name; ImportError where the scheduler needs a package (lms: scipy).
-    """
-    if name not in SAMPLERS:
-        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {name!r}; choose one of these")
-    import diffusers
-
-    choice = SAMPLERS[name]
-    scheduler_class: Any = getattr(diffusers, choice.class_name)
-    accepted = inspect.signature(scheduler_class.__init__).parameters
-    # diffusers warns of keys it does not know; the private ones say which values are another class's defaults
-    known = {key: value for key, value in config.items() if key in accepted or key.startswith("_")}
-    return cast(Scheduler, scheduler_class.from_config(known, **choice.overrides))
-
-
-def same_sampler(name: str, other: str) -> bool:
-    """Whether two names stand for the same sampler, as `pndm` and `plms` do."""
-    return name == other or (name in SAMPLERS and SAMPLERS[name] is SAMPLERS.get(other))
-
-
-@dataclass(frozen=True)
-class Update:
-    """x_{i+1} = weights @ history[3 * first : 3 * (i + 1)], the update after U-Net call i.
-
-    Shapes: history has the rows x_0, e_0, z_0, x_1, e_1, z_1, ... (x_0 = x_T, e = the guided model output,
-    z = the noise drawn at that call), weights has 3 for each call of the window.
-    """
-
-    first: int
-    weights: tuple[float, ...]
-
-    @property
-    def window(self) -> int:
-        """How many calls the update looks back over, its own included."""
-        return len(self.weights) // 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,49 +87,7 @@ class SamplerTable:
         rows = torch.zeros(calls + 1, 1 + 2 * calls, dtype=torch.float64, device="cpu")
         rows[0, 0] = 1.0
         rows[1:, 0], rows[1:, 1::2], rows[1:, 2::2] = self.x, self.eps, self.noise
-        return tuple(_update(rows, call) for call in range(calls))
-
-
-def _own_update(row: Tensor, call: int) -> Update:
-    """An update that is given in the basis of the history, from the first call that it uses."""
-    first = min([*map(int, row.nonzero().flatten().unbind()), 3 * call]) // 3
-    return Update(first, _floats(row[3 * first : 3 * (call + 1)]))
-
-
-def _update(rows: Tensor, call: int) -> Update:
-    """The update of one call; rows are x_0, x_1, ... in the basis x_T, e_0, z_0, e_1, z_1, ..."""
-    for first in range(call, max(call - MAX_WINDOW, -1), -1):
-        weights = _window_weights(rows, first, call)
-        if weights is not None:
-            return Update(first, weights)
-    dense = torch.zeros(call + 1, 3, dtype=torch.float64, device="cpu")
-    dense[0, 0] = rows[call + 1, 0]
-    dense[:, 1:] = rows[call + 1, 1 : 2 * call + 3].reshape(call + 1, 2)
-    return Update(0, _floats(dense))
-
-
-def _window_weights(rows: Tensor, first: int, call: int) -> tuple[float, ...] | None:
-    """Weights over the calls first..call that give x_{call+1}, or None where that window does not hold it.
-
-    What the window's own e and z add is free; all older coordinates must come out of its x alone.
-    """
-    target, xs = rows[call + 1], rows[first : call + 1]
-    scale = target.abs().max()
-    older = 1 + 2 * first
-    # rcond: of x that are nearly the same to float32, use one rather than a large difference
-    lstsq = cast("Callable[..., Any]", torch.linalg.lstsq)  # pyright: ignore[reportUnknownMemberType]
-    solution = cast(Tensor, lstsq(xs[:, :older].T, target[:older, None], rcond=1e-7, driver="gelsd").solution[:, 0])
-    rest = target - solution @ xs
-    if not rest[:older].abs().max() <= _WINDOW_TOLERANCE * scale:
-        return None
-    if (solution.abs() * xs.abs().amax(1)).sum() > _MAX_CANCELLATION * scale:
-        return None
-    own = rest[older : 2 * call + 3].reshape(-1, 2)
-    return _floats(torch.cat([solution[:, None], own], dim=1))
-
-
-def _floats(weights: Tensor) -> tuple[float, ...]:
-    return tuple(map(float, weights.flatten().unbind()))
+        return tuple(shortest_update(rows, call) for call in range(calls))
 
 
 def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 0, **step_kwargs: Any) -> SamplerTable:
@@ -254,7 +114,7 @@ def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 
         noise=trace.samples[:, 1 + calls :].clone(),
         init_noise_sigma=float(getattr(prepared, "init_noise_sigma", 1.0)),
         noise_drawn=trace.noise_drawn,
-        stepwise=tuple(_own_update(row, call) for call, row in enumerate(stepwise)),
+        stepwise=tuple(own_update(row, call) for call, row in enumerate(stepwise)),
         sigmas=noise_levels(prepared, timesteps),
     )
     _check_superposition(prepared, timesteps, step_kwargs, table)
@@ -274,7 +134,7 @@ def noise_levels(scheduler: Any, timesteps: Tensor) -> tuple[float, ...] | None:
     place = timesteps.double().cpu().clamp(0, len(logs) - 1)
     below = place.floor().long()
     above = (below + 1).clamp(max=len(logs) - 1)
-    return _floats(torch.lerp(logs[below], logs[above], place - below).exp())
+    return floats(torch.lerp(logs[below], logs[above], place - below).exp())
 
 
 def _prepared(scheduler: Scheduler, num_steps: int, begin_index: int) -> Scheduler:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastcache.run.denoise import Generators, ScheduledSampler
-from fastcache.run.sampler import NonlinearSamplerError, SamplerTable, Scheduler, compile_sampler
+from fastcache.run.sampler import NonlinearSamplerError, SamplerTable, compile_sampler
+from fastcache.run.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

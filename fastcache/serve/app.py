@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fastcache.run.sampler import SAMPLERS
+from fastcache.run.scheduler import SAMPLERS
 from fastcache.serve.answers import answer
 from fastcache.serve.errors import ApiError, internal
 from fastcache.serve.guard import PROBES, Guard

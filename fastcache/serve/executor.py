@@ -19,7 +19,8 @@ from fastcache.recipe import Size
 from fastcache.run.denoise import draw
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.prompts import Prompt, Sizes
-from fastcache.run.sampler import MAX_WINDOW, SamplerTable
+from fastcache.run.recursion import MAX_WINDOW
+from fastcache.run.sampler import SamplerTable
 from fastcache.serve.slots import Place, RingTable, Slots
 from fastcache_kernels import reference as kernels
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastcache.bundle import Manifest
 from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import same_sampler
+from fastcache.run.scheduler import same_sampler
 from fastcache.serve.errors import ApiError
 from fastcache.serve.events import Event
 from fastcache.serve.executor import Drawing, Executor

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import SAMPLERS
+from fastcache.run.scheduler import SAMPLERS
 
 MAX_SEED: Final = 2**63 - 1
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastcache.run.buffers import shape_of
-from fastcache.run.sampler import MAX_WINDOW, SamplerTable
+from fastcache.run.recursion import MAX_WINDOW
+from fastcache.run.sampler import SamplerTable
 from fastcache_engines import Binding, Engine, TensorSpec
 
 _WRITTEN: Final = ("sample", "timestep", "noise_pred")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastcache.run.pipeline import FastCachePipeline
-from fastcache.run.sampler import SamplerTable, compile_sampler, make_scheduler
+from fastcache.run.sampler import SamplerTable, compile_sampler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.trajectory import Denoiser, EngineDenoiser, Feature, Walk, draw_noise
 
 SCHEMA: Final = "fastcache.calibration/1"

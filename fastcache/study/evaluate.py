@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastcache.run.pipeline import FastCachePipeline, Run
 from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import compile_sampler, make_scheduler, same_sampler
+from fastcache.run.sampler import compile_sampler
+from fastcache.run.scheduler import make_scheduler, same_sampler
 from fastcache.study.quality import Estimate, bootstrap, frechet_distance, mean_of
 
 Array = npt.NDArray[np.floating]

@@ -23,7 +23,7 @@ from torch import Tensor
 import fastcache
 from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
 from fastcache.study.plain import PlainPipeline
 from fastcache_engines import Binding, DType

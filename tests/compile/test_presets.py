@@ -19,7 +19,7 @@ from fastcache.compile.models import find_model
 from fastcache.compile.presets import PRESETS
 from fastcache.recipe import recipe_from
 from fastcache.run.images import Start
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.bench import document, make_inputs, run_bench
 from fastcache.study.lineup import Wishes, of_bundle, of_model
 from fastcache.study.profiling import profile_eager, profile_engines

@@ -22,7 +22,7 @@ from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTa
 from fastcache.run.buffers import BufferPool
 from fastcache.run.capture import CudaRecorder, Recorder, denoise_captured
 from fastcache.run.denoise import Call, ScheduledSampler, Step, denoise
-from fastcache.run.sampler import SAMPLERS, make_scheduler
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 

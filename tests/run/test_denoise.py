@@ -16,7 +16,7 @@ import fastcache
 from fastcache import CachePlan, Forecast, SamplerTable, compile_sampler
 from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import Step, denoise
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
 
 # numpy's word to diffusers, not to us

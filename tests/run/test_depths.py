@@ -22,7 +22,7 @@ from fastcache.parity import module_parity
 from fastcache.recipe import recipe_from
 from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import denoise
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.verify import verify_bundle
 from small_unets import small_unet
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastcache
 from fastcache import Bundle, CachePlan, FastCacheHelper
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from live_pipelines import add_lora, agreement_db, draw, full_calls, helped
 
 # numpy's word to diffusers, not to us

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcache import CachePlan, FastCacheHelper
 from fastcache.run.plan import Forecast
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, calls, draw, full_calls, helped, switch
 from small_unets import example, small_unet
 

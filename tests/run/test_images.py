@@ -20,7 +20,7 @@ from torch import Tensor
 import fastcache
 from fastcache import FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.run.sampler import SAMPLERS, make_scheduler
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.study.quality import psnr_db
 from tiny_model import save_once, save_tiny_model
 

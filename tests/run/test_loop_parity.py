@@ -15,7 +15,7 @@ from eager_engines import BRANCHES, IMAGES, conditioning, generators, small_cuts
 from fastcache import CachePlan, Forecast, compile_sampler
 from fastcache.run.denoise import denoise
 from fastcache.run.forecast import extrapolate
-from fastcache.run.sampler import SAMPLERS, make_scheduler
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

@@ -18,7 +18,7 @@ from torch import Tensor
 import fastcache
 from fastcache import BundleError, CachePlan, FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.run.sampler import SAMPLERS, make_scheduler
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.study.quality import psnr_db
 
 # numpy's word to diffusers, not to us

@@ -13,16 +13,9 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastcache.run.sampler import (
-    MAX_WINDOW,
-    SAMPLERS,
-    NonlinearSamplerError,
-    SamplerTable,
-    Update,
-    compile_sampler,
-    make_scheduler,
-    noise_levels,
-)
+from fastcache.run.recursion import MAX_WINDOW, Update
+from fastcache.run.sampler import NonlinearSamplerError, SamplerTable, compile_sampler, noise_levels
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

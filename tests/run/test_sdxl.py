@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastcache
 from fastcache import FastCachePipeline
-from fastcache.run.sampler import make_scheduler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.quality import psnr_db
 from tiny_model import save_once, save_tiny_sdxl
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fastcache
 from fastcache import Bundle, CachePlan
-from fastcache.run.sampler import SAMPLERS
+from fastcache.run.scheduler import SAMPLERS
 from fastcache.serve.limits import Limits
 from serve.malformed import malformed_bodies, malformed_requests
 from serve.serving import GENERATE, Running, running, schemathesis_command

@@ -14,7 +14,8 @@ from torch import Tensor
 import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.recipe import Size
-from fastcache.run.sampler import SAMPLERS, compile_sampler, make_scheduler
+from fastcache.run.sampler import compile_sampler
+from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.serve.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.scheduler import Batch, Image, Job, Scheduler
 from fastcache.serve.slots import RingTable

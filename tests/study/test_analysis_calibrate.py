@@ -14,7 +14,8 @@ from torch import Tensor
 import fastcache
 from fastcache.bundle import Bundle
 from fastcache.compile.models import find_model
-from fastcache.run.sampler import compile_sampler, make_scheduler
+from fastcache.run.sampler import compile_sampler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.analysis.subject import find_subject
 from fastcache.study.calibrate import GAIN_LAG, Calibration, Conditions, Measured, calibrate, calibrate_bundle
 from fastcache.study.eager import EagerDenoiser

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.run.sampler import SamplerTable, compile_sampler, make_scheduler
+from fastcache.run.sampler import SamplerTable, compile_sampler
+from fastcache.run.scheduler import make_scheduler
 from fastcache.study.analysis.recorder import Array, Recorded, Recorder, joined
 from fastcache.study.analysis.subject import Subject
 from fastcache.study.analysis.taps import unet_taps

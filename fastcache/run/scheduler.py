@@ -1,0 +1,85 @@
+"""A sampler's name, as users know it -> the diffusers scheduler it stands for, made from a model's own settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, Protocol, cast
+
+
+class Scheduler(Protocol):
+    """What is used of a diffusers scheduler."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def timesteps(self) -> Any: ...
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any: ...
+    def step(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SchedulerChoice:
+    """The diffusers class a sampler's name stands for, and the settings that the name implies."""
+
+    class_name: str
+    overrides: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def _choice(class_name: str, **overrides: Any) -> SchedulerChoice:
+    return SchedulerChoice(class_name, MappingProxyType(overrides))
+
+
+def _dpm(algorithm_type: str, use_karras_sigmas: bool = False) -> SchedulerChoice:
+    return _choice(
+        "DPMSolverMultistepScheduler",
+        algorithm_type=algorithm_type,
+        solver_order=2,
+        use_karras_sigmas=use_karras_sigmas,
+        thresholding=False,
+    )
+
+
+_PNDM: Final = _choice("PNDMScheduler", skip_prk_steps=True)
+
+SAMPLERS: Final[Mapping[str, SchedulerChoice]] = MappingProxyType(
+    {
+        "ddim": _choice("DDIMScheduler", clip_sample=False, thresholding=False),
+        "pndm": _PNDM,
+        "plms": _PNDM,
+        "ddpm": _choice("DDPMScheduler", clip_sample=False, thresholding=False),
+        "euler": _choice("EulerDiscreteScheduler"),
+        "euler_a": _choice("EulerAncestralDiscreteScheduler"),
+        "dpm++_2m": _dpm("dpmsolver++"),
+        "dpm++_2m_karras": _dpm("dpmsolver++", use_karras_sigmas=True),
+        "dpm++_2m_sde": _dpm("sde-dpmsolver++"),
+        "unipc": _choice("UniPCMultistepScheduler", thresholding=False),
+        "heun": _choice("HeunDiscreteScheduler", clip_sample=False),
+        "lms": _choice("LMSDiscreteScheduler"),
+        "lcm": _choice("LCMScheduler", clip_sample=False, thresholding=False),
+    }
+)
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
+    """The diffusers scheduler that users call `name`, for a model whose own scheduler has this config.
+
+    Raises: ValueError for an unknown name; ImportError where the scheduler needs a package (lms: scipy).
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {name!r}; choose one of these")
+    import diffusers
+
+    choice = SAMPLERS[name]
+    scheduler_class: Any = getattr(diffusers, choice.class_name)
+    accepted = inspect.signature(scheduler_class.__init__).parameters
+    # diffusers warns of keys it does not know; the private ones say which values are another class's defaults
+    known = {key: value for key, value in config.items() if key in accepted or key.startswith("_")}
+    return cast(Scheduler, scheduler_class.from_config(known, **choice.overrides))
+
+
+def same_sampler(name: str, other: str) -> bool:
+    """Whether two names stand for the same sampler, as `pndm` and `plms` do."""
+    return name == other or (name in SAMPLERS and SAMPLERS[name] is SAMPLERS.get(other))
