@@ -1,7 +1,9 @@
 """Measure what docs/findings.md says of plans on the bundled model: python tools/findings.py --help
 
     python tools/findings.py plans    calibrate on captions of training scenes, make every plan   10 minutes on one core
-    python tools/findings.py draw     draw 200 held-out scenes with each, with other seeds        70 minutes on one core
+    python tools/findings.py choose   the same with depths and guidance to choose from            15 minutes on one core
+    python tools/findings.py refine --count 5          local search, judged by true PSNR           2 minutes on one core
+    python tools/findings.py draw     draw 200 held-out scenes with each, with other seeds        two hours on one core
     python tools/findings.py show     print the tables, draw the charts
 
 `draw` goes on where it was stopped: it keeps each batch that it finished.
@@ -15,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import findings_tables as tables
 import numpy as np
 import torch
 import typer
@@ -22,9 +25,15 @@ import typer
 import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.study import evaluate_judges as judges
-from fastcache.study.calibrate import Calibration
+from fastcache.study.calibration import Calibration
 from fastcache.study.evaluate import Arm, arms_of, draw_batch, frechet_estimate
-from fastcache.study.planning import kept_calibration, optimal_plan, threshold_plan
+from fastcache.study.planning import (
+    kept_calibration,
+    latency_plan,
+    measure_loop,
+    optimal_plan,
+    threshold_plan,
+)
 from fastcache.study.quality import mean_of, psnr_db_each
 from fastcache.study.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
 
@@ -34,7 +43,16 @@ FEWER_STEPS = (28, 21, 14, 10)  # of no less time than these, where a shallow st
 CALIBRATION_PROMPTS = 8
 FIRST_SEED = 5000  # of the held-out pictures
 BATCH = 8
-FORECAST = Forecast(order=1, damping=0.75, by="sigma")
+FORECASTS = {
+    "linear": Forecast(order=1),
+    "linear, half": Forecast(order=1, damping=0.5),
+    "over sigma": Forecast(order=1, by="sigma"),
+    "squared over sigma": Forecast(order=2, by="sigma"),
+}
+# what an experiment's arms are compared with, where that is not uniform
+BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"}
+CHARTS = ("plans", "forecast", "steps")
+SLACK = 1.002  # of a time, for what counting it in ticks rounds up
 CENTERS, POWERS = (5, 10, 15, 25, 35), (1.1, 1.2, 1.4, 1.6)
 JUDGES = {
     "psnr_db": judges.psnr_db,
@@ -53,9 +71,12 @@ def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def pipeline(work: Path) -> FastCachePipeline:
-    """The bundled model on OpenVINO, in float32, built once."""
-    bundle = fastcache.build_engines("demo", work / "engines", backend="openvino", batch="1:4:16", progress=say)
+def pipeline(work: Path, *, depths: bool = False) -> FastCachePipeline:
+    """The bundled model on OpenVINO, in float32, built once; with branch 2 beside branch 0, or that alone."""
+    name, branches = ("depths", [0, 2]) if depths else ("engines", 0)
+    bundle = fastcache.build_engines(
+        "demo", work / name, backend="openvino", batch="1:4:16", branch_id=branches, progress=say
+    )
     return FastCachePipeline(bundle)
 
 
@@ -112,6 +133,39 @@ def nonuniform_candidates(interval: int) -> list[CachePlan]:
     return list(found.values())
 
 
+@app.command("choose")
+def choose_command(work: Work = WORK, results: Results = RESULTS) -> None:
+    """Plans that choose depths and guidance in the time that K refreshes at branch 0 take; writes choices.json.
+
+    A kind that chose what a simpler one did is left out.
+    """
+    pipe = pipeline(work, depths=True)
+    calibration = kept_calibration(
+        pipe,
+        judges.calibration_prompts(CALIBRATION_PROMPTS),
+        sampler=SAMPLER,
+        num_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        guidance=True,
+        say=say,
+    )
+    times = measure_loop(pipe, SAMPLER, STEPS, GUIDANCE, guidance=True)
+    say(f"{times}")
+    one_depth = replace(times, shallow_ms={0: times.shallow_ms[0]})
+    made: dict[str, CachePlan] = {}
+    for count, interval in INTERVALS.items():
+        most_ms = SLACK * times.loop_ms(CachePlan.uniform(STEPS, interval))
+        own = {
+            "one depth": latency_plan(calibration, one_depth, most_ms),
+            "depths": latency_plan(calibration, times, most_ms),
+            "guidance": latency_plan(calibration, one_depth, most_ms, guidance=True),
+            "depths and guidance": latency_plan(calibration, times, most_ms, guidance=True),
+        }
+        chosen = {plan: kind for kind, plan in reversed(own.items())}  # of kinds that chose the same the first
+        made |= {f"{kind}-{count}": plan for plan, kind in reversed(chosen.items())}
+    write_plans(results / "choices.json", made)
+
+
 @app.command("refine")
 def refine_command(
     count: Annotated[int, typer.Option(help="How many refreshes.")],
@@ -134,6 +188,9 @@ def refine_command(
         return -psnr
 
     found = local_search(plans[f"optimal-{count}"].refresh_steps, STEPS, score, moves)
+    if found == plans[f"optimal-{count}"].refresh_steps:
+        say(f"none of {moves} moves is better at {count} refreshes")
+        return
     file = results / "refined.json"
     made = read_plans(file) if file.is_file() else {}
     plan = replace(CachePlan.from_refresh_steps(STEPS, found), made_by=f"optimal, then {moves} moves")
@@ -148,27 +205,29 @@ def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
     found = {"plans": plans, "steps": fewer, "forecast": {}}
     for count in INTERVALS:
         for kind in ("uniform", "optimal"):
-            plan = plans[f"{kind}-{count}"]
-            found["forecast"][f"{kind}-{count}"] = plan
-            found["forecast"][f"{kind}, forecast-{count}"] = replace(plan, forecast=FORECAST)
-    if (results / "refined.json").is_file():
-        found["refined"] = read_plans(results / "refined.json")
+            for name, forecast in FORECASTS.items():
+                if kind == "uniform" or forecast.order == 1:
+                    found["forecast"][f"{kind}, {name}-{count}"] = replace(plans[f"{kind}-{count}"], forecast=forecast)
+    for name, file in (("refined", "refined.json"), ("choices", "choices.json")):
+        if (results / file).is_file():
+            found[name] = read_plans(results / file)
     return found
 
 
 @app.command("draw")
 def draw_command(
-    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, refined, or all.")] = "all",
+    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, refined, choices, or all.")] = "all",
     images: int = 200,
     most: Annotated[int | None, typer.Option(help="Stop after so many new batches.")] = None,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
     """Draw held-out pictures with every plan of an experiment, and write what they are like."""
-    pipe, known = pipeline(work), experiments(results)
+    known = experiments(results)
     names = list(known) if experiment == "all" else [experiment]
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
+        pipe = pipeline(work, depths=name == "choices")
         arms = arms_of(pipe, known[name], SAMPLER, STEPS)
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
@@ -237,84 +296,26 @@ def show_command(
     results: Results = RESULTS, figures: Annotated[Path, typer.Option(help="Where charts go.")] = Path("docs/figures")
 ) -> None:
     """Print the tables of docs/findings.md and draw its charts, from the results that are there."""
-    found: dict[str, dict[str, Any]] = {}
-    for file in sorted(results.glob("drawn-*.json")):
-        document = json.loads(file.read_text())
+    files = {file.stem.removeprefix("drawn-"): file for file in sorted(results.glob("drawn-*.json"))}
+    documents = {name: json.loads(file.read_text()) for name, file in files.items()}
+    plans = documents["plans"]["rows"]
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, document in documents.items():
         conditions, rows = document["conditions"], document["rows"]
-        name = file.stem.removeprefix("drawn-")
-        typer.echo(f"\n{name}: {conditions['images']} pictures, {conditions['backend']}\n\n{table(rows)}")
-        found[name] = rows
-        figures.mkdir(parents=True, exist_ok=True)
-        draw_chart(rows, f"{conditions['images']} held-out pictures, 95% intervals", figures / f"{name}.png")
-    if {"plans", "steps"} <= found.keys():
-        typer.echo(f"\nequal time\n\n{equal_time(found['plans'], found['steps'])}")
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Markdown; each PSNR with its interval, and its gain over the uniform plan of as many refreshes, in pairs."""
-    lines = ["| plan | PSNR, dB | over uniform, dB | right | Fréchet |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
-        psnr = "-" if name == "uncached" else interval(row["means"]["psnr_db"])
-        gain = interval(over_uniform(rows, name), sign=True) if over_uniform(rows, name) else "-"
-        right = f"{row['means']['scene_right']['value']:.1%}"
-        lines.append(f"| {name} | {psnr} | {gain} | {right} | {interval(row['frechet_distance'])} |")
-    return "\n".join(lines)
-
-
-def equal_time(plans: dict[str, Any], steps: dict[str, Any]) -> str:
-    """Caching against fewer steps of at least the same time, on the pictures that both drew."""
-    lines = ["| caching | fewer steps | caching over fewer steps, dB |", "|---|---|---|"]
-    for count, rival in zip(INTERVALS, FEWER_STEPS, strict=True):
-        for kind in ("uniform", "optimal"):
-            fewer = np.array(steps[f"steps-{rival}"]["psnr_db"])
-            gain = mean_of(np.array(plans[f"{kind}-{count}"]["psnr_db"])[: len(fewer)] - fewer)
-            lines.append(f"| {kind}-{count} | {rival} steps | {interval(vars(gain), sign=True)} |")
-    return "\n".join(lines)
-
-
-def over_uniform(rows: dict[str, Any], name: str) -> dict[str, float]:
-    """The mean gain over the uniform plan of as many refreshes, picture by picture; nothing where there is none."""
-    uniform = f"uniform-{name.rpartition('-')[2]}"
-    if uniform == name or uniform not in rows:
-        return {}
-    return vars(mean_of(np.array(rows[name]["psnr_db"]) - np.array(rows[uniform]["psnr_db"])))
-
-
-def interval(estimate: dict[str, float], *, sign: bool = False) -> str:
-    form = "+.2f" if sign else ".2f"
-    return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
-
-
-def draw_chart(rows: dict[str, Any], title: str, path: Path) -> None:
-    """PSNR, and the gain over uniform where uniform was drawn, over the U-Net calls in full, by kind of plan."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in rows if name != "uncached"]
-    psnr = {name: rows[name]["means"]["psnr_db"] for name in names}
-    gain = {name: found for name in names if (found := over_uniform(rows, name))}
-    panels = [("PSNR to the uncached picture, dB", psnr)] + [("PSNR over uniform, dB", gain)] * bool(gain)
-    figure = Figure(figsize=(6 * len(panels), 4.4), layout="constrained")
-    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
-    for axes, (label, estimates) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for k, kind in enumerate(kinds):
-            own = {name: e for name, e in estimates.items() if name.rpartition("-")[0] == kind}
-            middle = np.array([e["value"] for e in own.values()])
-            low, high = (np.array([e[side] for e in own.values()]) for side in ("low", "high"))
-            aside = 1 + 0.015 * (k - len(kinds) / 2)
-            x = [aside * len(rows[name]["refresh_steps"]) for name in own]
-            if own:
-                bars = [middle - low, high - middle]
-                axes.errorbar(x, middle, yerr=bars, fmt="-o", ms=4, capsize=2, lw=1.2, label=kind, color=f"C{k}")
-        axes.set_xscale("log")
-        ticks = sorted({len(rows[name]["refresh_steps"]) for name in names})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("U-Net calls in full")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+        baseline = BASELINES.get(name, "uniform")
+        baselines = plans | rows
+        typer.echo(f"\n{name}: {conditions['images']} pictures, {conditions['backend']}\n")
+        typer.echo(tables.table(rows, baselines, baseline))
+        if any(tables.gain_over(rows, arm, baselines, baseline) for arm in rows):
+            typer.echo(f"\n{tables.gains(rows, baselines, baseline)}")
+        title = f"{conditions['images']} held-out pictures, 95% intervals"
+        if name in CHARTS:
+            tables.draw_chart(rows, baselines, baseline, title, figures / f"{name}.png")
+    if "steps" in documents:
+        cached = {name: plans[name] for name in plans if name.partition("-")[0] in ("uniform", "optimal")}
+        cached |= documents.get("forecast", {"rows": {}})["rows"]
+        pairs = list(zip(INTERVALS, FEWER_STEPS, strict=True))
+        typer.echo(f"\nequal time\n\n{tables.equal_time(cached, documents['steps']['rows'], pairs)}")
 
 
 if __name__ == "__main__":

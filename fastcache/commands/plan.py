@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastcache.bundle import Manifest
     from fastcache.run.pipeline import FastCachePipeline
     from fastcache.run.plan import CachePlan
-    from fastcache.study.calibrate import Calibration
-    from fastcache.study.planning import LoopTimes
+    from fastcache.study.calibration import Calibration
+    from fastcache.study.ways import LoopTimes
 
 
 def plan(
@@ -34,6 +34,13 @@ def plan(
     max_latency_ms: Annotated[
         float | None, typer.Option(help="The best plan whose loop takes no longer here, at the bundle's usual batch.")
     ] = None,
+    choose_guidance: Annotated[
+        bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
+    ] = False,
+    branch_id: Annotated[
+        str | None,
+        typer.Option(help="Of the bundle's branches those to use, by commas; its first, or for a latency all of them."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="A refresh when the feature's relative changes add up to more (Block Caching).")
     ] = None,
@@ -44,7 +51,8 @@ def plan(
         int | None, typer.Option(min=1, max=2, help="Extrapolate the cached feature, linearly (1) or squared (2).")
     ] = None,
     forecast_by: Annotated[
-        str, typer.Option(help="Over the step's number (step), or its noise level (sigma).")
+        str,
+        typer.Option(help="Over the step's number (step), or its noise level (sigma): better on the bundled model."),
     ] = "step",
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
     prompts: Annotated[
@@ -83,19 +91,23 @@ def plan(
         raise ValueError(
             f"expected --center, --power and --as-shipped only with --nonuniform, got them with {given[0]}"
         )
+    if choose_guidance and (max_latency_ms is None or guidance_steps is not None):
+        raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
+    branches = _branches(read_manifest(engines), branch_id, several=max_latency_ms is not None)
     details: dict[str, Any] = {}
     if uniform is not None or nonuniform is not None:
         if prompts is not None or calibration is not None:
             raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {given[0]}")
-        made = _by_formula(read_manifest(engines), sampler, steps, uniform, nonuniform, center, power, as_shipped)
+        formula = (uniform, nonuniform, center, power, as_shipped)
+        made = _by_formula(read_manifest(engines), sampler, steps, branches[0], *formula)
     else:
         with progress() as say:
             pipe = FastCachePipeline(open_bundle(engines))
-            branch_id, times = pipe.bundle.manifest.branch_id, None
+            times = None
             guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
             if max_latency_ms is not None:
                 say("timing full and shallow steps")
-                times = measure_loop(pipe, sampler, steps, guidance)
+                times = measure_loop(pipe, sampler, steps, guidance, branches, guidance=choose_guidance)
                 times.check(max_latency_ms, num_calls(pipe, sampler, steps))
             measured = kept_calibration(
                 pipe,
@@ -103,15 +115,16 @@ def plan(
                 sampler=sampler,
                 num_steps=steps,
                 guidance_scale=guidance,
+                guidance=choose_guidance,
                 file=calibration,
                 say=say,
             )
         if threshold is not None:
-            made = threshold_plan(measured, branch_id, threshold)
+            made = threshold_plan(measured, branches[0], threshold)
         elif times is not None and max_latency_ms is not None:
-            made = latency_plan(measured, times, max_latency_ms)
+            made = latency_plan(measured, times, max_latency_ms, guidance=choose_guidance)
         else:
-            made = optimal_plan(measured, branch_id, refreshes or 1)
+            made = optimal_plan(measured, branches[0], refreshes or 1)
         details = _conditions(pipe, made, measured, times)
     made = _extended(made, guidance_steps, forecast, forecast_by, damping)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +134,33 @@ def plan(
         return
     steps_said = ", ".join(map(str, made.refresh_steps))
     typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {steps_said}")
+    for branch in made.branch_ids if len(made.branch_ids) > 1 else ():
+        typer.echo(f"at branch {branch}: {', '.join(str(s) for s, b in enumerate(made.branches) if b == branch)}")
+    if made.unguided_steps:
+        typer.echo(f"without guidance: {', '.join(map(str, made.unguided_steps))}")
     for name, value in details.items():
         typer.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[int]:
+    """The bundle's branches that the plan may use."""
+    if text is None:
+        return list(manifest.branches) if several else [manifest.branch_id]
+    parts = text.split(",")
+    named = sorted({int(part) for part in parts if part.strip().isdecimal()})
+    if len(named) != len(parts) or not set(named) <= set(manifest.branches):
+        built = ",".join(map(str, manifest.branches))
+        raise ValueError(f"expected --branch-id out of {built}, which the bundle has, by commas, got {text!r}")
+    if len(named) > 1 and not several:
+        raise ValueError(f"expected several branches only with --max-latency-ms, got {text!r}; name one")
+    return named
 
 
 def _by_formula(
     manifest: Manifest,
     sampler: str,
     steps: int,
+    branch_id: int,
     uniform: int | None,
     nonuniform: int | None,
     center: float | None,
@@ -141,10 +173,10 @@ def _by_formula(
 
     calls = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
     if uniform is not None:
-        made = CachePlan.uniform(calls, uniform, manifest.branch_id)
+        made = CachePlan.uniform(calls, uniform, branch_id)
     else:
         middle = 0.3 * calls if center is None else center
-        made = CachePlan.nonuniform(calls, nonuniform or 1, middle, power or 1.4, manifest.branch_id, as_shipped)
+        made = CachePlan.nonuniform(calls, nonuniform or 1, middle, power or 1.4, branch_id, as_shipped)
     return replace(made, model=manifest.model.name, sampler=sampler)
 
 
@@ -187,6 +219,7 @@ def _conditions(
             "expected_loop_ms": round(times.loop_ms(made), 1),
             "full_step_ms": round(times.full_ms, 3),
             "shallow_step_ms": {str(branch): round(ms, 3) for branch, ms in times.shallow_ms.items()},
+            "unguided_step_ms": {"full" if b is None else str(b): round(ms, 3) for b, ms in times.unguided_ms.items()},
             "timed_at": f"batch {times.batch}, {manifest.backend} {manifest.dtype} on {manifest.device}",
         }
     return found

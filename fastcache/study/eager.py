@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcache.compile.export import call_unet
+from fastcache.compile.passes import call_unet
 from fastcache.cut.partition import Cut, partition_unet
 from fastcache.cut.unet import take_apart
 from fastcache.study.trajectory import Feature, guide

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastcache.compile.export import call_unet
+from fastcache.compile.passes import call_unet
 
 
 class PlainPipeline:

@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastcache.bundle import write_whole
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.plan import CachePlan
-from fastcache.study.calibrate import Calibration, calibrate_bundle
+from fastcache.study.calibrate import calibrate_bundle
+from fastcache.study.calibration import Calibration
 from fastcache.study.evaluate import num_calls, timed_loop
 from fastcache.study.search import (
+    Intervals,
     descend,
     interval_costs,
+    interval_moves,
+    least_price,
     moved,
-    optimal_choices,
+    optimal_intervals,
     optimal_refreshes,
+    refresh_moves,
     threshold_refreshes,
 )
+from fastcache.study.ways import LoopTimes, expected_moves, plan_of, prices, way_costs, ways_of
 
 Say = Callable[[str], None]
-_TICKS = 20_000  # in which a latency is counted: rounding 50 steps up leaves at most 0.25% of it unused
+_TICKS = 20_000  # in which a latency is counted: rounding 50 intervals up leaves at most 0.25% of it unused
 _LEAST_MOVED = 1e-12  # mean square; 120 dB, for a plan in which every step runs in full
 
 
@@ -47,41 +53,55 @@ def optimal_plan(calibration: Calibration, branch_id: int, refreshes: int) -> Ca
     _check_gains(calibration)
     errors, couplings = calibration.errors[:, calibration.branch(branch_id)], calibration.couplings
     start = optimal_refreshes(interval_costs(errors, couplings), refreshes)
+    calls = calibration.num_calls
+    steps = descend(
+        start, lambda steps: refresh_moves(steps, calls), lambda steps: _decibels(moved(errors, couplings, steps))
+    )
+    made = CachePlan.from_refresh_steps(calls, steps, branch_id)
+    return _named(made, calibration, f"optimal(refreshes={refreshes}")
 
-    def decibels(steps: Sequence[int]) -> float:
-        return float(10 * np.log10(moved(errors, couplings, steps) + _LEAST_MOVED).mean())
 
-    steps = descend(start, calibration.num_calls, decibels)
-    branches = CachePlan.from_refresh_steps(calibration.num_calls, steps, branch_id).branches
-    return _plan(calibration, branches, f"optimal(refreshes={refreshes}")
-
-
-def latency_plan(calibration: Calibration, times: LoopTimes, latency_ms: float) -> CachePlan:
+def latency_plan(calibration: Calibration, times: LoopTimes, latency_ms: float, *, guidance: bool = False) -> CachePlan:
     """The plan that is expected to move the pictures least, of all whose loop takes no longer.
 
-    Every interval between refreshes runs at one depth, out of the branches that were calibrated and timed.
-    Raises: `ValueError` where even the fastest plan takes longer, or for a calibration without gains.
+    Every interval between refreshes runs in its own way: at one depth out of the branches that were timed, or at the
+    shallowest with a deeper step now and then; with `guidance` also without guidance, throughout or but for its
+    refresh. The search is that of `optimal_plan`: exact over intervals, then from the whole plan's effect.
+    Raises: `ValueError` where even the fastest plan takes longer, or for a calibration without gains or, with
+    `guidance`, without what leaving it out does.
     """
     _check_gains(calibration)
-    times.check(latency_ms, calibration.num_calls)
+    if guidance and not (calibration.has_unguided and times.unguided_ms):
+        raise ValueError("expected a calibration and times of steps without guidance, got none; measure them again")
+    calls = calibration.num_calls
+    times.check(latency_ms, calls)
     # couplings are measured with errors of the first branch: what the others' do is taken to point the same way
-    costs = [
-        interval_costs(calibration.errors[:, calibration.branch(branch)], calibration.couplings)
-        for branch in times.shallow_ms
-    ]
-    prices = [math.ceil(_TICKS * ms / latency_ms) for ms in (times.full_ms, *times.shallow_ms.values())]
-    fastest = prices[0] + (calibration.num_calls - 1) * min(prices)  # within the latency, but for rounding up
-    choices = optimal_choices(np.stack(costs), prices[0], prices[1:], max(_TICKS, fastest))
-    branches = list(times.shallow_ms)
-    plan = tuple(None if choice is None else branches[choice] for choice in choices)
-    return _plan(calibration, plan, f"optimal(max_latency_ms={latency_ms:g}")
+    ways = ways_of(list(times.shallow_ms), guidance=guidance)
+    costs = np.stack([way_costs(calibration, way) for way in ways])
+    ticks = prices(times, ways, calls, latency_ms / _TICKS)
+    budget = max(_TICKS, least_price(ticks))  # the fastest plan is within the latency, but for rounding up
+    found = optimal_intervals(costs, ticks, budget)
+
+    def moves(intervals: Intervals) -> Iterator[Intervals]:
+        for candidate in interval_moves(intervals, calls, len(ways)):
+            if times.loop_ms(plan_of(candidate, ways, calls)) <= latency_ms:
+                yield candidate
+
+    best = descend(
+        found, moves, lambda intervals: _decibels(expected_moves(calibration, plan_of(intervals, ways, calls)))
+    )
+    return _named(plan_of(best, ways, calls), calibration, f"optimal(max_latency_ms={latency_ms:g}")
+
+
+def _decibels(mean_squares: npt.NDArray[np.floating]) -> float:
+    return float(10 * np.log10(mean_squares + _LEAST_MOVED).mean())
 
 
 def threshold_plan(calibration: Calibration, branch_id: int, threshold: float) -> CachePlan:
     """Block Caching's rule on the relative change of the cached feature from step to step."""
     steps = threshold_refreshes(calibration.change[calibration.branch(branch_id)], threshold)
-    branches = CachePlan.from_refresh_steps(calibration.num_calls, steps, branch_id).branches
-    return _plan(calibration, branches, f"threshold(threshold={threshold:g}")
+    made = CachePlan.from_refresh_steps(calibration.num_calls, steps, branch_id)
+    return _named(made, calibration, f"threshold(threshold={threshold:g}")
 
 
 def _check_gains(calibration: Calibration) -> None:
@@ -89,43 +109,36 @@ def _check_gains(calibration: Calibration) -> None:
         raise ValueError("expected a calibration with gains, got one without; measure it again with gains")
 
 
-def _plan(calibration: Calibration, branches: tuple[int | None, ...], made_by: str) -> CachePlan:
+def _named(made: CachePlan, calibration: Calibration, made_by: str) -> CachePlan:
     conditions = calibration.conditions
     made_by += f", guidance_scale={conditions.guidance_scale:g}, samples={len(calibration.samples)})"
-    return CachePlan(branches, model=conditions.model, sampler=conditions.sampler, made_by=made_by)
-
-
-@dataclass(frozen=True)
-class LoopTimes:
-    """What a U-Net call and all that a step does besides take on this machine: in full, and shallow by branch id."""
-
-    full_ms: float
-    shallow_ms: dict[int, float]
-    batch: int
-
-    def loop_ms(self, plan: CachePlan) -> float:
-        return sum(self.full_ms if branch is None else self.shallow_ms[branch] for branch in plan.branches)
-
-    def check(self, latency_ms: float, calls: int) -> None:
-        """Raises: `ValueError` where even the fastest plan takes longer."""
-        least = self.full_ms + (calls - 1) * min(self.full_ms, *self.shallow_ms.values())
-        if not least <= latency_ms:
-            raise ValueError(
-                f"expected --max-latency-ms of {least:.1f} or more, which {calls} U-Net calls with one refresh take at "
-                f"batch {self.batch} on this machine, got {latency_ms:g}; take fewer steps"
-            )
+    return replace(made, model=conditions.model, sampler=conditions.sampler, made_by=made_by)
 
 
 def measure_loop(
-    pipe: FastCachePipeline, sampler: str, num_steps: int, guidance_scale: float, repeats: int = 5
+    pipe: FastCachePipeline,
+    sampler: str,
+    num_steps: int,
+    guidance_scale: float,
+    branch_ids: Sequence[int] | None = None,
+    *,
+    guidance: bool = False,
+    repeats: int = 5,
 ) -> LoopTimes:
-    """Times of full and shallow steps, from loops run in turn: all steps in full, and all but the first shallow."""
+    """Times of full and shallow steps, from loops run in turn: all steps in full, and all but the first shallow.
+
+    With `guidance` also of such loops without it.
+    """
     manifest = pipe.bundle.manifest
+    branches = branch_ids or manifest.branches
     batch, calls = manifest.profiles["batch"].opt, num_calls(pipe, sampler, num_steps)
-    plans = {None: CachePlan.all_full(calls)} | {b: CachePlan.uniform(calls, calls, b) for b in manifest.branches}
-    times: dict[int | None, list[float]] = {branch: [] for branch in plans}
+    guided = {None: CachePlan.all_full(calls)} | {b: CachePlan.uniform(calls, calls, b) for b in branches}
+    plans = {(True, branch): plan for branch, plan in guided.items()}
+    if guidance:
+        plans |= {(False, b): replace(plan, unguided_steps=tuple(range(calls))) for b, plan in guided.items()}
+    times: dict[tuple[bool, int | None], list[float]] = {key: [] for key in plans}
     for _ in range(1 + repeats):  # the first round warms up
-        for branch, plan in plans.items():
+        for key, plan in plans.items():
             run = pipe.begin(
                 [""] * batch,
                 num_inference_steps=num_steps,
@@ -135,11 +148,19 @@ def measure_loop(
                 guidance_scale=guidance_scale,
                 whole=True,
             )
-            times[branch].append(timed_loop(run)[1])
-    loops = {branch: statistics.median(own[1:]) for branch, own in times.items()}
+            times[key].append(timed_loop(run)[1])
+    loops = {key: statistics.median(own[1:]) for key, own in times.items()}
+    each = {on: _step_times({b: ms for (own, b), ms in loops.items() if own == on}, calls) for on in (True, False)}
+    full_ms = each[True].pop(None)
+    return LoopTimes(full_ms, {b: ms for b, ms in each[True].items() if b is not None}, batch, each[False])
+
+
+def _step_times(loops: dict[int | None, float], calls: int) -> dict[int | None, float]:
+    """What a step takes at each branch, from the loop in full, and those with one step in full."""
+    if not loops:
+        return {}
     full_ms = loops[None] / calls
-    shallow_ms = {b: (loops[b] - full_ms) / (calls - 1) if calls > 1 else full_ms for b in manifest.branches}
-    return LoopTimes(full_ms, shallow_ms, batch)
+    return {b: (ms - full_ms) / (calls - 1) if b is not None and calls > 1 else full_ms for b, ms in loops.items()}
 
 
 def kept_calibration(
@@ -149,11 +170,13 @@ def kept_calibration(
     sampler: str,
     num_steps: int,
     guidance_scale: float,
+    guidance: bool = False,
     file: Path | None = None,
     say: Say = lambda _: None,
 ) -> Calibration:
     """The calibration in a file, or else one made before on this bundle, these prompts and this run, or a new one.
 
+    With `guidance` it also has what leaving out guidance does.
     Raises: `ValueError` for a file that is no calibration, or one of another model, sampler or number of steps.
     """
     if file is not None:
@@ -161,13 +184,21 @@ def kept_calibration(
     import platformdirs
 
     manifest = pipe.bundle.manifest
-    wish = [manifest.bundle_sha256, sampler, num_steps, guidance_scale, *prompts]
+    wish = [manifest.bundle_sha256, sampler, num_steps, guidance_scale, *["guidance"] * guidance, *prompts]
     key = hashlib.sha256(json.dumps(wish).encode()).hexdigest()
     kept = Path(platformdirs.user_cache_dir("fastcache")) / "calibrations" / f"{key[:32]}.json"
     if kept.is_file():
         say(f"calibration kept in {kept}")
         return _read(kept, pipe, sampler, num_steps, guidance_scale)
-    made = calibrate_bundle(pipe, prompts, sampler=sampler, num_steps=num_steps, guidance_scale=guidance_scale, say=say)
+    made = calibrate_bundle(
+        pipe,
+        prompts,
+        sampler=sampler,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        guidance=guidance,
+        say=say,
+    )
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_whole(kept, made.to_json().encode())
     say(f"calibration kept in {kept}")

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import fastcache
 from fastcache.bundle import Bundle
-from fastcache.compile.export import call_unet
 from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import SourceModel
+from fastcache.compile.passes import call_unet
 from fastcache.cut.partition import partition_unet
 from fastcache_engines import DType
 

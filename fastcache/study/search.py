@@ -1,4 +1,4 @@
-"""What shallow steps do to the picture, and how long steps take -> which steps refresh, and at which depth others run.
+"""What intervals between refreshes do to the picture, and how long they take -> which steps refresh, and what between.
 
 A plan is cut at its refreshes into intervals. What an interval does is known beforehand (`interval_costs`), so the best
 plan is found exactly by dynamic programming over intervals; what intervals do to each other is not, and `descend` takes
@@ -8,14 +8,18 @@ measures the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.floating]
-Choice = int | None  # a depth's index, or None for a step in full
 Steps = tuple[int, ...]
+Intervals = tuple[tuple[int, int], ...]  # of each the step that refreshes, and the index of the way it runs in
+Prices = npt.NDArray[np.int64]
+State = TypeVar("State")
 
 
 def interval_costs(errors: Array, couplings: Array) -> Array:
@@ -52,50 +56,54 @@ def optimal_refreshes(costs: Array, refreshes: int) -> Steps:
     num_steps = len(costs)
     if not 1 <= refreshes <= num_steps:
         raise ValueError(f"expected 1 to {num_steps} refreshes of {num_steps} steps, got {refreshes}")
-    choices = _cheapest(costs[None], 1, [0], refreshes, spend_all=True)
-    return tuple(step for step, choice in enumerate(choices) if choice is None)
+    one_each = np.ones((1, num_steps + 1), np.int64)
+    return tuple(start for start, _ in _cheapest(costs[None], one_each, refreshes, spend_all=True))
 
 
-def optimal_choices(costs: Array, full_price: int, prices: Sequence[int], budget: int) -> tuple[Choice, ...]:
-    """For each step None (in full) or the depth of its interval, at least cost within a budget of time.
+def optimal_intervals(costs: Array, prices: Prices, budget: int) -> Intervals:
+    """Where each interval starts and which of several ways it runs in, at least cost within a budget of time.
 
-    Prices and budget are whole numbers of one unit of time, a shallow step's price one for each depth.
-    Shapes: `costs` (depths, T, T + 1).
+    Prices and budget are whole numbers of one unit of time: `prices[way, n]` is that of an interval of n steps, its
+    refresh among them.
+    Shapes: `costs` (ways, T, T + 1), [way, s, r]; `prices` (ways, T + 1).
     Raises: `ValueError` where even the cheapest choice passes the budget.
     """
-    least = full_price + (costs.shape[1] - 1) * min([full_price, *prices])
-    if least > budget:
+    if (least := least_price(prices)) > budget:
         raise ValueError(f"expected a budget of at least {least}, the price of the cheapest plan, got {budget}")
-    return _cheapest(costs, full_price, prices, budget, spend_all=False)
+    return _cheapest(costs, prices, budget, spend_all=False)
 
 
-def _cheapest(
-    costs: Array, full_price: int, prices: Sequence[int], budget: int, *, spend_all: bool
-) -> tuple[Choice, ...]:
+def least_price(prices: Prices) -> int:
+    """What the cheapest of all plans takes. Shapes: `prices` (ways, T + 1), as `optimal_intervals` has them."""
+    least = [0]
+    for r in range(1, prices.shape[1]):
+        least.append(min(least[s] + int(prices[:, r - s].min()) for s in range(r)))
+    return least[-1]
+
+
+def _cheapest(costs: Array, prices: Prices, budget: int, *, spend_all: bool) -> Intervals:
     """Dynamic programming: `total[r, q]` is the least cost of all steps before r at price q, where r refreshes next."""
-    depths, num_steps, _ = costs.shape
+    ways, num_steps, _ = costs.shape
     total = np.full((num_steps + 1, budget + 1), np.inf)
     total[0, 0] = 0
-    came_from = np.zeros((num_steps + 1, budget + 1, 2), np.int32)  # the refresh before, and its interval's depth
+    came_from = np.zeros((num_steps + 1, budget + 1, 2), np.int32)  # where the interval before r starts, and its way
     for r in range(1, num_steps + 1):
-        for s in range(r):
-            for depth in range(depths):
-                price = full_price + (r - s - 1) * prices[depth]
-                if price > budget:
-                    continue
-                candidate = np.full(budget + 1, np.inf)
-                candidate[price:] = total[s, : budget + 1 - price] + costs[depth, s, r]
-                better = candidate < total[r]
-                total[r, better], came_from[r, better] = candidate[better], (s, depth)
+        for s, way in product(range(r), range(ways)):
+            price = int(prices[way, r - s])
+            if price > budget:
+                continue
+            candidate = total[s, : budget + 1 - price] + costs[way, s, r]
+            better = np.flatnonzero(candidate < total[r, price:])
+            total[r, price + better], came_from[r, price + better] = candidate[better], (s, way)
     q = budget if spend_all else int(total[num_steps].argmin())
-    choices: list[Choice] = []
+    found: list[tuple[int, int]] = []
     r = num_steps
     while r > 0:
-        s, depth = map(int, came_from[r, q])
-        choices[:0] = [None, *[depth] * (r - s - 1)]
-        q -= full_price + (r - s - 1) * prices[depth]
+        s, way = map(int, came_from[r, q])
+        found.insert(0, (s, way))
+        q -= int(prices[way, r - s])
         r = s
-    return tuple(choices)
+    return tuple(found)
 
 
 def moved(errors: Array, couplings: Array, refreshes: Sequence[int]) -> Array:
@@ -110,18 +118,36 @@ def moved(errors: Array, couplings: Array, refreshes: Sequence[int]) -> Array:
     return np.einsum("nj,njk,nk->n", own, couplings, own)
 
 
-def descend(refreshes: Sequence[int], num_steps: int, score: Callable[[Steps], float]) -> Steps:
-    """Move one refresh at a time to where the score falls most, until no move lowers it; the first stays at 0."""
-    best = tuple(refreshes)
-    least = score(best)
+def descend(start: State, moves: Callable[[State], Iterable[State]], score: Callable[[State], float]) -> State:
+    """Make the move that lowers the score most, until none lowers it."""
+    best, least = start, score(start)
     while True:
-        free = [step for step in range(1, num_steps) if step not in best]
-        moves = [tuple(sorted({*best, step} - {gone})) for gone in best[1:] for step in free]
-        scores = [score(candidate) for candidate in moves]
-        if not scores or min(scores) >= least:
+        scores = {candidate: score(candidate) for candidate in moves(best)}
+        following = min(scores, key=scores.__getitem__, default=best)
+        if following == best or scores[following] >= least:
             return best
-        least = min(scores)
-        best = moves[scores.index(least)]
+        best, least = following, scores[following]
+
+
+def refresh_moves(refreshes: Steps, num_steps: int) -> list[Steps]:
+    """One refresh moved to any other step; the first stays at 0."""
+    free = [step for step in range(1, num_steps) if step not in refreshes]
+    return [tuple(sorted({*refreshes, step} - {gone})) for gone in refreshes[1:] for step in free]
+
+
+def interval_moves(intervals: Intervals, num_steps: int, ways: int) -> list[Intervals]:
+    """One interval in another way, or one refresh moved to any other step, where it takes its way along."""
+    starts = {start for start, _ in intervals}
+    found = [
+        (*intervals[:i], (start, way), *intervals[i + 1 :])
+        for i, (start, own) in enumerate(intervals)
+        for way in range(ways)
+        if way != own
+    ]
+    for i, (_, own) in enumerate(intervals[1:], 1):
+        others = (*intervals[:i], *intervals[i + 1 :])
+        found += [tuple(sorted([*others, (step, own)])) for step in range(1, num_steps) if step not in starts]
+    return found
 
 
 def threshold_refreshes(changes: Sequence[float] | Array, threshold: float) -> Steps:

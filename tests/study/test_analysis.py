@@ -27,7 +27,7 @@ from fastcache.study.analysis.probes import held_out_accuracy, probe
 from fastcache.study.analysis.recorder import Recorder, Tap
 from fastcache.study.analysis.subject import Subject, find_subject
 from fastcache.study.analysis.taps import unet_taps
-from fastcache.study.calibrate import Calibration
+from fastcache.study.calibration import Calibration
 from small_unets import example, small_unet
 from tiny_model import TEXT_WIDTH
 

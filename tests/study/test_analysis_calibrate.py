@@ -17,7 +17,8 @@ from fastcache.compile.models import find_model
 from fastcache.run.sampler import compile_sampler
 from fastcache.run.scheduler import make_scheduler
 from fastcache.study.analysis.subject import find_subject
-from fastcache.study.calibrate import GAIN_LAG, Calibration, Conditions, Measured, calibrate, calibrate_bundle
+from fastcache.study.calibrate import GAIN_LAG, Measured, calibrate, calibrate_bundle
+from fastcache.study.calibration import Calibration, Conditions
 from fastcache.study.eager import EagerDenoiser
 from fastcache.study.trajectory import draw_noise
 from small_unets import small_unet
@@ -39,7 +40,8 @@ def unet() -> Any:
 @pytest.fixture(scope="module")
 def measured(unet: Any, conditioning: dict[str, Tensor]) -> Measured:
     denoiser = EagerDenoiser(unet, conditioning, 2, (8, 8), BRANCHES)
-    return calibrate(denoiser, compile_sampler(DDIMScheduler(clip_sample=False), STEPS), [3, 4], guidance_scale=SCALE)
+    table = compile_sampler(DDIMScheduler(clip_sample=False), STEPS)
+    return calibrate(denoiser, table, [3, 4], guidance_scale=SCALE, guidance=True)
 
 
 class Oracle:
@@ -106,6 +108,20 @@ def test_gains_are_those_of_a_run_with_the_error_put_in(
     error = oracle.shallow(xs[j], j, 0, feature) - oracle.full(xs[j], j)[0]
     moved = oracle.trajectory(j, error)[-1] - xs[-1]
     assert measured.gains[1, j] == pytest.approx(rms(moved) / rms(error), rel=1e-2)
+
+
+@pytest.mark.parametrize("steps", [(0,), (2, STEPS - 1)])
+def test_what_missing_guidance_does_is_seen_in_runs_without_it(
+    unet: Any, conditioning: dict[str, Tensor], measured: Measured, steps: tuple[int, ...]
+) -> None:
+    oracle = Oracle(unet, conditioning, 1)
+    xs, moved = oracle.trajectory(), torch.zeros(())
+    for step in steps:
+        text = oracle.text[1:]
+        alone, _ = oracle.cuts[0].full(xs[step], oracle.scheduler.timesteps[step], text)
+        moved = moved + oracle.trajectory(step, alone - oracle.full(xs[step], step)[0])[-1] - xs[-1]
+    found = measured.unguided[1][np.ix_(steps, steps)].sum()
+    assert np.sqrt(found) == pytest.approx(rms(moved), rel=1e-2)
 
 
 def test_a_feature_of_the_same_step_is_no_error_and_none_comes_from_later_ones(measured: Measured) -> None:
@@ -186,7 +202,7 @@ def test_json_keeps_what_was_measured(measured: Measured) -> None:
     made = calibration(measured)
     read = Calibration.from_json(made.to_json())
     assert (read.conditions, read.branch_ids, read.samples) == (made.conditions, made.branch_ids, made.samples)
-    for name in ("errors", "gains", "noise_rms", "changes"):
+    for name in ("errors", "gains", "noise_rms", "changes", "couplings", "unguided"):
         np.testing.assert_allclose(getattr(read, name), getattr(made, name), rtol=1e-4)
     np.testing.assert_allclose(read.error[1], made.errors[:, 1].mean(0), rtol=1e-4)
     assert read.branch(2) == 1
@@ -217,4 +233,5 @@ def test_without_gains_there_are_none(unet: Any, conditioning: dict[str, Tensor]
     parts = [calibrate(denoiser, table, [0, 1], guidance_scale=SCALE, gains=False)]
     made = Calibration.of(conditions, (0,), ["a", "b"], parts)
     assert not made.has_gains
+    assert not made.has_unguided
     assert not Calibration.from_json(made.to_json()).has_gains

@@ -26,12 +26,9 @@ from fastcache.demo.scenes import COLOURS, held_out_scenes, render
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.plan import CachePlan
 from fastcache.study import evaluate_judges as judges
-from fastcache.study.calibrate import Calibration, Conditions
 from fastcache.study.evaluate import arms_of
 from fastcache.study.evaluate_chart import frontier
-from fastcache.study.planning import LoopTimes, latency_plan, optimal_plan
 from fastcache.study.quality import frechet_distance, mean_of, psnr_db, psnr_db_each
-from fastcache.study.search import moved
 from tiny_model import TOKENS
 
 PROMPTS = ("abc", "d e", "fgh")
@@ -106,59 +103,29 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     assert found["branches"] == [None] * 4
     assert found["full_step_ms"] > 0
     assert found["timed_at"].startswith(f"batch 1, {tiny_bundle.manifest.backend} fp32")
+    choosing = run(*common, "--max-latency-ms", 1e7, "--choose-guidance", "--output", tmp_path / "plan.json")
+    assert choosing.code == 0, choosing.err
+    assert "calibrating" in choosing.err  # again, now also for what missing guidance does
+    assert json.loads(choosing.out)["branches"] == [None] * 4
+    assert set(json.loads(choosing.out)["unguided_step_ms"]) == {"full", "0"}
     short = run(*common, "--max-latency-ms", 1e-6, "--output", tmp_path / "plan.json")
     assert short.code == 2
     assert "expected --max-latency-ms of" in short.err
     assert "calibrating" not in short.err
 
 
-def drawn_calibration(seed: int, calls: int, branch_ids: tuple[int, ...]) -> Calibration:
-    """Errors that grow with the feature's age and fall with depth, and movements that are vectors."""
-    rng, count = np.random.default_rng(seed), 3
-    age = np.subtract.outer(np.arange(calls), np.arange(calls)).clip(min=0)
-    depth = 1 / (1 + np.arange(len(branch_ids)))
-    errors = age * depth[:, None, None] * rng.uniform(0.5, 1.5, (count, len(branch_ids), calls, calls))
-    vectors = rng.normal(size=(count, calls, 4))
-    return Calibration(
-        Conditions("drawn", "0" * 64, "ddim", calls, 4.0, 64, 64),
-        branch_ids,
-        tuple(f"sample {n}" for n in range(count)),
-        errors,
-        np.ones((count, calls)),
-        np.ones((count, calls)),
-        np.ones((count, len(branch_ids), calls)),
-        vectors @ vectors.transpose(0, 2, 1),
-    )
-
-
-@given(st.integers(0, 2**32), st.integers(2, 8), st.floats(1.0, 1.3))
-def test_a_plan_within_a_time_mixes_depths_and_keeps_to_it(seed: int, calls: int, above: float) -> None:
-    calibration = drawn_calibration(seed, calls, (0, 2))
-    times = LoopTimes(10.0, {0: 1.0, 2: 2.5}, batch=1)
-    least = 10.0 + (calls - 1)
-    plan = latency_plan(calibration, times, least * above)
-    assert plan.num_steps == calls
-    assert set(plan.branch_ids) <= {0, 2}
-    assert times.loop_ms(plan) <= least * above + 1e-9
-    assert latency_plan(calibration, times, 10.1 * calls).refresh_steps == tuple(range(calls))
-    with pytest.raises(ValueError, match=f"max-latency-ms of {least:.1f} or more"):
-        latency_plan(calibration, times, least * 0.99)
-
-
-def test_an_optimal_plan_moves_pictures_less_than_uniform() -> None:
-    calibration = drawn_calibration(0, 24, (0,))
-
-    def expected(plan: CachePlan) -> float:
-        return float(np.log(moved(calibration.errors[:, 0], calibration.couplings, plan.refresh_steps)).mean())
-
-    for interval in (2, 3, 6):
-        uniform = CachePlan.uniform(24, interval)
-        plan = optimal_plan(calibration, 0, len(uniform.refresh_steps))
-        assert len(plan.refresh_steps) == len(uniform.refresh_steps)
-        assert expected(plan) < expected(uniform)
-    unknown = replace(calibration, gains=np.full((3, 24), np.nan))
-    with pytest.raises(ValueError, match="expected a calibration with gains"):
-        optimal_plan(unknown, 0, 4)
+def test_what_plan_refuses(run: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    common = ("plan", "--engines", tiny_bundle.path, "--steps", 4, "--output", tmp_path / "plan.json")
+    for options, says in (
+        (("--uniform", 2, "--choose-guidance"), "expected --choose-guidance with --max-latency-ms"),
+        (("--uniform", 2, "--branch-id", 3), "expected --branch-id out of 0, which the bundle has"),
+        (("--uniform", 2, "--branch-id", "0,zero"), "expected --branch-id out of 0, which the bundle has"),
+        (("--uniform", 2, "--refreshes", 2), "expected one of --uniform"),
+    ):
+        refused = run(*common, *options)
+        assert refused.code == 2
+        assert says in refused.err
+    assert run(*common, "--uniform", 2, "--branch-id", 0).code == 0
 
 
 def write_plan(path: Path, plan: CachePlan) -> Path:

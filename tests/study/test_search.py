@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations, pairwise, product
 
 import numpy as np
@@ -10,21 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcache.study.search import (
-    Choice,
+    Intervals,
     descend,
     interval_costs,
+    interval_moves,
+    least_price,
     local_search,
     moved,
-    optimal_choices,
+    optimal_intervals,
     optimal_refreshes,
+    refresh_moves,
     threshold_for,
     threshold_refreshes,
 )
 
 
-def drawn_costs(seed: int, depths: int, num_steps: int) -> np.ndarray:
+def drawn_costs(seed: int, ways: int, num_steps: int) -> np.ndarray:
     """Costs that keep to no order: a longer interval may be the cheaper one, as in no model that was measured."""
-    return np.random.default_rng(seed).exponential(size=(depths, num_steps, num_steps + 1))
+    return np.random.default_rng(seed).exponential(size=(ways, num_steps, num_steps + 1))
 
 
 def drawn_samples(seed: int, samples: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,39 +56,41 @@ def test_optimal_refreshes_are_the_best_of_all(num_steps: int, data: st.DataObje
     assert total(costs, found) == pytest.approx(best)
 
 
-def price_and_cost(
-    choices: tuple[Choice, ...], costs: np.ndarray, full: int, prices: list[int]
-) -> tuple[int, float] | None:
-    """Of a plan, interval by interval; None where an interval mixes depths."""
-    starts = [step for step, choice in enumerate(choices) if choice is None]
-    price, cost = 0, 0.0
-    for s, r in pairwise([*starts, len(choices)]):
-        within = set(choices[s + 1 : r])
-        if len(within) > 1:
-            return None
-        depth = within.pop() if within else None
-        price += full + (r - s - 1) * (0 if depth is None else prices[depth])
-        cost += min(costs[:, s, r]) if depth is None else costs[depth, s, r]
-    return price, cost
+def price_and_cost(intervals: Intervals, costs: np.ndarray, prices: np.ndarray) -> tuple[int, float]:
+    ends = [*(start for start, _ in intervals[1:]), costs.shape[1]]
+    price = sum(int(prices[way, end - start]) for (start, way), end in zip(intervals, ends, strict=True))
+    return price, sum(costs[way, start, end] for (start, way), end in zip(intervals, ends, strict=True))
+
+
+def all_intervals(num_steps: int, ways: int) -> Iterator[Intervals]:
+    for count in range(num_steps):
+        for rest in combinations(range(1, num_steps), count):
+            for chosen in product(range(ways), repeat=count + 1):
+                yield tuple(zip((0, *rest), chosen, strict=True))
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 3), st.data())
-def test_optimal_choices_are_the_best_within_the_budget(num_steps: int, depths: int, data: st.DataObject) -> None:
-    costs = drawn_costs(data.draw(st.integers(0, 2**32)), depths, num_steps)
-    prices = data.draw(st.lists(st.integers(0, 4), min_size=depths, max_size=depths))
-    full, budget = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 40))
-    plans = [(None, *rest) for rest in product([None, *range(depths)], repeat=num_steps - 1)]
-    known = [found for plan in plans if (found := price_and_cost(plan, costs, full, prices)) is not None]
+def test_optimal_intervals_are_the_best_within_the_budget(num_steps: int, ways: int, data: st.DataObject) -> None:
+    costs = drawn_costs(data.draw(st.integers(0, 2**32)), ways, num_steps)
+    each = st.lists(st.integers(0, 6), min_size=num_steps, max_size=num_steps)
+    prices = np.array([[0, *np.cumsum(data.draw(each))] for _ in range(ways)])
+    budget = data.draw(st.integers(0, 30))
+    known = [price_and_cost(plan, costs, prices) for plan in all_intervals(num_steps, ways)]
+    assert least_price(prices) == min(price for price, _ in known)
     allowed = [cost for price, cost in known if price <= budget]
     if not allowed:
         with pytest.raises(ValueError, match="expected a budget of at least"):
-            optimal_choices(costs, full, prices, budget)
+            optimal_intervals(costs, prices, budget)
         return
-    found = price_and_cost(optimal_choices(costs, full, prices, budget), costs, full, prices)
-    assert found is not None
-    assert found[0] <= budget
-    assert found[1] == pytest.approx(min(allowed))
+    price, cost = price_and_cost(optimal_intervals(costs, prices, budget), costs, prices)
+    assert price <= budget
+    assert cost == pytest.approx(min(allowed))
+
+
+def test_intervals_may_take_another_way_or_move() -> None:
+    moves = interval_moves(((0, 0), (2, 1)), 4, 2)
+    assert set(moves) == {((0, 1), (2, 1)), ((0, 0), (2, 0)), ((0, 0), (1, 1)), ((0, 0), (3, 1))}
 
 
 @given(st.integers(2, 9), st.data())
@@ -114,7 +120,7 @@ def test_descending_ends_where_no_move_helps(num_steps: int, data: st.DataObject
         return float(moved(errors, couplings, steps).sum())
 
     start = optimal_refreshes(interval_costs(errors, couplings), data.draw(st.integers(1, num_steps)))
-    found = descend(start, num_steps, score)
+    found = descend(start, lambda steps: refresh_moves(steps, num_steps), score)
     assert len(found) == len(start)
     assert found[0] == 0
     assert score(found) <= score(start)

@@ -18,7 +18,8 @@ from fastcache.run.scheduler import make_scheduler
 from fastcache.study.analysis.recorder import Array, Recorded, Recorder, joined
 from fastcache.study.analysis.subject import Subject
 from fastcache.study.analysis.taps import unet_taps
-from fastcache.study.calibrate import Calibration, Conditions, Measured, batches, calibrate, sample_names
+from fastcache.study.calibrate import Measured, batches, calibrate, sample_names
+from fastcache.study.calibration import Calibration, Conditions
 from fastcache.study.eager import EagerDenoiser
 
 Say = Callable[[str], None]

@@ -16,8 +16,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastcache.compile.export import unet_inputs
 from fastcache.compile.models import TOKENIZERS, SourceModel, find_model
+from fastcache.compile.passes import unet_inputs
 from fastcache.demo.scenes import Scene, held_out_scenes
 from fastcache.errors import BackendUnavailable
 from fastcache.study.work import empty_unet, geometry
