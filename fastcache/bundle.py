@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcache.errors import BundleError
-from fastcache.recipe import Component, Device, DType, Profile, Recipe, Size
+from fastcache.recipe import Component, ControlKind, Device, DType, Profile, Recipe, Size
 from fastcache_engines import TensorSpec
 
 SCHEMA = "fastcache.bundle/2"
@@ -29,7 +29,14 @@ _MANIFEST_LIMIT_BYTES = 16 * 2**20
 
 Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
 # An engine's part in the bundle. `shallow` is the primary branch's; one at another branch b is `shallow_b`.
-Role = Annotated[str, Field(pattern=r"^(full|shallow(_\d+)?|text_encoder(_2)?|vae_(en|de)coder)$")]
+# `controlnet_embedding`, `t2i_adapter` and `ip_adapter` make what the passes take of a picture that steers them.
+Role = Annotated[
+    str,
+    Field(
+        pattern=r"^(full|shallow(_\d+)?|text_encoder(_2)?|vae_(en|de)coder"
+        r"|controlnet_embedding|t2i_adapter|ip_adapter|image_encoder)$"
+    ),
+]
 
 
 class _Value(BaseModel):
@@ -61,6 +68,14 @@ class LoraEntry(_Value):
     weight: float
 
 
+class ControlEntry(_Value):
+    """A network beside the U-Net, by the name of its folder or file, and the hash of what it was made from."""
+
+    kind: ControlKind
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class ModelInfo(_Value):
     """What the loop around the engines must know of the model.
 
@@ -82,6 +97,7 @@ class ModelInfo(_Value):
     scheduler: dict[str, Any]
     loras: tuple[LoraEntry, ...]
     unconditional: bool = False
+    controls: tuple[ControlEntry, ...] = ()
 
     @property
     def edits(self) -> bool:

@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 CutKind = Literal["auto", "plain", "projected"]
 DType = Literal["fp32", "fp16", "bf16"]
 Component = Literal["unet", "vae", "text"]
+ControlKind = Literal["controlnet", "t2i_adapter", "ip_adapter"]  # networks beside the U-Net that a picture steers
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the recipes inside the package; a checkout, installed as editable or not, has them beside it.
@@ -120,6 +121,9 @@ class Recipe(BaseModel):
     batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
     max_tokens: int | None = Field(None, ge=1, le=4096)
     lora: tuple[Annotated[Lora, BeforeValidator(Lora.parse)], ...] = ()
+    controlnet: str | None = Field(None, min_length=1)
+    t2i_adapter: str | None = Field(None, min_length=1)
+    ip_adapter: str | None = Field(None, min_length=1)
     components: tuple[Component, ...] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     onnx_only: bool = False
@@ -146,6 +150,16 @@ class Recipe(BaseModel):
     def branches(self) -> tuple[int, ...]:
         """Every branch id to cut at, the primary one first."""
         return (self.branch_id, *self.further_branch_ids)
+
+    @property
+    def controls(self) -> dict[ControlKind, str]:
+        """Where the networks are that steer the U-Net."""
+        given: dict[ControlKind, str | None] = {
+            "controlnet": self.controlnet,
+            "t2i_adapter": self.t2i_adapter,
+            "ip_adapter": self.ip_adapter,
+        }
+        return {kind: path for kind, path in given.items() if path is not None}
 
     @model_validator(mode="after")
     def _has_a_unet(self) -> Self:

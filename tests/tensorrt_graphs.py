@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fastcache.compile import export
+from fastcache.compile import export, passes
 from fastcache_engines import BuildOptions, tensorrt_rtx
 from fastcache_engines._tensorrt import facts_path
 from small_unets import small_unet
@@ -73,7 +73,7 @@ def few_layers() -> Any:
 
 
 def save_unet(cut: Any, folder: Path) -> tuple[dict[str, export.Specs], dict[str, Path]]:
-    inputs = export.unet_inputs(few_layers(), 2, 8, 8, 7)
-    exported = {part.role: export.export(part) for part in export.exportable_unet(cut, inputs)}
+    inputs = passes.unet_inputs(few_layers(), 2, 8, 8, 7)
+    exported = {part.role: export.export(part) for part in passes.exportable_unet(cut, inputs)}
     export.save_graphs([(f"{role}.onnx", model) for role, (model, _) in exported.items()], folder, "unet.weights")
     return {role: specs for role, (_, specs) in exported.items()}, {role: folder / f"{role}.onnx" for role in exported}

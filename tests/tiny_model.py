@@ -106,7 +106,7 @@ def _save(folder: Path, tokenizer: CLIPTokenizer, **modules: Any) -> None:
         sample_size=32,
     )
     for name, module in {**modules, "vae": vae}.items():
-        _vary(module).save_pretrained(folder / name)
+        vary(module).save_pretrained(folder / name)
         if name.startswith("text_encoder"):
             tokenizer.save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
 
@@ -126,11 +126,11 @@ def _text(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def _vary(module: nn.Module) -> nn.Module:
+def vary(module: nn.Module, by: float = 0.02) -> Any:
     """Norms start as the identity and biases as zero; give every weight a say."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_(torch.randn_like(parameter) * by)
     return module
 
 

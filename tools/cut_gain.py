@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastcache_engines
 from fastcache.bundle import write_whole
-from fastcache.compile import export, graph_passes, lower
+from fastcache.compile import export, graph_passes, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
@@ -79,17 +79,17 @@ def build_engines(
 ) -> tuple[dict[Arm, Path], dict[str, export.Inputs], Tensor]:
     """Every shallow engine's file, each cut's inputs, and the noise prediction of the full pass in PyTorch."""
     unet = find_model(model, random_weights=True).load_unet()
-    common = export.unet_inputs(unet, 2, size // 8, size // 8, TOKENS)
+    common = passes.unet_inputs(unet, 2, size // 8, size // 8, TOKENS)
     files: dict[Arm, Path] = {}
     inputs: dict[str, export.Inputs] = {}
     expected = torch.empty(0)
     for kind in CUTS:
         cut = partition_unet(unet, branch_id, kind)
-        lower.split_gates(cut)
+        lower.split_gates(cut.full)
         with torch.no_grad():
-            expected, *cached = export.call_unet(cut.full, common)
+            expected, *cached = passes.call_unet(cut.full, common)
         inputs[kind] = common | dict(zip(cut.cached, cached, strict=True))
-        _, shallow = export.exportable_unet(cut, common)
+        _, shallow = passes.exportable_unet(cut, common)
         for name in (name for name, of in arms if of == kind):
             files[name, kind] = build_engine(name, shallow, folder / f"{name}-{kind}")
     return files, inputs, expected

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastcache_engines
 from fastcache.bundle import write_whole
-from fastcache.compile import export, lower
+from fastcache.compile import export, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
@@ -139,10 +139,10 @@ def make_modules(
     """The pass and its two parts, with weights for no more than they hold; their inputs, and their multiply-adds."""
     unet = empty_unet(find_model(model, random_weights=True))
     cut = partition_unet(unet, 0, "auto")
-    lower.split_gates(cut)
-    inputs = export.unet_inputs(unet, 2, size // 8, size // 8, TOKENS)
+    lower.split_gates(cut.full)
+    inputs = passes.unet_inputs(unet, 2, size // 8, size // 8, TOKENS)
     own = {"full": cut.full, "shallow": cut.shallow}[name]
-    step = next(part for part in export.exportable_unet(cut, inputs) if part.role == name)
+    step = next(part for part in passes.exportable_unet(cut, inputs) if part.role == name)
     parts: dict[str, export.Exportable] = {"step": step}
     for key, module in (("time", TimePart(own)), ("text", TextPart(own))):
         names = tuple(f"{key}_{i}" for i in range(len(module.projections)))

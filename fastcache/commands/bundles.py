@@ -73,6 +73,11 @@ def build_engines(
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT] (safetensors); may be repeated.")
     ] = None,
+    controlnet: Annotated[str | None, typer.Option(help="A folder with a ControlNet to build in.")] = None,
+    t2i_adapter: Annotated[str | None, typer.Option(help="A folder with a T2I-Adapter to build in.")] = None,
+    ip_adapter: Annotated[
+        str | None, typer.Option(help="An IP-Adapter to build in (safetensors), its image_encoder folder beside it.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
@@ -112,6 +117,9 @@ def build_engines(
             "batch": batch,
             "max_tokens": max_tokens,
             "lora": tuple(lora or ()),
+            "controlnet": controlnet,
+            "t2i_adapter": t2i_adapter,
+            "ip_adapter": ip_adapter,
             "dtype": dtype,
             "random_weights": random_weights,
             "components": tuple(components.split(",")) if components is not None else None,
@@ -132,8 +140,9 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         return
     version = manifest.versions.get(manifest.backend, "(graphs only)")
     branches = ", ".join(map(str, manifest.branches))
+    steered = "".join(f" with {entry.kind.replace('_', '-')} {entry.name}" for entry in manifest.model.controls)
     typer.echo(
-        f"{bundle.path}: {manifest.model.name}, branch {branches} of {manifest.num_branches}, "
+        f"{bundle.path}: {manifest.model.name}{steered}, branch {branches} of {manifest.num_branches}, "
         f"{manifest.cut} cut, {', '.join(map(str, manifest.sizes))}, {manifest.profiles['batch']} images, "
         f"{manifest.dtype}, {manifest.backend} {version} on {manifest.device}\n"
         f"built in {manifest.build_seconds:.0f} s; on {manifest.parity.measured_on}: {_figures(manifest.parity)}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan
+from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, Scale, read_plan
 from fastcache.console import figure, notes, print_json, print_table, progress
 
 
@@ -94,6 +94,12 @@ def generate(
     init_image: Annotated[Path | None, typer.Option(help="A picture to begin with.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --init-image to draw anew, 0 to 1.")] = None,
     mask: Annotated[Path | None, typer.Option(help="A picture, white where to draw on --init-image.")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="A picture for the bundle's ControlNet.")] = None,
+    controlnet_conditioning_scale: Scale = None,
+    adapter_image: Annotated[Path | None, typer.Option(help="A picture for the bundle's T2I-Adapter.")] = None,
+    adapter_conditioning_scale: Scale = None,
+    ip_adapter_image: Annotated[Path | None, typer.Option(help="A picture for the bundle's IP-Adapter.")] = None,
+    ip_adapter_scale: Scale = None,
     height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
@@ -118,10 +124,19 @@ def generate(
         raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
     chosen = read_plan(plan) if plan is not None else None
     given = _pictures(image=init_image, mask_image=mask)
+    shown = {"control_image": control_image, "adapter_image": adapter_image, "ip_adapter_image": ip_adapter_image}
+    scales = {
+        "controlnet_conditioning_scale": controlnet_conditioning_scale,
+        "adapter_conditioning_scale": adapter_conditioning_scale,
+        "ip_adapter_scale": ip_adapter_scale,
+    }
+    steering: dict[str, Any] = _pictures(**shown) | scales
     pipe = FastCachePipeline(open_bundle(engines))
     said = {"prompt": prompt, "negative_prompt": negative_prompt or "", "sampler": sampler, "steps": steps}
     if init_image is not None:
         said |= {"init_image": init_image.name, "strength": strength, "mask": mask.name if mask is not None else None}
+    said |= {name: file.name for name, file in shown.items() if file is not None}
+    said |= {name: scale for name, scale in scales.items() if scale is not None}
     start, images, used = time.perf_counter(), list[dict[str, Any]](), chosen
     (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
     most = pipe.bundle.manifest.profiles["batch"].max
@@ -141,6 +156,7 @@ def generate(
                 clip_skip=clip_skip,
                 strength=strength,
                 **repeated,
+                **steering,
                 cache_interval=cache_interval or 1,
                 plan=chosen,
                 generator=[torch.Generator().manual_seed(own) for own in seeds],

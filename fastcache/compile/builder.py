@@ -61,7 +61,13 @@ def resolve(recipe: Recipe) -> Job:
     Raises: `ValueError` for a model or component that is not there, a model of videos, or GPUs that the backend does
     not build for; `BackendUnavailable` for what cannot be built here.
     """
-    model = find_model(recipe.model, random_weights=recipe.random_weights, revision=recipe.revision, loras=recipe.lora)
+    model = find_model(
+        recipe.model,
+        random_weights=recipe.random_weights,
+        revision=recipe.revision,
+        loras=recipe.lora,
+        controls=recipe.controls,
+    )
     model.require_pictures()
     components: tuple[Component, ...] = recipe.components or model.components
     missing = [c for c in components if c not in model.components]
@@ -72,9 +78,9 @@ def resolve(recipe: Recipe) -> Job:
     name, device, reason = _settle_backend(recipe)
     if recipe.compute_capability:
         fastcache_engines.backend(name).check_targets(recipe.compute_capability)
-    if (len(recipe.sizes) > 1 or recipe.max_tokens) and fastcache_engines.backend(name).SOURCE == "program":
+    if recipe.max_tokens and fastcache_engines.backend(name).SOURCE == "program":
         raise BackendUnavailable(
-            f"expected a backend whose engines serve several sizes and prompt lengths, got {name}; build one each"
+            f"expected a backend whose engines serve several prompt lengths, got {name}; leave max_tokens out"
         )
     if recipe.kernels and fastcache_engines.backend(name).SOURCE != "program":
         raise BackendUnavailable(f"expected a backend whose graphs can hold kernels (inductor), got {name}")

@@ -14,8 +14,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from fastcache.bundle import ModelInfo, WorkEntry
-from fastcache.compile.export import Free, Inputs, call_unet
+from fastcache.compile.export import Free, Inputs
 from fastcache.compile.models import SourceModel
+from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.work import count_work, empty_unet
 from fastcache.recipe import Profile, Recipe, Size
@@ -95,6 +96,7 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
         scheduler=model.scheduler,
         loras=tuple(entry for _, entry in model.loras),
         unconditional=tokens == 0 and not classes,
+        controls=tuple(control.entry for control in model.controls),
     )
 
 

@@ -5,7 +5,8 @@ Knows layers and numbers; knows nothing about graphs or backends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ def lower(cut: Cut, dtype: DType) -> None:
     """
     for unet in (cut.full, cut.shallow):
         for name, part in unet.named_children():
-            if name != "embeddings":
-                part.to(TORCH_DTYPES[dtype])
+            part.to(torch.float32 if name == "embeddings" else TORCH_DTYPES[dtype])
 
 
 def prepare(cuts: Iterable[Cut], dtype: DType | None, kernels: bool = False) -> None:
@@ -37,11 +37,35 @@ def prepare(cuts: Iterable[Cut], dtype: DType | None, kernels: bool = False) -> 
     With `kernels` the first norm above each cut becomes an operator of `fastcache_kernels`.
     """
     for cut in cuts:
-        split_gates(cut)
+        split_gates(cut.full)
         if kernels:
             fuse_first_norm(cut)
         if dtype is not None:
             lower(cut, dtype)
+
+
+@contextmanager
+def widened(*modules: nn.Module) -> Generator[None]:
+    """Within this every layer computes in float32, its weights widened while it runs and no longer."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(layer: nn.Module, arguments: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            narrow[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(layer: nn.Module, arguments: Any, output: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = narrow.pop(parameter)
+
+    every = dict.fromkeys(layer for module in modules for layer in module.modules())
+    layers = [x for x in every if any(p.dtype != torch.float32 for p in x.parameters(recurse=False))]
+    hooks = [hook for x in layers for hook in (x.register_forward_pre_hook(widen), x.register_forward_hook(restore))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _SplitGEGLU(nn.Module):
@@ -74,9 +98,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def split_gates(cut: Cut) -> None:
-    """Put `_SplitGEGLU` in place of every GEGLU of a cut, and so of the U-Net it was made from."""
-    for parent in list(cut.full.modules()):
+def split_gates(network: nn.Module) -> None:
+    """Put `_SplitGEGLU` in place of every GEGLU of a network; of a cut's full pass, so of the U-Net it is made from."""
+    for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is GEGLU:
                 setattr(parent, name, _SplitGEGLU(child))

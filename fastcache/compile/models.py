@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from fastcache.bundle import Family, LoraEntry, sha256_of
 from fastcache.compile import lora
+from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
+from fastcache.compile.sources import first_line, load, read_json, weight_files
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.recipe import Component, Lora
+from fastcache.recipe import Component, ControlKind, Lora
 
 _PIPELINES: dict[str, Family] = {
     "StableDiffusionPipeline": "sd",
@@ -54,7 +56,7 @@ class SourceModel:
     """A model found but not loaded: where it is, and what identifies its weights.
 
     `parts` are the subfolders it is read from, `settings` what the pipeline itself is configured with. LoRAs are merged
-    into whatever is loaded.
+    into whatever is loaded; `controls` lie beside it.
     """
 
     name: str
@@ -66,6 +68,7 @@ class SourceModel:
     parts: tuple[str, ...] = ("unet",)
     settings: dict[str, Any] = field(default_factory=dict)
     loras: tuple[tuple[Lora, LoraEntry], ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @property
     def random_weights(self) -> bool:
@@ -84,15 +87,20 @@ class SourceModel:
                 "fastcache.partition_unet cuts it, but no engines are built of it yet"
             )
 
-    def load_unet(self) -> UNet2DConditionModel | UNet2DModel:
-        unet = _random_unet(self.name) if self.folder is None else _load(UNet2DConditionModel, self.folder, "unet")
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel | UNet2DModel:
+        """The U-Net in float32; one of random weights in `dtype`, which for SDXL is 5 GB in place of 10."""
+        if self.folder is None:
+            # UNet2DModel rounds its timesteps to its own dtype, and a LoRA is added to weights as they were trained.
+            narrows = PRESETS[self.name].unet_class is UNet2DConditionModel and not self.loras
+            return self._merged(_random_unet(self.name, dtype if narrows else torch.float32), "unet")
+        unet = load(UNet2DConditionModel, self.folder / "unet")
         return self._merged(unet, "unet")
 
     def load_vae(self) -> AutoencoderKL:
-        return _load(AutoencoderKL, self._folder("vae"), "vae")
+        return load(AutoencoderKL, self._folder("vae") / "vae")
 
     def load_text_encoder(self, name: lora.Part = "text_encoder") -> CLIPTextModel | CLIPTextModelWithProjection:
-        return self._merged(_load(_TEXT_CLASSES[name], self._folder("text"), name), name)
+        return self._merged(load(_TEXT_CLASSES[name], self._folder("text") / name), name)
 
     def load_tokenizer(self, name: lora.Part = "text_encoder") -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self._folder("text") / TOKENIZERS[name], local_files_only=True)
@@ -100,7 +108,7 @@ class SourceModel:
     def _merged(self, model: lora.Model, part: lora.Part) -> lora.Model:
         if not self.loras:
             return model
-        config = PRESETS[self.name].unet if self.folder is None else _read_json(self.folder / "unet" / "config.json")
+        config = PRESETS[self.name].unet if self.folder is None else read_json(self.folder / "unet" / "config.json")
         return lora.merge(model, part, self.family, config, [chosen for chosen, _ in self.loras])
 
     def _folder(self, component: Component) -> Path:
@@ -110,27 +118,35 @@ class SourceModel:
 
 
 def find_model(
-    name: str, *, random_weights: bool = False, revision: str | None = None, loras: Sequence[Lora] = ()
+    name: str,
+    *,
+    random_weights: bool = False,
+    revision: str | None = None,
+    loras: Sequence[Lora] = (),
+    controls: Mapping[ControlKind, str] | None = None,
 ) -> SourceModel:
-    """Find a model and hash its weights, without loading them; LoRAs count among the weights.
+    """Find a model and hash its weights, without loading them; LoRAs and networks beside it count among the weights.
 
     Raises: `ValueError` for a name that is nothing known, a folder that is no model, pickled weights, or a class
     that is not on the allow-list.
     """
     found = _find(name, random_weights, revision)
-    if not loras:
+    beside = tuple(find_control(kind, path) for kind, path in (controls or {}).items())
+    if not (loras or beside):
         return found
     entries = [lora.entry_of(chosen) for chosen in loras]
-    identity = json.dumps([found.weights_sha256, *([entry.sha256, entry.weight] for entry in entries)])
-    weights = hashlib.sha256(identity.encode()).hexdigest()
-    return replace(found, weights_sha256=weights, loras=tuple(zip(loras, entries, strict=True)))
+    identity: list[Any] = [found.weights_sha256, *([entry.sha256, entry.weight] for entry in entries)]
+    identity += [[control.entry.kind, control.entry.sha256] for control in beside]
+    weights = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    merged = tuple(zip(loras, entries, strict=True))
+    return replace(found, weights_sha256=weights, loras=merged, controls=beside)
 
 
 def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
     if random_weights:
         if name not in PRESETS:
             raise ValueError(f"expected a preset with random weights ({', '.join(PRESETS)}), got {name!r}")
-        key = json.dumps([name, PRESETS[name].unet, torch.__version__], sort_keys=True)
+        key = json.dumps([name, PRESETS[name].unet, torch.__version__, "by layer"], sort_keys=True)
         weights = hashlib.sha256(key.encode()).hexdigest()
         family: Family = "sdxl" if "addition_embed_type" in PRESETS[name].unet else "sd"
         scheduler, settings = PRESETS[name].scheduler, PRESETS[name].settings
@@ -149,7 +165,7 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ValueError(f"expected a model folder in diffusers' layout (with model_index.json), got {folder}")
-    index = _read_json(index_file)
+    index = read_json(index_file)
     family = _PIPELINES.get(str(index.get("_class_name")))
     if family is None:
         raise ValueError(
@@ -164,7 +180,7 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     components: tuple[Component, ...] = tuple(dict.fromkeys(_PARTS[part][0] for part in parts))
     if "unet" not in components:
         raise ValueError(f"expected a unet folder in {folder}, got {', '.join(p.name for p in folder.iterdir())}")
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
     scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
     if family == "sd":
@@ -186,7 +202,7 @@ def _hash_sources(folder: Path, parts: tuple[str, ...], settings: dict[str, Any]
         elif not (part / "config.json").is_file():
             raise ValueError(f"expected a config.json in {part}, got none; save the model again with diffusers")
         else:
-            files += [part / "config.json", *_weight_files(part)]
+            files += [part / "config.json", *weight_files(part)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in sorted(files):
         digest.update(f"{file.parent.name}/{file.name} {sha256_of(file)}\n".encode())
@@ -197,53 +213,10 @@ def _is_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a JSON file {file}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(value).__name__}")
-    return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "none"
-        raise ValueError(f"expected safetensors weights in {folder}, got {found}; convert them with safetensors")
-    return files
-
-
-def _variant(folder: Path) -> str | None:
-    """The `fp16` of `model.fp16.safetensors`, where only that variant is there."""
-    stems = {file.name.split("-00")[0].removesuffix(".safetensors").split(".")[-1] for file in _weight_files(folder)}
-    return "fp16" if stems == {"fp16"} else None
-
-
-def _load(kind: Any, folder: Path, part: str) -> Any:
-    try:
-        model = kind.from_pretrained(
-            folder / part,
-            use_safetensors=True,
-            variant=_variant(folder / part),
-            torch_dtype=torch.float32,
-            local_files_only=True,
-        )
-    except Exception as error:  # a damaged file surfaces as any of a dozen classes
-        raise ValueError(f"cannot load the {part} of {folder}: {_first_line(error)}") from error
-    return model.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _random_unet(preset: str) -> UNet2DConditionModel | UNet2DModel:
+def _random_unet(preset: str, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return PRESETS[preset].make()
+        return PRESETS[preset].make(dtype)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -255,7 +228,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ValueError(
-            f"expected a model folder, a hub id that can be reached, or demo, got {name!r} ({_first_line(error)})"
+            f"expected a model folder, a hub id that can be reached, or demo, got {name!r} ({first_line(error)})"
         ) from None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
 
 _SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -49,9 +50,16 @@ class Preset:
     size: tuple[int, int] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def make(self) -> Any:
-        """The U-Net with the weights that its class begins with."""
-        return self.unet_class(**self.unet).eval().requires_grad_(False)
+    def make(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The U-Net with the weights that its layers begin with, never more than one of them wider than `dtype`."""
+        with torch.device("meta"):
+            unet = self.unet_class(**self.unet)
+        for layer in unet.modules():
+            if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+                layer.to_empty(device="cpu", recurse=False)
+                layer.reset_parameters()
+                layer.to(dtype)
+        return unet.eval().requires_grad_(False)
 
 
 PRESETS: dict[str, Preset] = {

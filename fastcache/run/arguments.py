@@ -1,4 +1,4 @@
-"""A call's arguments -> the size, the part of the denoising and the conditioning that they mean for a bundle's model.
+"""A call's arguments -> the size, the plan, the part of the denoising and the conditioning that they mean for a bundle.
 
 Refuses in one line what does not go together. Knows names and numbers; runs nothing.
 """
@@ -6,6 +6,7 @@ Refuses in one line what does not go together. Knows names and numbers; runs not
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from fastcache.bundle import Manifest, ModelInfo
 from fastcache.recipe import Size
+from fastcache.run.denoise import Generators
+from fastcache.run.plan import CachePlan
 from fastcache.run.prompts import Embeds, Sizes
 from fastcache.run.schedule import Span
+from fastcache.run.scheduler import Scheduler, same_sampler
 
 # What diffusers' pipelines do without a strength: image to image, and under a mask.
 _STRENGTHS = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
@@ -101,8 +105,49 @@ def conditioning(
     return others | {"time_ids": ids, "text_embeds": embeds.pooled}
 
 
+def images_of(
+    info: ModelInfo, conditioning: Mapping[str, Tensor], latents: Tensor | None, generator: Generators, guided: bool
+) -> int:
+    """How many images inputs are for; with no conditioning as many as latents, or else generators."""
+    rows = next(iter(conditioning.values()), None)
+    if rows is not None:
+        return len(rows) // info.guided_rows if guided else len(rows)
+    if latents is not None:
+        return len(latents)
+    return len(generator) if isinstance(generator, Sequence) else 1
+
+
+def check_generators(generator: Generators, batch: int) -> None:
+    """Raises: `ValueError` for a list of generators that is not one for each image."""
+    if isinstance(generator, Sequence) and len(generator) != batch:
+        raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
+
+
+def plan_of(
+    manifest: Manifest, plan: CachePlan | None, cache_interval: int, num_calls: int, sampler: str | Scheduler
+) -> CachePlan:
+    """The plan that was given, or a uniform one.
+
+    Raises: `ValueError` for both, or a plan made for another model, sampler or branch.
+    """
+    if plan is None:
+        return CachePlan.uniform(num_calls, cache_interval, manifest.branch_id)
+    if cache_interval != 1:
+        raise ValueError("expected cache_interval or plan, got both")
+    if not set(plan.branch_ids) <= set(manifest.branches):
+        raise ValueError(
+            f"expected a plan for branch {' and '.join(map(str, manifest.branches))}, which the bundle was cut at, "
+            f"got one for {', '.join(map(str, plan.branch_ids))}; build with --branch-id for others"
+        )
+    if plan.model not in (None, manifest.model.name):
+        raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
+    if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):
+        raise ValueError(f"expected a plan made for sampler {sampler}, got one for {plan.sampler}")
+    return plan
+
+
 def _is_picture(image: Any) -> bool:
-    return not (isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] != 3)
+    return not (isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] not in (1, 3))
 
 
 def _pixels_of(image: Any) -> tuple[int, int] | None:

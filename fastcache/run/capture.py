@@ -79,7 +79,9 @@ class DeviceLoop:
     Raises: `ValueError` for latents that are no images, or a rescale outside of 0 to 1.
     """
 
-    def __init__(self, pool: BufferPool, table: SamplerTable, plan: CachePlan, rescale: float) -> None:
+    def __init__(
+        self, pool: BufferPool, table: SamplerTable, plan: CachePlan, rescale: float, scaled: bool = False
+    ) -> None:
         self._pool, self._table, self._plan, self._rescale = pool, table, plan, rescale
         self._guided = [plan.is_guided(step) or pool.halves == 1 for step in range(plan.num_steps)]
         device, calls = pool.history.device, table.num_calls
@@ -92,13 +94,16 @@ class DeviceLoop:
         # 16 bytes apart, for kernels are compiled for aligned addresses
         self._numbers = torch.arange(calls, dtype=torch.int32, device=device)[:, None].repeat(1, 4)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._scales = torch.zeros(calls, device=device) if scaled else None  # a ControlNet's, at each step
         self._before, self._after = forecasts(pool, plan, table.sigmas)
         self._counted = {guided: self._update(guided, self._counter) for guided in set(self._guided)}
         self._enters = [self._enter(step) for step in range(calls)]
 
-    def begin(self, guidance_scale: float, generator: Generators) -> None:
+    def begin(self, guidance_scale: float, generator: Generators, scales: Sequence[float] | None = None) -> None:
         """Take the pool's first latents, draw all noise, and write the first step's inputs."""
         self._tables.guidance.fill_(guidance_scale)
+        if self._scales is not None and scales is not None:
+            self._scales.copy_(torch.tensor(scales))
         self._counter.zero_()
         self.ring[0, 0].copy_(self._pool.latents[0])
         if self._noise is not None:
@@ -124,7 +129,7 @@ class DeviceLoop:
         return [
             call
             for step in steps
-            for call in (*(self._enters[step] if turns[step] else ()), *self._calls(step, updates[step]))
+            for call in (*(self._enters[step] if turns[step] else self._scale(step)), *self._calls(step, updates[step]))
         ]
 
     def single(self, step: int) -> list[Call]:
@@ -170,7 +175,15 @@ class DeviceLoop:
                 torch.mul, latents.expand_as(rows.model_input), self._tables.input_scales[step], out=rows.model_input
             ),
             partial(timestep.copy_, self._tables.timesteps[step].expand_as(timestep)),
+            *self._scale(step),
         ]
+
+    def _scale(self, step: int) -> list[Call]:
+        """Write the ControlNet's scale, where it changes from step to step."""
+        if self._scales is None:
+            return []
+        scale = self._pool.rows(self._guided[step]).tensors["conditioning_scale"]
+        return [partial(scale.copy_, self._scales[step].expand_as(scale))]
 
 
 @dataclass
@@ -198,6 +211,7 @@ def denoise_captured(
     *,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    conditioning_scales: Sequence[float] | None = None,
     generator: Generators = None,
     stepwise: bool = False,
 ) -> Iterator[Step]:
@@ -214,13 +228,13 @@ def denoise_captured(
         raise ValueError(
             f"expected a plan for the sampler's {sampler.num_calls} U-Net calls, got one for {plan.num_steps}"
         )
-    recorded = _recorded(recorder, pool, sampler, plan, guidance_rescale)
+    recorded = _recorded(recorder, pool, sampler, plan, guidance_rescale, conditioning_scales is not None)
     loop, steps = recorded.loop, range(plan.num_steps)
     if stepwise:
         launches = [recorded.launch(recorder, loop.kind(step), partial(loop.single, step)) for step in steps]
     else:
         launches = [recorded.launch(recorder, None, loop.whole)]
-    loop.begin(guidance_scale, generator)
+    loop.begin(guidance_scale, generator, conditioning_scales)
     return _launched(pool, pool.run, loop, launches, sampler.timesteps.tolist(), plan)
 
 
@@ -242,7 +256,9 @@ def _launched(
             loop.enter(step + 1)  # always: torch does not count what is written to a tensor in inference mode
 
 
-def _recorded(recorder: Recorder, pool: BufferPool, table: SamplerTable, plan: CachePlan, rescale: float) -> Recorded:
+def _recorded(
+    recorder: Recorder, pool: BufferPool, table: SamplerTable, plan: CachePlan, rescale: float, scaled: bool
+) -> Recorded:
     """The recordings of these very bindings and addresses, or a new place for them; the oldest give way."""
     keys = {(branch, plan.is_guided(step)): None for step, branch in enumerate(plan.branches)}
     bindings = [pool.binding(*key) for key in keys]
@@ -254,9 +270,9 @@ def _recorded(recorder: Recorder, pool: BufferPool, table: SamplerTable, plan: C
             )
     addresses = [tensor.data_ptr() for _, guided in keys for tensor in pool.rows(guided).tensors.values()]
     schedule = plan.branches, plan.unguided_steps, plan.forecast
-    key = id(recorder), table, schedule, rescale, tuple(map(id, bindings)), tuple(addresses)
+    key = id(recorder), table, schedule, rescale, scaled, tuple(map(id, bindings)), tuple(addresses)
     kept = pool.recorded
-    found = kept.pop(key, None) or Recorded(DeviceLoop(pool, table, plan, rescale), bindings)
+    found = kept.pop(key, None) or Recorded(DeviceLoop(pool, table, plan, rescale, scaled), bindings)
     kept[key] = found  # the newest comes last
     while len(kept) > _KEPT:
         kept.pop(next(iter(kept)))

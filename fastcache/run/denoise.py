@@ -43,6 +43,7 @@ class DenoiseOptions(TypedDict, total=False):
 
     guidance_scale: float
     guidance_rescale: float
+    conditioning_scales: Sequence[float] | None
     generator: Generators
 
 
@@ -54,13 +55,15 @@ def denoise(
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
     image_guidance_scale: float | None = None,
+    conditioning_scales: Sequence[float] | None = None,
     generator: Generators = None,
 ) -> Iterator[Step]:
     """Run a plan from the noise in `pool.latents[0]`, yielding after each step.
 
     The last step's `latents` are the result. `generator` draws the noise of stochastic samplers, one for the whole
     batch or one for each image. `image_guidance_scale` is for pools of three rows an image, where guidance has three
-    parts: without text and image, with the image, with both.
+    parts: without text and image, with the image, with both. `conditioning_scales` are a ControlNet's at each step,
+    where they are not all those that the pool's inputs were set to.
 
     Raises: `ValueError`, at once, where the plan and the sampler do not have the same number of U-Net calls, or there
     is no engine for a branch. A step raises `RuntimeError` where a newer run has taken the pool over.
@@ -73,7 +76,7 @@ def denoise(
         pool.binding(branch, plan.is_guided(step))
     forecast = forecasts(pool, plan, sampler.sigmas)
     guide = _Guide(pool, guidance_scale, guidance_rescale, image_guidance_scale)
-    return _steps(pool, pool.run, sampler, plan, forecast, guide, generator)
+    return _steps(pool, pool.run, sampler, plan, forecast, guide, generator, conditioning_scales)
 
 
 def _steps(
@@ -84,10 +87,12 @@ def _steps(
     forecast: tuple[Calls, Calls],
     guide: _Guide,
     generator: Generators,
+    conditioning_scales: Sequence[float] | None,
 ) -> Iterator[Step]:
     timesteps = [float(timestep) for timestep in sampler.timesteps]
     steps = [Step(i, timesteps[i], plan.is_full(i), pool.latents[i + 1]) for i in range(plan.num_steps)]
-    for step, calls in zip(steps, step_calls(pool, sampler, plan, forecast, guide, generator), strict=True):
+    every = step_calls(pool, sampler, plan, forecast, guide, generator, conditioning_scales)
+    for step, calls in zip(steps, every, strict=True):
         if pool.run != run:
             raise RuntimeError("a newer run has taken this one's buffers; finish or drop a stream before the next call")
         for call in calls:
@@ -102,6 +107,7 @@ def step_calls(
     forecast: tuple[Calls, Calls],
     guide: _Guide,
     generator: Generators,
+    conditioning_scales: Sequence[float] | None = None,
 ) -> list[list[Call]]:
     """For each step all that it does, in turn, with every view and number in place."""
     before, after = forecast
@@ -114,6 +120,11 @@ def step_calls(
         [
             partial(kernels.duplicate, rows.repeated[i], scales[i], rows.model_input),
             partial(rows.tensors["timestep"].fill_, timesteps[i]),
+            *(
+                [partial(rows.tensors["conditioning_scale"].fill_, conditioning_scales[i])]
+                if conditioning_scales
+                else ()
+            ),
             *before.get(i, ()),
             pool.binding(branch, guided).run,
             *after.get(i, ()),

@@ -7,7 +7,7 @@ nothing about prompts or steps.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from fastcache.bundle import Bundle
 from fastcache.recipe import Size
-from fastcache.run.denoise import Generators, draw
+from fastcache.run.buffers import BufferPool
+from fastcache.run.denoise import Generators, Step, draw
 from fastcache.run.runtime import Runtime
 from fastcache.run.schedule import Schedule, Span
 
@@ -60,6 +61,24 @@ class Start:
     latents: Tensor
     appended: Tensor | None = None
     known: Known | None = None
+
+    def fill(self, pool: BufferPool) -> None:
+        """Write it where the first step finds it; the further channels stay for the whole run."""
+        pool.latents[0].copy_(self.latents)
+        if self.appended is not None:
+            sample = pool.tensors["sample"]
+            every = sample.view(pool.halves, pool.batch, *sample.shape[1:])[:, :, pool.latent_shape[1] :]
+            every.copy_(self.appended.reshape(-1, pool.batch, *self.appended.shape[1:]))
+
+    def restoring(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps, what a mask keeps put back after each."""
+        return steps if self.known is None else _restored(steps, self.known)
+
+
+def _restored(steps: Iterator[Step], known: Known) -> Iterator[Step]:
+    for step in steps:
+        known.restore(step.index, step.latents)
+        yield step
 
 
 class Pictures:
@@ -152,7 +171,7 @@ class Pictures:
             return image
         from diffusers.image_processor import VaeImageProcessor
 
-        return _processed(name, VaeImageProcessor(vae_scale_factor=scale, do_convert_rgb=True), image, size)
+        return processed(name, VaeImageProcessor(vae_scale_factor=scale, do_convert_rgb=True), image, size)
 
     def _mask(self, mask: Images, size: Size) -> Tensor:
         from diffusers.image_processor import VaeImageProcessor
@@ -163,7 +182,7 @@ class Pictures:
             do_binarize=True,
             do_convert_grayscale=True,
         )
-        return _processed("mask_image", processor, mask, size)
+        return processed("mask_image", processor, mask, size)
 
     def _latents(self, pixels: Tensor, generator: Generators) -> Tensor:
         """A sample of what the encoder makes of images; latents as they are."""
@@ -197,7 +216,8 @@ class Pictures:
         return [Image.fromarray(pixels) for pixels in (array * 255).round().astype(np.uint8)]
 
 
-def _processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:
+def processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:
+    """Pictures as a processor of diffusers makes them, at a size. Raises: `ValueError` for what it cannot read."""
     try:
         return processor.preprocess(image, height=size.height, width=size.width)
     except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fastcache.bundle import Bundle, open_bundle
 from fastcache.recipe import Size
-from fastcache.run.arguments import conditioning, size_of, span_of
+from fastcache.run.arguments import check_generators, conditioning, images_of, plan_of, size_of, span_of
 from fastcache.run.buffers import BufferPool
+from fastcache.run.controls import Controls, refreshed
 from fastcache.run.denoise import Generators, ScheduledSampler, Step, draw
 from fastcache.run.images import Images, OutputType, Pictures, Start, png_bytes
 from fastcache.run.plan import CachePlan
@@ -30,7 +31,7 @@ from fastcache.run.prompts import Prompt, Prompts, Texts
 from fastcache.run.runtime import Runtime
 from fastcache.run.sampler import SamplerTable
 from fastcache.run.schedule import WHOLE, Schedule, Span, make_schedule
-from fastcache.run.scheduler import Scheduler, make_scheduler, same_sampler
+from fastcache.run.scheduler import Scheduler, make_scheduler
 
 __all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load", "png_bytes"]
 
@@ -72,6 +73,7 @@ class FastCachePipeline:
         self.bundle = bundle
         self.runtime = Runtime(bundle, threads=threads, cuda_graph=cuda_graph)
         self.prompts, self.pictures = Prompts(bundle, self.runtime), Pictures(bundle, self.runtime)
+        self.controls = Controls(bundle, self.runtime)
         self._schedule = lru_cache(maxsize=16)(self._make_schedule)
 
     @cached_property
@@ -162,9 +164,10 @@ class FastCachePipeline:
 
         `image` alone is image to image, with a `mask_image`, white where to draw, inpainting; both at `strength`.
         InstructPix2Pix edits it, by `guidance_scale` and `image_guidance_scale`. One generator a picture makes a
-        picture independent of its neighbours in the batch. `arguments` are SDXL's
-        sizes (`original_size`, ...), and those of `start`: `cache_interval` N refreshes the cached feature every Nth
-        step (1: no caching), `plan` says it step by step. `replaces_latents` announces that steps' results are changed.
+        picture independent of its neighbours in the batch. `arguments` are SDXL's sizes (`original_size`, ...), what
+        `ControlArguments` names for a bundle with a ControlNet, T2I-Adapter or IP-Adapter, and those of `start`:
+        `cache_interval` N refreshes the cached feature every Nth step (1: no caching), `plan` says it step by step.
+        `replaces_latents` announces that steps' results are changed.
 
         Shapes: `latents` (N, C, H / 8, W / 8) as drawn from a unit normal; `prompt_embeds` (N, tokens, width).
 
@@ -172,7 +175,9 @@ class FastCachePipeline:
         """
         if not math.isfinite(guidance_scale):
             raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
-        info, size = self.bundle.manifest.model, size_of(self.bundle.manifest, height, width, image, mask_image)
+        control, arguments = self.controls.take(arguments)
+        shown = control.picture if image is None else image
+        info, size = self.bundle.manifest.model, size_of(self.bundle.manifest, height, width, shown, mask_image)
         guided = guidance_scale > 1 and (not info.edits or image_guidance_scale >= 1)
         span = span_of(info, image, mask_image, strength, denoising_start, denoising_end, latents)
         embeds = self.prompts.condition(
@@ -200,10 +205,12 @@ class FastCachePipeline:
         )
         start = None
         if image is not None:
-            self._check_generators(generator, rows)
+            check_generators(generator, rows)
             start = self.pictures.start(
                 image, mask_image, schedule, span, rows=rows, size=size, generator=generator, guided=guided
             )
+        calls = len(schedule.sampler.timesteps)
+        steering = self.controls.steer(control, rows=rows, guided=guided, size=size, num_calls=calls)
         unguided_twice = info.edits and guided  # without the image, and with it
         return self.start(
             torch.cat([embeds.hidden[:rows], embeds.hidden]) if unguided_twice else embeds.hidden,
@@ -216,6 +223,8 @@ class FastCachePipeline:
             latents=latents,
             size=size,
             start=start,
+            conditioning_scales=steering.scales,
+            **steering.inputs,
             **arguments,
         )
 
@@ -252,6 +261,7 @@ class FastCachePipeline:
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         image_guidance_scale: float | None = None,
+        conditioning_scales: Sequence[float] | None = None,
         schedule: Schedule | None = None,
         size: Size | None = None,
         start: Start | None = None,
@@ -261,7 +271,8 @@ class FastCachePipeline:
         """Settle sampler and plan, fill the buffers, and return the run, its first step not yet taken.
 
         `schedule` takes the place of `num_inference_steps` and `eta`, `start` that of noise. `whole` allows a run that
-        is one CUDA graph to have one step only, the last.
+        is one CUDA graph to have one step only, the last. `conditioning_scales` are a ControlNet's at each step, where
+        they change; the steps at which they do are FULL.
 
         Shapes: `encoder_hidden_states` (2N, tokens, width) if guided, unconditional half first, else (N, ...), for
         InstructPix2Pix (3N, ...), the first two thirds unconditional;
@@ -272,17 +283,16 @@ class FastCachePipeline:
             conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditioning}
         schedule = schedule or self.schedule(sampler, num_inference_steps, eta, generator)
         table = schedule.sampler
-        plan = self._plan(plan, cache_interval, len(table.timesteps), sampler)
+        plan = plan_of(self.bundle.manifest, plan, cache_interval, len(table.timesteps), sampler)
+        plan = refreshed(plan, conditioning_scales)
         tokens = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        batch = self._images(conditioning, latents, generator, guided)
-        self._check_generators(generator, batch)
+        batch = images_of(self.bundle.manifest.model, conditioning, latents, generator, guided)
+        check_generators(generator, batch)
         pool = self.runtime.pool(batch=batch, guided=guided, num_calls=plan.num_steps, size=size, tokens=tokens)
         pool.set_inputs(conditioning)
         first = pool.latents[0]
         if start is not None:
-            first.copy_(start.latents)
-            if start.appended is not None:
-                _append(pool, start.appended)
+            start.fill(pool)
         elif latents is None:
             draw(first, generator)
             first.mul_(table.init_noise_sigma)
@@ -298,9 +308,10 @@ class FastCachePipeline:
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             image_guidance_scale=image_guidance_scale,
+            conditioning_scales=conditioning_scales,
             generator=generator,
         )
-        return Run(pool, table, plan, _restoring(steps, start))
+        return Run(pool, table, plan, steps if start is None else start.restoring(steps))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""
@@ -336,55 +347,3 @@ class FastCachePipeline:
 
     def _make_schedule(self, name: str, num_steps: int, eta: float, span: Span) -> Schedule:
         return make_schedule(make_scheduler(name, self.bundle.manifest.model.scheduler), num_steps, eta, span)
-
-    def _images(
-        self, conditioning: dict[str, Tensor], latents: Tensor | None, generator: Generators, guided: bool
-    ) -> int:
-        rows = next(iter(conditioning.values()), None)
-        if rows is not None:
-            return len(rows) // self.bundle.manifest.model.guided_rows if guided else len(rows)
-        if latents is not None:
-            return len(latents)
-        return len(generator) if isinstance(generator, Sequence) else 1
-
-    def _check_generators(self, generator: Generators, batch: int) -> None:
-        if isinstance(generator, Sequence) and len(generator) != batch:
-            raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
-
-    def _plan(self, plan: CachePlan | None, cache_interval: int, num_calls: int, sampler: str | Scheduler) -> CachePlan:
-        manifest = self.bundle.manifest
-        if plan is None:
-            return CachePlan.uniform(num_calls, cache_interval, manifest.branch_id)
-        if cache_interval != 1:
-            raise ValueError("expected cache_interval or plan, got both")
-        if not set(plan.branch_ids) <= set(manifest.branches):
-            raise ValueError(
-                f"expected a plan for branch {' and '.join(map(str, manifest.branches))}, which the bundle was cut at, "
-                f"got one for {', '.join(map(str, plan.branch_ids))}; build with --branch-id for others"
-            )
-        if plan.model not in (None, manifest.model.name):
-            raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
-        if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):
-            raise ValueError(f"expected a plan made for sampler {sampler}, got one for {plan.sampler}")
-        return plan
-
-
-def _restoring(steps: Iterator[Step], start: Start | None) -> Iterator[Step]:
-    """The steps, what a mask keeps put back after each."""
-    if start is None or start.known is None:
-        return steps
-    known = start.known
-
-    def restored() -> Iterator[Step]:
-        for step in steps:
-            known.restore(step.index, step.latents)
-            yield step
-
-    return restored()
-
-
-def _append(pool: BufferPool, channels: Tensor) -> None:
-    """Fill the U-Net's channels after the latents', which stay as they are for the whole run."""
-    sample = pool.tensors["sample"]
-    every = sample.view(pool.halves, pool.batch, *sample.shape[1:])[:, :, pool.latent_shape[1] :]
-    every.copy_(channels.reshape(-1, pool.batch, *channels.shape[1:]))

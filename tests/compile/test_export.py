@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastcache import BuildError, partition_unet
-from fastcache.compile import export
+from fastcache.compile import export, passes
 from fastcache.cut.partition import Cut
 from fastcache.parity import relative_error
 from fastcache_engines import onnxruntime, tensorrt_rtx
@@ -49,7 +49,7 @@ def with_few_layers(name: str) -> UNet2DConditionModel:
 
 def inputs_of(cut_name: str, unet: torch.nn.Module, batch: int) -> export.Inputs:
     """Inputs whose rows all differ, timesteps and class labels among them."""
-    inputs = export.unet_inputs(unet, batch, 8, 8, 7)
+    inputs = passes.unet_inputs(unet, batch, 8, 8, 7)
     inputs["timestep"] = torch.tensor([981.0, 17.0, 400.5])[:batch]
     if cut_name == "class-labels":
         inputs["class_labels"] = torch.tensor([3, 9, 0])[:batch]
@@ -59,7 +59,7 @@ def inputs_of(cut_name: str, unet: torch.nn.Module, batch: int) -> export.Inputs
 
 
 def save(cut: Cut, inputs: export.Inputs, folder: Path) -> int:
-    parts = export.exportable_unet(cut, inputs)
+    parts = passes.exportable_unet(cut, inputs)
     return export.save_graphs([(f"{part.role}.onnx", export.export(part)[0]) for part in parts], folder, "unet.weights")
 
 
@@ -86,8 +86,8 @@ def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Pat
     assert [spec.name for spec in shallow.outputs] == ["noise_pred"]
     for batch in (1, 2, 3):
         inputs = inputs_of(name, unet, batch)
-        expected = export.call_unet(unet, inputs).sample
-        noise_pred, feature = export.call_unet(cut.full, inputs)
+        expected = passes.call_unet(unet, inputs).sample
+        noise_pred, feature = passes.call_unet(cut.full, inputs)
         assert torch.equal(noise_pred, expected)
         tensors: dict[str, Tensor] = inputs | {
             "noise_pred": torch.full_like(expected, torch.nan),
@@ -143,14 +143,14 @@ def free_shapes(cut: Cut) -> dict[str, tuple[int | str, ...]]:
 def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
     unet = with_few_layers("sd15")
     cut = partition_unet(unet, 0, "auto")
-    parts = export.exportable_unet(cut, export.unet_inputs(unet, 2, 8, 8, 7))
+    parts = passes.exportable_unet(cut, passes.unet_inputs(unet, 2, 8, 8, 7))
     graphs = [(part, *export.export(part, free=FREE)) for part in parts]
     export.save_graphs([(f"{part.role}.onnx", model) for part, model, _ in graphs], tmp_path, "unet.weights")
     for _, _, specs in graphs:
         assert all(spec.shape == free_shapes(cut)[spec.name] for side in specs for spec in side)
     full, shallow = (onnxruntime.load(tmp_path / f"{role}.onnx") for role in ("full", "shallow"))
     for batch, height, width, tokens in ((1, 8, 8, 7), (2, 12, 6, 20), (3, 4, 20, 2)):
-        inputs = export.unet_inputs(unet, batch, height, width, tokens)
+        inputs = passes.unet_inputs(unet, batch, height, width, tokens)
         expected, *cached = cut.full(*inputs.values())
         tensors: dict[str, Tensor] = inputs | {"noise_pred": torch.empty_like(expected)}
         tensors |= {name: torch.empty_like(value) for name, value in zip(cut.cached, cached, strict=True)}
@@ -162,7 +162,7 @@ def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
 
 def test_one_size_that_is_left_free() -> None:
     unet = with_few_layers("sd15")
-    part = export.exportable_unet(partition_unet(unet, 0), export.unet_inputs(unet, 2, 8, 8, 7))[1]
+    part = passes.exportable_unet(partition_unet(unet, 0), passes.unet_inputs(unet, 2, 8, 8, 7))[1]
     _, (inputs, outputs) = export.export(part, free=export.Free(width=True, step=16))
     found = {spec.name: spec.shape for spec in (*inputs, *outputs)}
     assert found["sample"] == found["noise_pred"] == ("batch", 4, 8, "width/8")
@@ -171,15 +171,15 @@ def test_one_size_that_is_left_free() -> None:
 
 def test_a_refiner_is_told_one_thing_less() -> None:
     unet = small_unet("sdxl", **FEW_LAYERS["sdxl"], block_out_channels=(32, 64), layers_per_block=1)
-    inputs = export.unet_inputs(unet, 2, 8, 8, 7, time_ids=5)
+    inputs = passes.unet_inputs(unet, 2, 8, 8, 7, time_ids=5)
     assert (inputs["text_embeds"].shape, inputs["time_ids"].shape) == ((2, 28), (2, 5))
-    assert export.call_unet(unet, inputs).sample.isfinite().all()
+    assert passes.call_unet(unet, inputs).sample.isfinite().all()
 
 
 @built
 def test_tensorrt_builds_for_a_range_of_sizes(tmp_path: Path) -> None:
     unet = few_layers()
-    part = export.exportable_unet(partition_unet(unet, 0), export.unet_inputs(unet, 2, 8, 8, 7))[1]
+    part = passes.exportable_unet(partition_unet(unet, 0), passes.unet_inputs(unet, 2, 8, 8, 7))[1]
     model, _ = export.export(part, free=export.Free(height=True, width=True, step=8))
     export.save_graphs([("shallow.onnx", model)], tmp_path, "unet.weights")
     channels = {name: part.inputs[name].shape[1] for name in ("sample", "cached_feature")}
@@ -198,17 +198,17 @@ def test_tensorrt_builds_for_a_range_of_sizes(tmp_path: Path) -> None:
 def test_sizes_that_do_not_halve_are_refused() -> None:
     unet = small_unet("sd15")
     with pytest.raises(BuildError, match=r"expected latent sizes divisible by 4 at branch 6, got 8x10"):
-        export.exportable_unet(partition_unet(unet, 6), export.unet_inputs(unet, 1, 8, 10, 7))
+        passes.exportable_unet(partition_unet(unet, 6), passes.unet_inputs(unet, 1, 8, 10, 7))
 
 
 def test_conditioning_that_engines_do_not_take_is_refused() -> None:
     unet = small_unet("sd15")
     unet.register_to_config(addition_embed_type="image")
     with pytest.raises(BuildError, match=r"expected addition_embed_type None or 'text_time', got 'image'"):
-        export.unet_inputs(unet, 1, 8, 8, 7)
+        passes.unet_inputs(unet, 1, 8, 8, 7)
     unet.register_to_config(addition_embed_type=None, class_embed_type="projection")
     with pytest.raises(BuildError, match=r"got class_embed_type='projection'"):
-        export.unet_inputs(unet, 1, 8, 8, 7)
+        passes.unet_inputs(unet, 1, 8, 8, 7)
 
 
 def test_what_cannot_be_exported_is_one_line() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastcache
 from fastcache import PartitionError, partition_unet
-from fastcache.compile import export, lower
+from fastcache.compile import export, lower, passes
 from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import Cut
 from fastcache.errors import BackendUnavailable
@@ -42,7 +42,7 @@ torch.testing.assert_close(tensors["noise_pred"], expected, rtol=0, atol=1e-5 * 
 """
 
 
-def passes(cut: Cut, inputs: Any) -> tuple[Tensor, ...]:
+def both(cut: Cut, inputs: Any) -> tuple[Tensor, ...]:
     """The noise predictions of the full and of the shallow pass, and what is cached."""
     args, kwargs = inputs
     with torch.no_grad():
@@ -54,13 +54,13 @@ def passes(cut: Cut, inputs: Any) -> tuple[Tensor, ...]:
 def test_both_passes_compute_what_they_did(name: str, branch_id: int, kind: Any) -> None:
     unet = small_unet(name)
     inputs, before = example(unet), {key: value.clone() for key, value in unet.state_dict().items()}
-    expected = passes(partition_unet(unet, branch_id, kind), inputs)
+    expected = both(partition_unet(unet, branch_id, kind), inputs)
     fused = partition_unet(unet, branch_id, kind)
     fuse_first_norm(fused)
-    for got, wanted in zip(passes(fused, inputs), expected, strict=True):
+    for got, wanted in zip(both(fused, inputs), expected, strict=True):
         assert relative_error(got, wanted) < 1e-5
     assert all(torch.equal(before[key], value) for key, value in unet.state_dict().items())
-    assert torch.equal(passes(partition_unet(unet, branch_id, kind), inputs)[0], expected[0])  # others are not changed
+    assert torch.equal(both(partition_unet(unet, branch_id, kind), inputs)[0], expected[0])  # others are not changed
 
 
 @pytest.mark.parametrize("kind", ["plain", "projected"])
@@ -72,14 +72,14 @@ def test_another_activation_is_refused(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["plain", "projected"])
 def test_export_keeps_the_operator(kind: Any) -> None:
     unet = small_unet("two-blocks")
-    inputs = export.unet_inputs(unet, 2, 16, 16, 7)
+    inputs = passes.unet_inputs(unet, 2, 16, 16, 7)
     fused = partition_unet(unet, 0, kind)
     fuse_first_norm(fused)
-    program, _ = export.export_program(export.exportable_unet(fused, inputs)[1])
+    program, _ = export.export_program(passes.exportable_unet(fused, inputs)[1])
     assert OPERATORS[kind] in {str(node.target) for node in program.exported.graph.nodes}
     with torch.no_grad():
-        expected = export.call_unet(unet, inputs).sample
-        _, *cached = export.call_unet(fused.full, inputs)
+        expected = passes.call_unet(unet, inputs).sample
+        _, *cached = passes.call_unet(fused.full, inputs)
         got = program.exported.module()(inputs=inputs | dict(zip(fused.cached, cached, strict=True)))
     assert relative_error(got, expected) < 1e-5
 
@@ -88,11 +88,11 @@ def test_export_keeps_the_operator(kind: Any) -> None:
 def test_a_package_computes_it_without_the_package_of_kernels(tmp_path: Path) -> None:
     """AOTInductor opens the operator up, so that nothing has to be registered where the package runs."""
     unet = small_unet("two-blocks", layers_per_block=1)
-    inputs, fused = export.unet_inputs(unet, 2, 16, 16, 7), partition_unet(unet, 0, "plain")
+    inputs, fused = passes.unet_inputs(unet, 2, 16, 16, 7), partition_unet(unet, 0, "plain")
     with torch.no_grad():
-        expected, *cached = export.call_unet(fused.full, inputs)
+        expected, *cached = passes.call_unet(fused.full, inputs)
     fuse_first_norm(fused)
-    program, _ = export.export_program(export.exportable_unet(fused, inputs)[1])
+    program, _ = export.export_program(passes.exportable_unet(fused, inputs)[1])
     inductor.build({"shallow": program}, tmp_path, BuildOptions())
     tensors = inputs | dict(zip(fused.cached, cached, strict=True)) | {"noise_pred": expected}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "reference.safetensors")
@@ -104,13 +104,13 @@ def test_a_package_computes_it_without_the_package_of_kernels(tmp_path: Path) ->
 def test_a_package_on_a_gpu_holds_the_kernels(kind: Any, tmp_path: Path) -> None:
     """Exported on the CPU and moved, as a build does it; another batch than the exported one."""
     unet = small_unet("two-blocks", layers_per_block=1)
-    inputs, fused = export.unet_inputs(unet, 3, 16, 16, 7), partition_unet(unet, 0, kind)
+    inputs, fused = passes.unet_inputs(unet, 3, 16, 16, 7), partition_unet(unet, 0, kind)
     with torch.no_grad():
-        expected, *cached = export.call_unet(fused.full, inputs)
+        expected, *cached = passes.call_unet(fused.full, inputs)
     fuse_first_norm(fused)
     lower.lower(fused, "fp16")
     examples = {name: tensor[:2] for name, tensor in inputs.items()}
-    program, _ = export.export_program(export.exportable_unet(fused, examples)[1])
+    program, _ = export.export_program(passes.exportable_unet(fused, examples)[1])
     inductor.build({"shallow": program}, tmp_path, BuildOptions(device="cuda", dtype="fp16"))
     engine = inductor.load(tmp_path / "shallow.pt2", LoadOptions(device="cuda", dtype="fp16"))
     given = inputs | {name: tensor.half() for name, tensor in zip(fused.cached, cached, strict=True)}

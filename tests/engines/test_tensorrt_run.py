@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcache import BackendUnavailable, partition_unet
-from fastcache.compile import export
+from fastcache.compile import passes
 from fastcache.compile.lower import lower
 from fastcache.parity import relative_error
 from fastcache_engines import LoadOptions, Workspace, tensorrt, tensorrt_rtx
@@ -183,8 +183,8 @@ def test_a_damaged_engine_on_the_gpu(running: Any, tmp_path: Path) -> None:
 def test_full_and_shallow_on_the_gpu(dtype: Any, tolerance: float, running: Any, tmp_path: Path) -> None:
     """Invariants 1, 2 and 5, one workspace for both, and again as one captured graph."""
     unet = few_layers()
-    inputs = export.unet_inputs(unet, 2, 8, 8, 7)
-    expected = export.call_unet(unet, inputs).sample.cuda()
+    inputs = passes.unet_inputs(unet, 2, 8, 8, 7)
+    expected = passes.call_unet(unet, inputs).sample.cuda()
     cut = partition_unet(unet, 0)
     lower(cut, dtype)
     specs, graphs = save_unet(cut, tmp_path)

@@ -16,7 +16,7 @@ import fastcache
 from eager_engines import eager_engines
 from fastcache import Bundle, CachePlan, Forecast, compile_sampler
 from fastcache.cli import main
-from fastcache.compile import export
+from fastcache.compile import passes
 from fastcache.cut.partition import partition_branches
 from fastcache.parity import module_parity
 from fastcache.recipe import recipe_from
@@ -72,10 +72,10 @@ class OffByAPercent(nn.Module):
 
 def test_what_a_deeper_pass_refreshes_is_checked_too(tmp_path: Path) -> None:
     unet = small_unet("sd15")
-    inputs = export.unet_inputs(unet, 2, 16, 16, 7)
+    inputs = passes.unet_inputs(unet, 2, 16, 16, 7)
     cuts = partition_branches(unet, (0, 4), "auto")
-    save_file(inputs | export.reference(unet, cuts, inputs), tmp_path / "reference")
-    full, shallow, deeper = export.exportable_unet(cuts, inputs)
+    save_file(inputs | passes.reference(unet, cuts, inputs), tmp_path / "reference")
+    full, shallow, deeper = passes.exportable_unet(cuts, inputs)
     right = module_parity([full, shallow, deeper], tmp_path / "reference", "fp32")
     assert max(right.full_vs_model, right.shallow_vs_full) < 1e-5
     off = replace(deeper, module=OffByAPercent(deeper.module))
