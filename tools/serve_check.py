@@ -35,6 +35,7 @@ from serve.malformed import malformed_bodies  # pyright: ignore[reportMissingImp
 from serve.serving import GENERATE, schemathesis_command  # pyright: ignore[reportMissingImports]
 
 PROMPTS = ["a large red circle at the left on a white background", "a small blue ring at the top", "a green cross"]
+KINDS = ["full", "shallow"]
 SAMPLERS = ["ddim", "euler", "dpm++_2m", "unipc", "pndm", "euler_a"]
 
 
@@ -58,12 +59,17 @@ class Server:
         self._log.seek(0)
         return self._log.read()
 
-    def metric(self, name: str) -> float:
+    def figures(self) -> dict[str, float]:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + " "))
+        parts = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in parts}
+
+    def metric(self, name: str) -> float:
+        return self.figures()[name]
 
     def steps(self) -> float:
-        return sum(self.metric(f'unet_steps_total{{kind="{kind}"}}') for kind in ("full", "shallow"))
+        figures = self.figures()
+        return sum(figures[f'unet_steps_total{{kind="{kind}"}}'] for kind in KINDS)
 
     def footprint(self) -> dict[str, float]:
         watched = psutil.Process(self.process.pid)
@@ -328,45 +334,68 @@ def fuzz(engines: Path, examples: int) -> dict[str, Any]:
     return {"examples": examples, "cases": cases[1] if cases else "", "said": tail, "ok": done.returncode == 0}
 
 
-def throughput(engines: Path, requests: int, threads: int) -> dict[str, Any]:
-    """8 clients at once against one at a time: the same mixed requests, engines and threads."""
+STAGES = ["full_step", "shallow_step", "encode", "decode"]
 
-    async def timed(server: Server, clients: int) -> tuple[float, list[float]]:
-        numbers, took = iter(range(requests)), list[float]()
+
+def throughput(engines: Path, requests: int, threads: int) -> dict[str, Any]:
+    """8 clients at once against one at a time, in turns: the same mixed requests, engines and threads.
+
+    What bounds it is told by the seconds of each stage: `gain_by_stage` is what a stage alone would give.
+    """
+    took: dict[int, list[float]] = {1: [], 8: []}
+
+    async def timed(server: Server, clients: int) -> float:
+        numbers = iter(range(requests))
 
         async def worker(client: httpx.AsyncClient) -> None:
             for k in numbers:
                 start = time.monotonic()
                 answer = await client.post(GENERATE, json=wish(k, most_steps=30))
                 answer.raise_for_status()
-                took.append(time.monotonic() - start)
+                took[clients].append(time.monotonic() - start)
 
         async with client_of(server) as client:
             start = time.monotonic()
             await asyncio.gather(*(worker(client) for _ in range(clients)))
-            return time.monotonic() - start, took
+            return time.monotonic() - start
+
+    def examined(server: Server, clients: int) -> dict[str, float]:
+        before = server.figures()
+        seconds = asyncio.run(timed(server, clients))
+        grown = {name: value - before.get(name, 0) for name, value in server.figures().items()}
+        stages = {stage: grown[f'fastcache_stage_seconds_sum{{stage="{stage}"}}'] for stage in STAGES}
+        calls = {k: grown[f'unet_steps_total{{kind="{k}"}}'] / grown[f'unet_calls_total{{kind="{k}"}}'] for k in KINDS}
+        return {"seconds": seconds, **stages, "rest": seconds - sum(stages.values()), **calls}
 
     with served(engines, "--threads", str(threads), "--max-batch", "8") as server:
         asyncio.run(timed(server, 8))  # every table made, every batch size bound
-        rounds = [(asyncio.run(timed(server, 1)), asyncio.run(timed(server, 8))) for _ in range(3)]
-        calls = {k: server.metric(f'unet_calls_total{{kind="{k}"}}') for k in ("full", "shallow")}
-        steps = {k: server.metric(f'unet_steps_total{{kind="{k}"}}') for k in ("full", "shallow")}
-    gains = [alone[0] / together[0] for alone, together in rounds]
+        for times in took.values():
+            times.clear()
+        load = psutil.getloadavg()[0]
+        rounds = [(examined(server, 1), examined(server, 8)) for _ in range(5)]
+
+    def middle(arm: int, name: str) -> float:
+        return statistics.median(pair[arm][name] for pair in rounds)
 
     def quantile(times: list[float], q: float) -> float:
         return round(sorted(times)[min(len(times) - 1, int(q * len(times)))], 3)
 
-    alone, together = ([t for r in rounds for t in r[which][1]] for which in (0, 1))
+    gains = [alone["seconds"] / together["seconds"] for alone, together in rounds]
+    parts = [*STAGES, "rest"]
     return {
         "threads": threads,
         "requests": requests,
-        "images_per_s_one_at_a_time": round(requests / statistics.median(r[0][0] for r in rounds), 2),
-        "images_per_s_8_clients": round(requests / statistics.median(r[1][0] for r in rounds), 2),
+        "load_before_and_after": [round(load, 1), round(psutil.getloadavg()[0], 1)],
+        "images_per_s_one_at_a_time": round(requests / middle(0, "seconds"), 2),
+        "images_per_s_8_clients": round(requests / middle(1, "seconds"), 2),
         "gain": round(statistics.median(gains), 2),
         "gains": [round(gain, 2) for gain in gains],
-        "p50_s": {"one": quantile(alone, 0.5), "eight": quantile(together, 0.5)},
-        "p99_s": {"one": quantile(alone, 0.99), "eight": quantile(together, 0.99)},
-        "images_per_call_all_rounds": {k: round(steps[k] / calls[k], 2) for k in calls},
+        "ms_per_image_one": {part: round(middle(0, part) / requests * 1e3, 1) for part in parts},
+        "ms_per_image_eight": {part: round(middle(1, part) / requests * 1e3, 1) for part in parts},
+        "gain_by_stage": {stage: round(middle(0, stage) / middle(1, stage), 2) for stage in STAGES},
+        "images_per_call_eight": {kind: round(middle(1, kind), 2) for kind in KINDS},
+        "p50_s": {"one": quantile(took[1], 0.5), "eight": quantile(took[8], 0.5)},
+        "p99_s": {"one": quantile(took[1], 0.99), "eight": quantile(took[8], 0.99)},
         "ok": True,
     }
 

@@ -91,12 +91,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How an engine is loaded. `threads` 0 means as many as torch uses; `workspace` is shared by its user's engines."""
+    """How an engine is loaded. `threads` 0 means as many as torch uses; `workspace` is shared by its user's engines.
+
+    On a CPU, ONNX Runtime and OpenVINO run up to `streams` calls from several threads at once, which share `threads`.
+    """
 
     device: str = "cpu"
     dtype: DType = "fp32"
     threads: int = 0
     workspace: Workspace | None = None
+    streams: int = 1
 
 
 class Workspace:

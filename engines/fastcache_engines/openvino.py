@@ -122,8 +122,8 @@ class OpenVinoEngine:
     def __init__(self, path: Path, options: LoadOptions) -> None:
         refuse_outside_weights(path)
         self._name, self._core = path.name, _openvino().Core()
-        self._settings = {
-            "PERFORMANCE_HINT": "LATENCY",
+        self._settings: dict[str, Any] = {
+            **({"PERFORMANCE_HINT": "LATENCY"} if options.streams == 1 else {"NUM_STREAMS": options.streams}),
             "INFERENCE_PRECISION_HINT": _PRECISION[options.dtype],
             "INFERENCE_NUM_THREADS": options.threads or torch.get_num_threads(),
         }

@@ -17,7 +17,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; beyond that 429.")] = 32,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn at once; the bundle's own most if fewer.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images at once; above 1 a CPU may hold weights twice.")] = 8,
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps that a request may ask for.")] = 150,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take; it may ask for less.")] = 300,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A further name to be asked by.")] = None,
@@ -28,6 +28,7 @@ def serve(
     Example: fastcache serve --engines demo-output/engines --port 8000
     """
     import logging
+    import os
 
     try:
         from fastcache.serve.server import serve as serve_bundle
@@ -41,7 +42,7 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("fastcache").setLevel(logging.INFO)
-    serve_bundle(
+    is_over = serve_bundle(
         engines,
         limits=Limits(max_batch=max_batch, queue=queue, max_steps=max_steps, timeout_s=timeout),
         host=host,
@@ -51,3 +52,5 @@ def serve(
         threads=threads,
         listening=lambda url: notes.print(f"listening on {url}", markup=False, soft_wrap=True),
     )
+    if not is_over:
+        os._exit(0)  # a backend that still compiles in a thread crashes when the interpreter is taken down around it

@@ -76,8 +76,9 @@ def create_app(
         # Probes are answered while the engines load. What goes wrong is the service's `failure`.
         starting = asyncio.create_task(_quietly(service))
         yield
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         await service.close()
-        await starting
 
     app = FastAPI(
         title="fastcache",

@@ -22,7 +22,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Preview:
-    """An image as it is after a step, the `number`th asked for."""
+    """An image as a step foretells it, the `number`th asked for."""
 
     image: int
     number: int

@@ -6,6 +6,7 @@ The one place of the serving side that computes. Knows nothing about queues, thr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,7 @@ from fastcache.run.prompts import Prompt, Sizes
 from fastcache.run.recursion import MAX_WINDOW
 from fastcache.run.sampler import SamplerTable
 from fastcache.serve.slots import Place, RingTable, Slots
+from fastcache.serve.streams import load_streams
 from fastcache_kernels import reference as kernels
 
 
@@ -47,10 +49,12 @@ class Drawing:
 class Executor:
     """A bundle's engines, and slots for at most `most` images in flight, for each size that is drawn.
 
+    `threads` are those of streams on a CPU; 0 means as many as torch uses.
+
     Raises: `BundleError` for a bundle that has no text encoder or VAE, or whose U-Net takes an image as well.
     """
 
-    def __init__(self, pipe: FastCachePipeline, most: int) -> None:
+    def __init__(self, pipe: FastCachePipeline, most: int, *, threads: int = 0) -> None:
         manifest, self.pipe = pipe.bundle.manifest, pipe
         model, profile = manifest.model, manifest.profiles["batch"]
         if profile.min > 1:
@@ -60,9 +64,15 @@ class Executor:
                 f"expected a text-to-image bundle, got one whose U-Net takes {model.in_channels} channels for "
                 f"{model.latent_channels}; serve another"
             )
+        if model.controls:
+            raise BundleError(
+                f"expected a text-to-image bundle, got one with {model.controls[0].name}, which needs a picture for "
+                "each image; serve another, or draw with `fastcache generate`"
+            )
         for role in ("text_encoder_2" if model.time_ids is not None else "text_encoder", "vae_decoder"):
             pipe.bundle.engine_path(role)
         self.count, self.device = min(most, profile.max), pipe.runtime.device
+        self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
         self.table = lru_cache(maxsize=128)(self._table)
         self._slots: dict[Size, Slots] = {}
         self._drawings: dict[int, tuple[Drawing, torch.Generator]] = {}
@@ -73,7 +83,8 @@ class Executor:
         table = self.pipe.schedule(sampler, num_steps).sampler
         if not isinstance(table, SamplerTable):
             raise ValueError(f"expected a sampler that is a table, got {sampler}, which runs its own step here")
-        return RingTable.of(table, self.device)
+        kind = self.pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon")
+        return RingTable.of(table, self.device, kind)
 
     def slots(self, size: Size) -> Slots:
         """The slots for images of a size, made when it is first drawn."""
@@ -85,6 +96,7 @@ class Executor:
                 channels=manifest.model.latent_channels,
                 sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
                 device=self.device,
+                streams=self._streams,
             )
         return self._slots[size]
 
@@ -92,7 +104,12 @@ class Executor:
     def warm_up(self) -> None:
         """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
         manifest = self.pipe.bundle.manifest
-        drawing = Drawing("", None, 2.0, 0, "ddim", 2, manifest.sizes[0], self.table("ddim", 2))
+        with ThreadPoolExecutor(1) as beside:
+            # Native code works, while Python spends 4 s on importing the tokenizer's and the sampler's packages.
+            loading = beside.submit(lambda: self.slots(manifest.sizes[0]).bind())
+            drawing = Drawing("", None, 2.0, 0, "ddim", 2, manifest.sizes[0], self.table("ddim", 2))
+            self.pipe.encode_prompt([""])
+            loading.result()
         self.fill(0, drawing, 0)
         for branch in (None, *manifest.branches):
             self.run([(0, 0)], branch=branch, guided=True)
@@ -175,6 +192,21 @@ class Executor:
         """The pictures of the latents in these slots, of one size, as they are now."""
         of = self.slots(self._drawings[slots[0]][0].size)
         return self.pipe.decode(torch.cat([of.latents[slot].view(of.latent_shape) for slot in slots]))
+
+    @torch.no_grad()
+    def preview(self, slot: int, step: int) -> Pillow.Image:
+        """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
+        shape = self.slots(self._drawings[slot][0].size).latent_shape
+        (picture,) = self.pipe.decode(self.foretold(slot, step).view(shape))
+        return picture
+
+    def foretold(self, slot: int, step: int) -> Tensor:
+        """The latents without noise that the step just taken foretells. Shapes: returns (1, C * H * W)."""
+        drawing, _ = self._drawings[slot]
+        row = 3 * (step % MAX_WINDOW)
+        sample, noise_pred = self.slots(drawing.size).history[slot, row : row + 2].split(1)
+        of_sample, of_noise = drawing.table.clean[step]
+        return of_sample * sample + of_noise * noise_pred
 
     def check_device(self) -> None:
         """Raises: `DeviceBroken` if the device fails at what cannot fail."""

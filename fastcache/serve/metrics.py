@@ -21,7 +21,7 @@ class Metrics:
         )
         self.steps = Counter("unet_steps", "U-Net steps of images, by engine", ["kind"], registry=self.registry)
         self.calls = Counter(
-            "unet_calls", "U-Net engine calls, each of one image or several", ["kind"], registry=self.registry
+            "unet_calls", "U-Net turns, each of one image or several at once", ["kind"], registry=self.registry
         )
         self.jobs = Counter("fastcache_jobs", "Jobs that ended, by how", ["outcome"], registry=self.registry)
         self.stages = Histogram(

@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that share the next engine call."""
+    """Images that take their next step together: in one engine call, or on a CPU in one each at once."""
 
     kind: Kind
     images: Sequence[Image]

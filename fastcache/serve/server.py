@@ -44,8 +44,10 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     threads: int = 0,
     listening: Callable[[str], None] = lambda url: None,
-) -> None:
+) -> bool:
     """Serve a bundle until a signal ends it. `listening` is told the address once there is one.
+
+    Returns whether nothing is left running: False where a signal came while engines were loading.
 
     Raises: `ValueError` for an address beyond this machine without keys; `OSError` for one that is taken; what loading
     the bundle raises; `BackendUnavailable` where the device broke, for a supervisor to start again.
@@ -65,6 +67,7 @@ def serve(
         raise BackendUnavailable(str(service.failure)) from service.failure
     if service.failure is not None:
         raise service.failure
+    return not service.is_loading
 
 
 def listen(host: str, port: int) -> socket.socket:

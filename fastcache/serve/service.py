@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from fastcache.bundle import open_bundle
 from fastcache.run.pipeline import FastCachePipeline
@@ -30,6 +32,7 @@ from fastcache.serve.worker import Order, Worker
 
 _log = logging.getLogger("fastcache.serve")
 
+T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "broken"]
 
 _REMEMBERED: Final = 4096  # jobs whose end a late cancel can still ask for
@@ -67,6 +70,7 @@ class Service:
         self._threads = threads
         self._numbers = itertools.count()
         self._loading = asyncio.Lock()
+        self._loaded: Future[Served] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._preparing: dict[str, bool] = {}  # the names of jobs in preparation, and whether they are cancelled
         self._past: OrderedDict[str, str] = OrderedDict()
@@ -78,6 +82,11 @@ class Service:
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that serves, once `start` was called."""
         return self._loop
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread is loading a bundle, be it that nobody waits for it any more."""
+        return self._loaded is not None and not self._loaded.done()
 
     @property
     def worker(self) -> Worker:
@@ -108,13 +117,14 @@ class Service:
 
     async def _load(self) -> Served:
         def load() -> Served:
-            executor = Executor(
-                FastCachePipeline(open_bundle(self.folder), threads=self._threads), self.limits.max_batch
-            )
+            pipe = FastCachePipeline(open_bundle(self.folder), threads=self._threads)
+            executor = Executor(pipe, self.limits.max_batch, threads=self._threads)
             executor.warm_up()
             return Served(next(self._numbers), executor)
 
-        return await asyncio.to_thread(load)
+        # No backend can be told to stop loading, so that a server which ends leaves it alone.
+        self._loaded = _in_background(load)
+        return await asyncio.wrap_future(self._loaded)
 
     def _install(self, served: Served) -> None:
         self._worker.install(served.number, served.executor)
@@ -226,3 +236,18 @@ class Service:
     def _break(self, error: Exception) -> None:
         self.state, self.failure = "broken", error
         self.ended.set()
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """What `work` gives, from a thread that the process does not wait for at its end."""
+    outcome = Future[T]()
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="fastcache-loading", daemon=True).start()
+    return outcome

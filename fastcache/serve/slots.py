@@ -1,8 +1,8 @@
 """A bundle's engines, a size and a number of slots -> the tensors of images in flight, allocated once, engines bound.
 
 Each slot is one image's own: inputs, cached feature, sampler history. An image alone runs in its slot, to which the
-engines are bound; images in company run on shared rows, which are filled from their slots. The one mutable object of
-the serving side. Knows nothing about plans, prompts or HTTP.
+engines are bound; images in company run on shared rows, which are filled from their slots, or where there are streams
+each in its own slot, at once. The one mutable object of the serving side. Knows nothing about plans, prompts or HTTP.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from fastcache.run.buffers import shape_of
 from fastcache.run.recursion import MAX_WINDOW
 from fastcache.run.sampler import SamplerTable
+from fastcache.serve.streams import Streams
 from fastcache_engines import Binding, Engine, TensorSpec
 
 _WRITTEN: Final = ("sample", "timestep", "noise_pred")
@@ -29,7 +30,8 @@ _ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled
 class RingTable:
     """A sampler's table over a history that keeps the last MAX_WINDOW calls only, however many steps there are.
 
-    `weights[i]` are the update's after call i, over the rows x, e, z of each call j at 3 * (j % MAX_WINDOW).
+    `weights[i]` are the update's after call i, over the rows x, e, z of each call j at 3 * (j % MAX_WINDOW);
+    `clean[i]` those of x and e of call i in the picture without noise that it foretells.
 
     Shapes: weights (calls, 3 * MAX_WINDOW), float32.
     """
@@ -39,9 +41,10 @@ class RingTable:
     weights: Tensor
     draws_noise: Sequence[bool]
     init_noise_sigma: float
+    clean: Sequence[tuple[float, float]]
 
     @classmethod
-    def of(cls, table: SamplerTable, device: str) -> RingTable:
+    def of(cls, table: SamplerTable, device: str, prediction_type: str = "epsilon") -> RingTable:
         """Raises: `ValueError` for a sampler that looks back further than the ring reaches."""
         if table.widest_window > MAX_WINDOW:
             raise ValueError(f"expected a sampler that looks back {MAX_WINDOW} calls, got {table.widest_window}")
@@ -55,7 +58,24 @@ class RingTable:
             weights.flatten(1).to(device),
             [table.draws_noise(call) for call in range(table.num_calls)],
             table.init_noise_sigma,
+            _clean_weights(table, prediction_type),
         )
+
+
+def _clean_weights(table: SamplerTable, prediction_type: str) -> list[tuple[float, float]]:
+    """What x and e of each call count in the picture that it foretells; x alone where no noise levels are known.
+
+    Source: arXiv 2010.02502, equation 9, for noise; arXiv 2202.00512, section 4, for v.
+    """
+    if table.sigmas is None:
+        return [(1.0, 0.0)] * table.num_calls
+    if prediction_type == "sample":
+        return [(0.0, 1.0)] * table.num_calls
+    scales = zip(table.sigmas, table.input_scale.tolist(), strict=True)
+    signals = [(sigma, scale, 1 / math.hypot(1, sigma)) for sigma, scale in scales]
+    if prediction_type == "v_prediction":
+        return [(scale * signal, -sigma * signal) for sigma, scale, signal in signals]
+    return [(scale / signal, -sigma) for sigma, scale, signal in signals]
 
 
 @dataclass(frozen=True)
@@ -82,8 +102,9 @@ class Slots:
         channels: int,
         sizes: Mapping[str, int],
         device: str,
+        streams: Streams | None = None,
     ) -> None:
-        self.count, self.device, self._engines = count, device, engines
+        self.count, self.device, self._engines, self._streams = count, device, engines, streams
         self._specs = {s.name: s for engine in engines.values() for s in (*engine.inputs, *engine.outputs)}
         self._shapes = {name: shape_of(s, {**sizes, "batch": 1})[1:] for name, s in self._specs.items()}
         self.cached = tuple(spec.name for spec in engines[None].outputs if spec.name != "noise_pred")
@@ -94,6 +115,7 @@ class Slots:
         self.history = torch.zeros(count, 3 * MAX_WINDOW, size, device=device)
         self.latents = torch.zeros(count, 1, size, device=device)
         self._bindings: dict[tuple[int | None, int, int, int], Binding] = {}
+        self._apart = lru_cache(maxsize=None)(self._bind_apart)
         self._place = lru_cache(maxsize=None)(self._make_place)
         self._index = lru_cache(maxsize=256)(self._make_index)
         self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
@@ -137,12 +159,15 @@ class Slots:
 
     def places(self, slots: Sequence[int], halves: int) -> list[Place]:
         """Where these images' rows of an engine call lie, in order."""
-        if len(slots) == 1:
-            return [self._place(halves, 0, slots[0])]
+        if len(slots) == 1 or self._streams is not None:
+            return [self._place(halves, 0, slot) for slot in slots]
         return [self._place(halves, j, -1) for j in range(len(slots))]
 
     def run(self, branch: int | None, slots: Sequence[int], halves: int) -> None:
-        """One engine call for these images, whose samples and timesteps are in their places."""
+        """One engine call for these images, or one each, with their samples and timesteps in their places."""
+        if len(slots) > 1 and self._streams is not None:
+            self._streams.run([self._apart(branch, halves, slot) for slot in slots])
+            return
         engine = self._engines[branch]
         taken = [spec.name for spec in engine.inputs if spec.name not in _WRITTEN]
         stored = [spec.name for spec in engine.outputs if spec.name not in _WRITTEN]
@@ -187,11 +212,28 @@ class Slots:
         key = branch, halves, images, slot
         if key not in self._bindings:
             if images == 1:
-                tensors = {name: own[slot, :halves] for name, own in self.own.items()}
+                tensors = self._own_rows(halves, slot)
             else:
                 tensors = {name: shared[: halves * images] for name, shared in self._shared.items()}
             self._bindings[key] = self._engines[branch].bind(tensors)
         return self._bindings[key]
+
+    def _bind_apart(self, branch: int | None, halves: int, slot: int) -> Binding:
+        if self._streams is None:
+            raise ValueError("expected streams for images at once, got none")
+        return self._streams.engines[branch].bind(self._own_rows(halves, slot))
+
+    def _own_rows(self, halves: int, slot: int) -> dict[str, Tensor]:
+        return {name: own[slot, :halves] for name, own in self.own.items()}
+
+    def bind(self) -> None:
+        """Bind every engine for an image alone, and then for two: some backends compile for what they are bound to."""
+        for branch in self._engines:
+            self._binding(branch, 2, 1, 0)
+            if self._streams is not None:
+                self._apart(branch, 2, 0)
+            elif self.count > 1:
+                self._binding(branch, 2, 2, -1)
 
     def _make_place(self, halves: int, which: int, slot: int) -> Place:
         if slot >= 0:

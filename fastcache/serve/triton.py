@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fastcache.bundle import Manifest, open_bundle, publish, write_whole
+from fastcache.errors import BundleError
 from fastcache.recipe import Device
 from fastcache.serve.rows import MAX_SEED, Outcome, Row, draw_rows
 
@@ -48,6 +49,8 @@ def export_repository(engines: Path, output: Path, name: str = "fastcache") -> P
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
     bundle = open_bundle(engines)
+    if controls := bundle.manifest.model.controls:
+        raise BundleError(f"expected a text-to-image bundle, got one with {controls[0].name}, which needs a picture")
     bundle.engine_path("vae_decoder")
     bundle.engine_path("text_encoder")
     target = output / name

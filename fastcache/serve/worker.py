@@ -242,7 +242,7 @@ class Worker:
             if order.each_step:
                 order.notify(Stepped(image.index, step, image.job.plan.num_steps, full))
             if step in order.preview_steps and slot is not None:
-                (picture,) = executor.pictures([slot])
+                picture = executor.preview(slot, step)
                 order.notify(Preview(image.index, sorted(order.preview_steps).index(step), picture))
 
     def _draw(self, finished: list[Image], executor: Executor) -> None:

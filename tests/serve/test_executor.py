@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.serve.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.scheduler import Batch, Image, Job, Scheduler
 from fastcache.serve.slots import RingTable
+from fastcache.serve.streams import Streams
 from fastcache.study.quality import psnr_db
 from tiny_model import save_tiny_sdxl
 
@@ -33,9 +36,10 @@ def pipe(tiny_bundle: Bundle) -> FastCachePipeline:
     return fastcache.load(tiny_bundle.path, threads=1)
 
 
-@pytest.fixture(scope="module")
-def executor(pipe: FastCachePipeline) -> Executor:
-    return Executor(pipe, 4)
+@pytest.fixture(scope="module", params=[1, 2], ids=["in batches", "in streams"])
+def executor(pipe: FastCachePipeline, request: pytest.FixtureRequest) -> Executor:
+    """Images in company share an engine call, or each has one of its own, two at once."""
+    return Executor(pipe, 4, threads=request.param)
 
 
 def wish(k: int, **changes: Any) -> dict[str, Any]:
@@ -165,6 +169,60 @@ def test_the_ring_is_the_table(name: str, steps: int, pipe: FastCachePipeline) -
         ring[(row + 3) % len(ring)] = following
         expected = table.x[call] * x[0] + table.eps[call].float() @ eps + table.noise[call].float() @ noise
         torch.testing.assert_close(following, expected.float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *itertools.product(["ddim", "ddpm", "euler", "euler_a", "lms"], ["epsilon", "v_prediction"]),
+        *itertools.product(["ddim", "ddpm"], ["sample"]),  # of these alone diffusers takes it
+    ],
+)
+def test_what_a_step_foretells_is_the_schedulers_own(name: str, kind: str, pipe: FastCachePipeline) -> None:
+    scheduler: Any = make_scheduler(name, {**pipe.bundle.manifest.model.scheduler, "prediction_type": kind})
+    table, generator = compile_sampler(scheduler, 7), torch.Generator().manual_seed(0)
+    ring = RingTable.of(table, "cpu", kind)
+    scheduler.set_timesteps(7)
+    x = torch.randn(1, 4, 2, 2, generator=generator) * table.init_noise_sigma
+    for call, timestep in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(x, timestep)
+        output = torch.randn(x.shape, generator=generator)
+        step = scheduler.step(output, timestep, x)
+        of_sample, of_noise = ring.clean[call]
+        found = of_sample * x + of_noise * output
+        torch.testing.assert_close(found, step.pred_original_sample, rtol=1e-3, atol=1e-3)
+        x = step.prev_sample
+
+
+def test_streams_end_all_calls_before_they_raise() -> None:
+    class Call:
+        has_ended = False
+
+        def __init__(self, failure: Exception | None) -> None:
+            self.failure = failure
+
+        def run(self) -> None:
+            if self.failure is not None:
+                raise self.failure
+            time.sleep(0.2)
+            self.has_ended = True
+
+    good = [Call(None) for _ in range(3)]
+    with pytest.raises(MemoryError, match="no room"):
+        Streams({}, threads=2).run([Call(MemoryError("no room")), *good])
+    assert all(call.has_ended for call in good)
+
+
+def test_the_last_step_foretells_the_picture(executor: Executor) -> None:
+    """Stable Diffusion's schedule ends at 0.1% noise, so that DDIM's result is that near to what it foretells."""
+    executor.fill(0, job_of(executor, 0, num_inference_steps=8, interval=1).content, 0)
+    off = list[float]()
+    for step in range(8):
+        executor.run([(0, step)], branch=None, guided=True)
+        off.append(psnr_db(executor.foretold(0, step), latents_of(executor, 0)))
+    assert off[-1] > max(off[:-1])
+    assert off[-1] > 25
+    assert executor.preview(0, 7).size == executor.pictures([0])[0].size
 
 
 def test_what_memory_errors_look_like() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -258,7 +259,7 @@ def command(folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "fastcache.cli", "serve", "--engines", str(folder), "--port", "0", *options]
 
 
-def started(process: subprocess.Popen[str]) -> str:
+def started(process: subprocess.Popen[str], *, wait: bool = True) -> str:
     """The address that a server says it listens on; once it is ready."""
     assert process.stderr is not None
     for line in process.stderr:
@@ -267,7 +268,7 @@ def started(process: subprocess.Popen[str]) -> str:
             break
     else:
         raise RuntimeError("it ended before it listened")
-    while httpx.get(f"{url}/readyz").status_code != 200:
+    while wait and httpx.get(f"{url}/readyz").status_code != 200:
         time.sleep(0.05)
     return url
 
@@ -296,6 +297,24 @@ def test_sigterm_finishes_what_runs_and_refuses_what_waits(tiny_bundle: Bundle) 
     assert process.returncode == 0
     assert "Traceback" not in said
     assert '"prompt"' not in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigterm_does_not_wait_for_engines_to_load(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Loading takes ten minutes here, longer than any test."""
+    slow = "import time; from fastcache.serve.executor import Executor; Executor.warm_up = lambda self: time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command(tiny_bundle.path), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        url = started(process, wait=False)
+        answered = False
+        while not answered:
+            with contextlib.suppress(httpx.ConnectError):
+                answered = httpx.get(f"{url}/readyz").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+        assert "Traceback" not in (process.stderr.read() if process.stderr else "")
 
 
 def test_a_bundle_that_does_not_load_ends_the_command(bundle_copy: Path) -> None:
