@@ -23,7 +23,8 @@ import diffusers
 import torch
 import typer
 from diffusers.utils import logging
-from parity_pipelines import PIPELINES, Subject
+from parity_pipelines import PIPELINES
+from parity_subjects import Subject
 from rich.console import Console
 from torch import Tensor
 

@@ -7,84 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from parity_others import (
+    animate_diff,
+    ddpm,
+    ldm_4_g,
+    ldm_super_resolution,
+    ldm_text_to_image,
+    stable_video,
+)
+from parity_subjects import (
+    PIXELS,
+    PROMPT,
+    Subject,
+    bundled,
+    control,
+    image,
+    like_bundled,
+    load_ip_adapter,
+    mask,
+    of_sd,
+    randn,
+    vary,
+)
 
-from fastcache.demo import MODEL_DIRECTORY
 from fastcache.run.scheduler import make_scheduler
-
-STEPS = 6
-PIXELS = 64
-PROMPT = "a large red circle at the left on a white background"
-
-
-class Subject(NamedTuple):
-    """A pipeline and the arguments of a call.
-
-    `engines` where they can be built; `old_fault` where DeepCacheSDHelper is wrong, so that nothing is compared.
-    """
-
-    pipe: Any
-    arguments: dict[str, Any]
-    weights: str = "random"
-    engines: bool = False
-    old_fault: str = ""
-
-    def draw(self, **more: Any) -> Tensor:
-        arguments = {"generator": seeded(1), "num_inference_steps": STEPS, "output_type": "latent"}
-        result = self.pipe(**{**arguments, **self.arguments, **more})[0]
-        return torch.as_tensor(result).float()
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def vary(module: nn.Module) -> Any:
-    """Norms start as the identity, and a ControlNet's and a motion module's last layers at zero; all get a say."""
-    generator = seeded(2)
-    for parameter in module.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return module.eval().requires_grad_(False)
-
-
-def bundled() -> Any:
-    return diffusers.StableDiffusionPipeline.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
-
-
-def like_bundled(**changes: Any) -> Any:
-    """A U-Net of the bundled one's structure, half its width and random weights."""
-    torch.manual_seed(0)
-    config = dict(bundled().unet.config) | {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 4}
-    return vary(diffusers.UNet2DConditionModel.from_config(config | changes))
-
-
-def of_sd(kind: str, unet: Any = None, **components: Any) -> Any:
-    """A pipeline of Stable Diffusion's kind, the bundled model but for its U-Net."""
-    parts = dict(bundled().components)
-    parts |= {"unet": parts["unet"] if unet is None else unet, **components}
-    parts |= {"requires_safety_checker": False}
-    pipeline_class = getattr(diffusers, kind)
-    if "image_encoder" not in pipeline_class.__init__.__annotations__:
-        parts.pop("image_encoder")
-    return pipeline_class(**parts)
-
-
-def image(seed: int = 5) -> Tensor:
-    return torch.rand(1, 3, PIXELS, PIXELS, generator=seeded(seed))
-
-
-def mask() -> Tensor:
-    half = torch.zeros(1, 1, PIXELS, PIXELS)
-    half[..., PIXELS // 2 :] = 1
-    return half
 
 
 def sdxl(kind: str, *, refiner: bool = False, scores: int = 6) -> tuple[Any, dict[str, Any]]:
@@ -219,13 +169,6 @@ def two_control_nets() -> Subject:
     return Subject(pipe, {"prompt": PROMPT, **arguments}, "bundled")
 
 
-def control(unet: Any, seed: int = 3) -> Any:
-    torch.manual_seed(seed)
-    # The condition is brought from pixels to latents by two halvings here, three in Stable Diffusion.
-    channels = (16, 32, 64)
-    return vary(diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels))
-
-
 def t2i_adapter() -> Subject:
     torch.manual_seed(0)
     channels = list(bundled().unet.config.block_out_channels)
@@ -243,21 +186,6 @@ def ip_adapter() -> Subject:
     return Subject(pipe, {"prompt": PROMPT, "ip_adapter_image_embeds": [randn(2, 1, 8)]}, "bundled")
 
 
-def load_ip_adapter(unet: Any) -> None:
-    """An IP-Adapter of random weights, for image embeddings of width 8."""
-    torch.manual_seed(0)
-    width, state, key_id = unet.config.cross_attention_dim, dict[str, Tensor](), 1
-    for name in unet.attn_processors:
-        if not name.endswith("attn1.processor"):
-            attention = unet.get_submodule(name.removesuffix(".processor"))
-            for kind in ("to_k_ip", "to_v_ip"):
-                state[f"{key_id}.{kind}.weight"] = torch.randn(attention.to_k.out_features, width) / 4
-            key_id += 2
-    projection = diffusers.models.embeddings.ImageProjection(8, width, 4).state_dict()
-    renamed = {name.replace("image_embeds", "proj"): value for name, value in projection.items()}
-    unet._load_ip_adapter_weights([{"image_proj": renamed, "ip_adapter": state}])
-
-
 def lora() -> Subject:
     from peft import LoraConfig
 
@@ -266,76 +194,6 @@ def lora() -> Subject:
     targets = ["to_q", "to_v", "conv_in", "conv_out"]
     pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
     return Subject(pipe, {"prompt": PROMPT, "cross_attention_kwargs": {"scale": 0.7}}, "bundled")
-
-
-def ldm_text_to_image() -> Subject:
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-
-    demo = bundled()
-    torch.manual_seed(0)
-    sizes = {"encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 2, "head_dim": 16, "d_model": 128}
-    bert = LDMBertModel(LDMBertConfig(vocab_size=len(demo.tokenizer), **sizes)).eval()
-    pipe = diffusers.LDMTextToImagePipeline(demo.vae, bert, demo.tokenizer, like_bundled(), demo.scheduler)
-    arguments = {"prompt": PROMPT, "guidance_scale": 4.0, "height": 128, "width": 128, "output_type": "pt"}
-    return Subject(pipe, arguments)
-
-
-def ddpm() -> Subject:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    return Subject(diffusers.DDPMPipeline(vary(unet), diffusers.DDPMScheduler()), {"output_type": "np"})
-
-
-def stable_video() -> Subject:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    unet = diffusers.UNetSpatioTemporalConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
-        up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=96,
-        cross_attention_dim=32,
-        num_attention_heads=(2, 4, 4),
-        layers_per_block=2,
-    )
-    vae = diffusers.AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
-    )
-    vision = {"hidden_size": 32, "projection_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, image_size=32, patch_size=16))
-    scheduler = diffusers.EulerDiscreteScheduler(
-        prediction_type="v_prediction", use_karras_sigmas=True, timestep_type="continuous", sigma_min=0.002,
-        sigma_max=700.0, timestep_spacing="leading", steps_offset=1, beta_schedule="scaled_linear",
-    )  # fmt: skip
-    crop = CLIPImageProcessor(crop_size=32, size=32)
-    pipe = diffusers.StableVideoDiffusionPipeline(vary(vae), vary(encoder), vary(unet), scheduler, crop)
-    arguments = {"image": image()[..., :32, :32], "num_frames": 3, "height": 32, "width": 32}
-    return Subject(pipe, arguments | {"min_guidance_scale": 1.5})
-
-
-def animate_diff() -> Subject:
-    unet = like_bundled()
-    adapter = diffusers.MotionAdapter(
-        block_out_channels=tuple(unet.config.block_out_channels),
-        motion_layers_per_block=2,
-        motion_norm_num_groups=8,
-        motion_num_attention_heads=2,
-    )
-    demo = bundled()
-    pipe = diffusers.AnimateDiffPipeline(
-        demo.vae, demo.text_encoder, demo.tokenizer, unet, vary(adapter), demo.scheduler
-    )
-    return Subject(pipe, {"prompt": PROMPT, "num_frames": 3, "height": PIXELS, "width": PIXELS})
 
 
 PIPELINES: dict[str, Callable[[], Subject]] = {
@@ -360,6 +218,8 @@ PIPELINES: dict[str, Callable[[], Subject]] = {
     "IP-Adapter": ip_adapter,
     "LoRA": lora,
     "LDM, text to image": ldm_text_to_image,
+    "LDM-4-G, a class's embedding": ldm_4_g,
+    "LDM, super-resolution": ldm_super_resolution,
     "DDPM": ddpm,
     "Stable Video Diffusion": stable_video,
     "AnimateDiff": animate_diff,

@@ -43,13 +43,21 @@ def build(graphs: Mapping[str, Program], folder: Path, options: BuildOptions) ->
     store, packages = Store(), {}
     # Inductor's and Triton's caches of this build's own: nothing of another build is taken, and nothing is left.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".inductor-") as scratch, _quiet(), fresh_cache(dir=scratch):
-        for role, program in graphs.items():
-            package = _describe(role, program, options)
-            options.progress(f"compiling {role} with AOTInductor")
-            constants = _compile(program, folder / f"{role}.pt2", Path(scratch), options)
-            packages[role] = dataclasses.replace(package, constants=store.add(role, constants))
+        for name, program in _by_name(graphs):
+            package = _describe(name, program, options)
+            options.progress(f"compiling {name} with AOTInductor")
+            constants = _compile(program, folder / f"{name}.pt2", Path(scratch), options)
+            packages[name] = dataclasses.replace(package, constants=store.add(name, constants))
     store.write(folder / f"{next(iter(graphs))}{SUFFIX}", packages)
     return {role: f"{role}.pt2" for role in graphs}
+
+
+def _by_name(graphs: Mapping[str, Program]) -> Generator[tuple[str, Program]]:
+    """Each role's program, and behind it those of its other sizes."""
+    for role, program in graphs.items():
+        yield role, program
+        for place, other in enumerate(program.others, 1):
+            yield f"{role}.{place}", dataclasses.replace(program, exported=other, others=())
 
 
 def _describe(role: str, program: Program, options: BuildOptions) -> Package:

@@ -124,6 +124,17 @@ def find_package(path: Path) -> tuple[Package, Path]:
     raise ValueError(f"expected a *{SUFFIX} file beside {path.name} that names {path.stem!r}, got none; build again")
 
 
+def find_packages(path: Path) -> dict[str, Package]:
+    """A package and those of the same program at other sizes, by the names of their files without the ending."""
+    from safetensors import safe_open
+
+    _, file = find_package(path)
+    with safe_open(file, "pt") as source:
+        said: dict[str, str] = source.metadata() or {}
+    names = [path.stem, *(name for name in said if name.startswith(f"{path.stem}."))]
+    return {name: Package.from_json(said[name]) for name in names}
+
+
 class Weights:
     """The contents of one file, in one block of a device's memory, which is freed with this."""
 

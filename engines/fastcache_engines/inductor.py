@@ -35,6 +35,7 @@ from fastcache_engines._inductor_weights import (
     compute_capability,
     features,
     find_package,
+    find_packages,
     load_weights,
     reason_of,
 )
@@ -53,11 +54,15 @@ _WARM_UP_RUNS = 3  # as torch.cuda.make_graphed_callables has it
 
 @dataclass(frozen=True)
 class Program:
-    """A program called as `module(inputs={name: tensor})`, and the names of its inputs and outputs."""
+    """A program called as `module(inputs={name: tensor})`, and the names of its inputs and outputs.
+
+    `others` are the same program at other sizes of its inputs, beside the first, which is free.
+    """
 
     exported: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    others: tuple[ExportedProgram, ...] = ()
 
 
 def version() -> str:
@@ -86,7 +91,9 @@ def support(device: str) -> Support:
 
 
 def build(graphs: Mapping[str, Program], folder: Path, options: BuildOptions) -> dict[str, str]:
-    """Compile programs into `ROLE.pt2` each and one `FIRST_ROLE.weights.safetensors`.
+    """Compile programs into `ROLE.pt2` each and one `FIRST_ROLE.weights.safetensors`; others of theirs beside them.
+
+    These are `ROLE.1.pt2`, `ROLE.2.pt2` and so on, and an engine loads each when it is first bound to that size.
 
     For a GPU, programs that were exported on the CPU are moved there, in place.
 
@@ -158,42 +165,64 @@ def _refuse_foreign(path: Path, package: Package, device: str) -> None:
             raise ValueError(f"{path.name} was built for {needed}, got {found}; build again on this machine")
 
 
-class InductorEngine:
+class _Loaded:
     """One package, and the constants that it shares with others."""
+
+    def __init__(self, path: Path, options: LoadOptions) -> None:
+        from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs leave it out)
+
+        self.package, file = find_package(path)
+        _refuse_foreign(path, self.package, options.device)
+        try:
+            # True: without locks and events between threads, which no graph capture allows.
+            self.loader = _aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+            self.weights = load_weights(file, options.device)
+            # Not into the inactive buffer; all of them, or an error; no copies.
+            self.loader.load_constants(self.weights.constants(self.package), False, True, True)
+        except Exception as error:  # what torch, safetensors and a map that does not fit raise
+            raise ValueError(f"AOTInductor cannot load {path.name}: {reason_of(error)}") from error
+
+
+class InductorEngine:
+    """A package, and those of the same program at other sizes, each loaded when it is first bound."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
-        from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs leave it out)
-
-        package, file = find_package(path)
-        _refuse_foreign(path, package, options.device)
-        self.inputs, self.outputs = package.inputs, package.outputs
-        self._package, self._options = package, options
-        try:
-            # True: without locks and events between threads, which no graph capture allows.
-            self._loader = _aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-            self._weights = load_weights(file, options.device)
-            # Not into the inactive buffer; all of them, or an error; no copies.
-            self._loader.load_constants(self._weights.constants(package), False, True, True)
-        except Exception as error:  # what torch, safetensors and a map that does not fit raise
-            raise ValueError(f"AOTInductor cannot load {path.name}: {reason_of(error)}") from error
+        self._path, self._options = path, options
+        first = _Loaded(path, options)
+        self._loaded, self._packages = {path.stem: first}, find_packages(path)
+        self.inputs, self.outputs = first.package.inputs, first.package.outputs
 
     def bind(self, tensors: Mapping[str, Tensor]) -> InductorBinding:
         """Fix the tensors. On a GPU this captures a CUDA graph that reads and writes them."""
-        check_tensors((*self.inputs, *self.outputs), tensors, self._options.device)
-        rows = next((tensors[s.name].shape[0] for s in self.inputs if "batch" in s.shape[:1]), 1)
-        most = self._package.max_rows
+        fitting = (name for name, package in self._packages.items() if _takes(package, tensors))
+        name = next(fitting, self._path.stem)
+        package = self._packages[name]
+        check_tensors((*package.inputs, *package.outputs), tensors, self._options.device)
+        rows = next((tensors[s.name].shape[0] for s in package.inputs if "batch" in s.shape[:1]), 1)
+        most = package.max_rows
         if rows < 1 or (most is not None and rows > most):
             raise ValueError(f"expected 1 to {most} rows to bind, got {rows}")
+        if name not in self._loaded:
+            self._loaded[name] = _Loaded(self._path.with_name(f"{name}.pt2"), self._options)
         call = _Call(
-            self._loader,
-            self._weights,
-            [tensors[name] for name in self._package.arguments],
-            [tensors[spec.name] for spec in self.outputs],
+            self._loaded[name].loader,
+            self._loaded[name].weights,
+            [tensors[name] for name in package.arguments],
+            [tensors[spec.name] for spec in package.outputs],
         )
         return InductorBinding(call, self._options)
+
+
+def _takes(package: Package, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are of the sizes that a package was compiled for."""
+    given = [(spec.shape, tensors[spec.name].shape) for spec in package.inputs if spec.name in tensors]
+    return all(
+        len(wanted) == len(sizes) and all(isinstance(w, str) or w == s for w, s in zip(wanted, sizes, strict=True))
+        for wanted, sizes in given
+    )
 
 
 @dataclass(frozen=True)

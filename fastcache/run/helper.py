@@ -41,16 +41,27 @@ class FastCacheHelper:
         helper.disable()
 
     Steps are counted from each run's first U-Net call, whatever the sampler. A change of batch, size, prompt, LoRA,
-    IP-Adapter or ControlNet between two calls makes the second FULL. A ControlNet computes at SHALLOW steps what these
+    IP-Adapter or ControlNet between two calls makes the second FULL; where guidance was switched off between them, the
+    torch modules go on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what these
     use of it. Not for several threads at once.
+
+    With `kernels` the torch modules' first norm above the cut is fastcache's own operator: kernels on a GPU, the same
+    arithmetic in another order elsewhere. Whether that is faster there has not been measured.
     Source: DeepCache, arXiv 2312.00858.
     """
 
-    def __init__(self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None, *, kernels: bool = False
+    ) -> None:
+        if kernels and engines is not None:
+            raise ValueError(
+                "expected kernels or engines, got both; an engine's kernels are chosen when it is built (--kernels)"
+            )
         if not isinstance(getattr(pipe, "unet", None), nn.Module):
             raise ValueError(f"expected a diffusers pipeline with a U-Net, got a {type(pipe).__name__} without `unet`")
         self.pipe = pipe
         self._bundle = engines if engines is None or isinstance(engines, Bundle) else open_bundle(engines)
+        self._kernels = kernels
         self._schedule = Schedule(1, 0 if self._bundle is None else self._bundle.manifest.branch_id)
         self._caching: Caching | None = None  # while enabled
         self._exchanged: list[_Exchange] = []
@@ -70,9 +81,10 @@ class FastCacheHelper:
         """A FULL step every `cache_interval` calls (1: no caching), or `plan` step by step.
 
         `cache_branch_id` names the skip connection of the cut, 0 the shallowest; a plan names its own, one or several.
-        Where the helper is enabled, this holds from the next call on, which is FULL.
+        At a plan's unguided steps the U-Net runs on the conditional half alone, and the pipeline's guidance, between
+        two equal halves, changes nothing. Where the helper is enabled, this holds from the next call on, which is FULL.
 
-        Raises: `ValueError` for arguments out of range, or a plan with a forecast or unguided steps.
+        Raises: `ValueError` for arguments out of range, or with engines a plan with a forecast or unguided steps.
         """
         if skip_mode != "uniform":
             raise ValueError(f'expected skip_mode "uniform", got {skip_mode!r}; give plan= for any other schedule')
@@ -80,9 +92,15 @@ class FastCacheHelper:
             raise ValueError("expected cache_interval or plan, got both")
         at_least(1, cache_interval=cache_interval)
         schedule = Schedule(cache_interval, cache_branch_id, plan)
+        if self._bundle is not None and (schedule.forecast is not None or schedule.unguided_steps):
+            raise ValueError(
+                "expected a plan without forecast and unguided_steps for engines in a pipeline of diffusers, got one "
+                "with; run it with fastcache.load, or use FastCacheHelper without engines"
+            )
         if self._caching is not None:
-            same_cuts = schedule.branch_ids == self._schedule.branch_ids
-            self._caching.change(schedule, None if same_cuts else self._passes(self._exchanged[0].own, schedule))
+            before = self._schedule
+            same_passes = (schedule.branch_ids, schedule.forecast) == (before.branch_ids, before.forecast)
+            self._caching.change(schedule, None if same_passes else self._passes(self._exchanged[0].own, schedule))
         self._schedule = schedule
 
     def enable(self) -> None:
@@ -117,7 +135,7 @@ class FastCacheHelper:
 
     def _passes(self, unet: nn.Module, schedule: Schedule) -> Passes:
         if self._bundle is None:
-            return EagerPasses(unet, schedule.branch_ids)
+            return EagerPasses(unet, schedule.branch_ids, schedule.forecast, self._kernels)
         return EnginePasses(unet, schedule.branch_ids, self._bundle)
 
     def __enter__(self) -> Self:

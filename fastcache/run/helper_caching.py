@@ -10,15 +10,18 @@ import importlib
 import inspect
 from typing import Any, TypeGuard
 
+import torch
 from diffusers import ControlNetModel, MultiControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from fastcache.cut.controlnet import partition_controlnet
-from fastcache.run.helper_passes import Arguments, Passes
-from fastcache.run.helper_watch import AdapterWatch, RunCounter, same
-from fastcache.run.plan import FULL, CachePlan
+from fastcache.run.helper_features import conditional_half
+from fastcache.run.helper_passes import Arguments, Call, Passes
+from fastcache.run.helper_watch import AdapterWatch, RunCounter, is_guided, same
+from fastcache.run.plan import FULL, CachePlan, Forecast
+from fastcache.run.sampler import noise_levels
 
 # What is new in every call; of the sample the shape must stay, and of residuals whether there are any.
 _PER_STEP = ("sample", "timestep")
@@ -30,18 +33,12 @@ _RESIDUALS = (
 
 
 class Schedule:
-    """The branch that each step runs: after an interval, which suits any number of steps, or after a plan.
-
-    Raises: `ValueError` for a plan that only fastcache's own loop can follow.
-    """
+    """What each step runs: after an interval, which suits any number of steps, or after a plan."""
 
     def __init__(self, interval: int, branch_id: int, plan: CachePlan | None = None) -> None:
-        if plan is not None and (plan.unguided_steps or plan.forecast is not None):
-            raise ValueError(
-                "expected a plan that reuses features as they are and leaves guidance to the pipeline, got one with "
-                "unguided_steps or a forecast; run it with fastcache.load"
-            )
         self._interval, self._branch_id, self._plan = interval, branch_id, plan
+        self.forecast: Forecast | None = plan.forecast if plan else None
+        self.unguided_steps = plan.unguided_steps if plan else ()
 
     @property
     def branch_ids(self) -> tuple[int, ...]:
@@ -62,9 +59,10 @@ class Caching:
     """What an exchanged U-Net does when it is called."""
 
     def __init__(self, pipe: Any, unet: nn.Module, passes: Passes, schedule: Schedule) -> None:
-        self._unet, self._passes, self._schedule = unet, passes, schedule
+        self._pipe, self._unet, self._passes, self._schedule = pipe, unet, passes, schedule
         self._run, self._adapters = RunCounter(pipe), AdapterWatch(unet)
         self._stored: tuple[Arguments, object] | None = None  # what the cached feature was made under
+        self._sigmas: tuple[float, ...] | None = None
         self._on = True
 
     def change(self, schedule: Schedule, passes: Passes | None) -> None:
@@ -92,27 +90,60 @@ class Caching:
 
     def branch_ahead(self, timestep: object) -> int | None:
         """The branch that the next call will run, as far as can be told before it, for what is called first."""
-        if not self._on or self._stored is None or self._run.index(timestep) == 0:
+        step = self._run.index(timestep) if self._on else 0
+        if step == 0 or self._stored is None or not same(self._stored[1], self._adapters.state()):
             return FULL
-        fits = same(self._stored[1], self._adapters.state())
-        return self._schedule.branch(self._run.index(timestep)) if fits else FULL
+        return self._branch(step, self._halves(step))
 
     def _noise_pred(self, arguments: Arguments) -> Tensor:
         step = self._run.index(arguments["timestep"])
-        branch = self._schedule.branch(step)
+        self._schedule.branch(step)  # a plan that is too short is refused before anything is counted
         self._run.count(arguments["timestep"])
-        adapters = self._adapters.state()
-        if step == 0 or (self._stored is not None and not same(self._stored[1], adapters)):
+        if step == 0:
+            self._sigmas = self._noise_levels()
+        kept, halved = kept_of(arguments), self._halves(step)
+        if step == 0 or not self._fits(kept):
             self._passes.refresh()
             self._stored, self._adapters = None, AdapterWatch(self._unet)
-            adapters = self._adapters.state()
-        kept = kept_of(arguments)
-        if branch is not None and self._stored is not None and same(self._stored[0], kept):
-            return self._passes.shallow(branch, arguments)
+        given = conditional_half(arguments, len(arguments["sample"])) if halved else arguments
+        noise_pred = self._predict(Call(step, given, halved, self._sigmas))
+        self._stored = kept, self._adapters.state()
+        return torch.cat([noise_pred] * 2) if halved else noise_pred
+
+    def _predict(self, call: Call) -> Tensor:
+        branch = FULL if self._stored is None else self._branch(call.step, call.halved)
+        if branch is not None:
+            return self._passes.shallow(branch, call)
         self._stored = None  # should this call fail, nothing is reused
-        noise_pred = self._passes.full(arguments)
-        self._stored = kept, adapters
-        return noise_pred
+        return self._passes.full(call)
+
+    def _branch(self, step: int, halved: bool) -> int | None:
+        """The branch of the schedule, where what is cached is of the rows that it needs."""
+        branch = self._schedule.branch(step)
+        return branch if branch is not None and self._passes.serves(branch, halved) else FULL
+
+    def _halves(self, step: int) -> bool:
+        """Whether the step runs on the conditional half alone, which the pipeline then guides by itself to itself."""
+        return bool(self._schedule.unguided_steps) and is_guided(self._pipe) and step in self._schedule.unguided_steps
+
+    def _fits(self, kept: Arguments) -> bool:
+        """Whether what is cached was made under these arguments, or of guided ones whose conditional half they are."""
+        if self._stored is None or not same(self._stored[1], self._adapters.state()):
+            return False
+        stored, (shape, *_) = self._stored[0], kept["sample"]
+        if same(stored, kept):
+            return True
+        (rows, *others), *kind = stored["sample"]
+        if [rows, *others] != [2 * shape[0], *shape[1:]]:
+            return False
+        half = conditional_half(stored, rows) | {"sample": [shape, *kind]}
+        return same(half, kept) and self._passes.halve()
+
+    def _noise_levels(self) -> tuple[float, ...] | None:
+        """What a forecast by sigma runs along, from this call on."""
+        if self._schedule.forecast is None or self._schedule.forecast.by != "sigma":
+            return None
+        return noise_levels(self._pipe.scheduler, self._run.timesteps_ahead())
 
 
 class ControlCaching:

@@ -6,6 +6,7 @@ Each pair of passes keeps what its full pass cached. Knows nothing about runs, s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcache.bundle import REFERENCE, Bundle
+from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import partition_branches
 from fastcache.parity import TOLERANCE, relative_error
 from fastcache.run.buffers import shape_of
+from fastcache.run.helper_features import Features
 from fastcache.run.helper_watch import AdapterWatch, same
-from fastcache.run.plan import FULL
+from fastcache.run.plan import FULL, Forecast
 from fastcache.run.runtime import Runtime
 from fastcache_engines import Binding, Engine
 
@@ -27,48 +30,81 @@ Arguments = dict[str, Any]
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a run: its step and the U-Net's arguments, `halved` to their conditional half where guidance is off.
+
+    `sigmas` are the noise levels of the run's calls, where a forecast needs them.
+    """
+
+    step: int
+    arguments: Arguments
+    halved: bool = False
+    sigmas: tuple[float, ...] | None = None
+
+
 class Passes(Protocol):
     """The full and the shallow pass over one U-Net."""
 
     def refresh(self) -> None:
-        """A run begins, or adapters changed: the U-Net may have other parts than before."""
+        """A run begins, or something changed: what is cached does not count, and the U-Net may have other parts."""
         ...
 
-    def full(self, arguments: Arguments) -> Tensor:
+    def serves(self, branch_id: int, halved: bool) -> bool:
+        """Whether what is cached at a branch is what a shallow pass needs."""
+        ...
+
+    def halve(self) -> bool:
+        """Keep the conditional half of what is cached, for smaller calls from now on; False where that cannot be."""
+        ...
+
+    def full(self, call: Call) -> Tensor:
         """The noise prediction of the whole U-Net, keeping what is cached."""
         ...
 
-    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
+    def shallow(self, branch_id: int, call: Call) -> Tensor:
         """The noise prediction out of what is cached at a branch; a deeper pass renews what is cached above it."""
         ...
 
 
 class EagerPasses:
-    """The cut's torch modules, on the U-Net's own submodules.
+    """The cut's torch modules, on the U-Net's own submodules; with `kernels`, the first norm above it as an operator.
 
-    Raises: `PartitionError` for a U-Net, or a branch id, that cannot be cut.
+    Raises: `PartitionError` for a U-Net, or a branch id, that cannot be cut, or a layer that the operator does not fit.
     """
 
-    def __init__(self, unet: nn.Module, branch_ids: tuple[int, ...]) -> None:
-        self._unet, self._branch_ids = unet, branch_ids
-        self._cached: dict[str, Tensor] = {}
+    def __init__(
+        self, unet: nn.Module, branch_ids: tuple[int, ...], forecast: Forecast | None = None, kernels: bool = False
+    ) -> None:
+        self._unet, self._branch_ids, self._kernels = unet, branch_ids, kernels
+        self._features = Features(forecast)
         self.refresh()
 
     def refresh(self) -> None:
+        self._features.clear()
         self._cuts = partition_branches(self._unet, self._branch_ids)
+        for cut in self._cuts.at.values() if self._kernels else ():
+            fuse_first_norm(cut)
 
-    def full(self, arguments: Arguments) -> Tensor:
-        self._cached = {}
-        noise_pred, *cached = self._cuts.full(**arguments)
-        self._cached = dict(zip(self._cuts.cached, cached, strict=True))
+    def serves(self, branch_id: int, halved: bool) -> bool:
+        return all(self._features.serves(name, halved) for name in self._cuts.at[branch_id].cached)
+
+    def halve(self) -> bool:
+        self._features.halve()
+        return True
+
+    def full(self, call: Call) -> Tensor:
+        noise_pred, *cached = self._cuts.full(**call.arguments)
+        self._features.store(call.step, dict(zip(self._cuts.cached, cached, strict=True)), call.halved)
         return noise_pred
 
-    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
+    def shallow(self, branch_id: int, call: Call) -> Tensor:
         cut = self._cuts.at[branch_id]
         (name,) = cut.cached  # the plain cut's only one
-        result = cut.shallow(**arguments, cached_feature=self._cached[name])
+        feature = self._features.at(name, call.step, call.halved, call.sigmas)
+        result = cut.shallow(**call.arguments, cached_feature=feature)
         noise_pred, *refreshed = result if cut.refreshes else (result,)
-        self._cached |= dict(zip(cut.refreshes, refreshed, strict=True))
+        self._features.store(call.step, dict(zip(cut.refreshes, refreshed, strict=True)), call.halved)
         return noise_pred
 
 
@@ -96,11 +132,17 @@ class EnginePasses:
                 "engines with it, or use FastCacheHelper without engines"
             )
 
-    def full(self, arguments: Arguments) -> Tensor:
-        return self._run(FULL, arguments)
+    def serves(self, branch_id: int, halved: bool) -> bool:
+        return True
 
-    def shallow(self, branch_id: int, arguments: Arguments) -> Tensor:
-        return self._run(branch_id, arguments)
+    def halve(self) -> bool:
+        return False  # another batch has tensors of its own, where no feature is
+
+    def full(self, call: Call) -> Tensor:
+        return self._run(FULL, call.arguments)
+
+    def shallow(self, branch_id: int, call: Call) -> Tensor:
+        return self._run(branch_id, call.arguments)
 
     def _run(self, branch: int | None, arguments: Arguments) -> Tensor:
         values = self._values(arguments)

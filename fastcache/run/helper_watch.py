@@ -39,6 +39,19 @@ class RunCounter:
         self._calls = self.index(timestep) + 1
         self._schedule, self._timestep = self._set_timesteps(), timestep
 
+    def timesteps_ahead(self) -> Tensor:
+        """The timesteps of the run's calls, from the last that was counted on.
+
+        Raises: `ValueError` for a timestep that is no entry of the scheduler's.
+        """
+        here, every = self._timestep, self._set_timesteps()
+        if not (isinstance(every, Tensor) and _is_view(here)):
+            raise ValueError(
+                f"expected timesteps out of the scheduler's own, as pipelines give them, got {here!r}; use a plan "
+                "that forecasts by step"
+            )
+        return every[cast(Tensor, here).storage_offset() - every.storage_offset() :]
+
     def _goes_on(self, timestep: object) -> bool:
         if self._calls == 0 or self._set_timesteps() is not self._schedule:
             return False
@@ -56,6 +69,21 @@ class RunCounter:
 def _is_view(timestep: object) -> bool:
     """Whether a timestep is an entry of a longer tensor, as a loop over `scheduler.timesteps` gives it."""
     return isinstance(timestep, Tensor) and timestep.untyped_storage().nbytes() > timestep.nbytes
+
+
+def is_guided(pipe: Any) -> bool:
+    """Whether a pipeline guides: whether it calls its U-Net with two rows for each image, the conditional one last.
+
+    Raises: `ValueError` for a pipeline that does not say so, or calls it with three.
+    """
+    kind = type(pipe)
+    three = hasattr(kind, "image_guidance_scale") or getattr(pipe, "do_perturbed_attention_guidance", False)
+    if three or not hasattr(kind, "do_classifier_free_guidance"):
+        raise ValueError(
+            f"expected a pipeline with two halves for guidance to leave one out, got {kind.__name__}; use a plan "
+            "without unguided_steps"
+        )
+    return bool(pipe.do_classifier_free_guidance)
 
 
 class AdapterWatch:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcache.cut.partition import partition_unet
@@ -24,94 +21,26 @@ from fastcache_engines import (
     BuildOptions,
     LoadOptions,
     TensorSpec,
-    Workspace,
     _inductor_weights,
     inductor,
 )
 from fastcache_engines.inductor import Program
+from inductor_modules import (
+    LABELS,
+    MOST,
+    SIZE,
+    TENSORS,
+    WEIGHTS,
+    assert_close,
+    constants_of,
+    empty_outputs,
+    first_inputs,
+    first_module,
+    pair,
+    program,
+    rewrite_package,
+)
 from small_unets import small_unet
-
-SIZE, LABELS, MOST = 8, 5, 16
-WEIGHTS = "first.weights.safetensors"
-TENSORS = dict[str, Tensor]
-
-
-class Second(nn.Module):
-    """A feature of `First` and a level -> an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.level, self.norm = nn.Linear(1, 32), nn.GroupNorm(4, 32)
-        self.mix, self.out = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 4, 3, padding=1)
-        self.register_buffer("bias", torch.linspace(-1, 1, 32))
-        self.big = nn.Parameter(torch.randn(64, 1024) / 64)  # what most of the bytes are
-
-    def forward(self, inputs: TENSORS) -> Tensor:
-        level = self.level(inputs["level"][:, None].to(self.level.weight.dtype)) + self.bias + self.big.sum()
-        h = nn.functional.silu(self.norm(inputs["feature"] + level[:, :, None, None]))
-        h = self.mix(self.mix(h)) * torch.tensor([0.5, 1.5]).sum()  # a constant that the exporter lifts
-        return self.out(h).float()
-
-
-class First(nn.Module):
-    """An image, a level and a label -> what `Second` gives, and the feature that it takes."""
-
-    def __init__(self, second: Second) -> None:
-        super().__init__()
-        self.second, self.label, self.into = second, nn.Embedding(LABELS, 32), nn.Conv2d(4, 32, 3, padding=1)
-
-    def forward(self, inputs: TENSORS) -> tuple[Tensor, Tensor]:
-        image = inputs["image"].to(self.into.weight.dtype)
-        feature = self.into(image) + self.label(inputs["label"])[:, :, None, None]
-        return self.second({"feature": feature, "level": inputs["level"]}), feature
-
-
-def first_module(seed: int = 0) -> First:
-    torch.manual_seed(seed)
-    return First(Second()).eval().requires_grad_(False)
-
-
-def first_inputs(batch: int, device: str = "cpu") -> TENSORS:
-    torch.manual_seed(batch)
-    inputs = {
-        "image": torch.randn(batch, 4, SIZE, SIZE),
-        "unused": torch.randn(batch, 3),
-        "level": torch.rand(batch),
-        "label": torch.randint(LABELS, (batch,)),
-    }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def program(module: nn.Module, inputs: TENSORS, *outputs: str) -> Program:
-    batch = torch.export.Dim("batch", min=1, max=MOST)
-    shapes = {"inputs": {name: {0: batch} for name in inputs}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(module, (), {"inputs": inputs}, dynamic_shapes=shapes)
-    return Program(exported, tuple(inputs), outputs)
-
-
-def pair(module: First, dtype: torch.dtype = torch.float32) -> dict[str, Program]:
-    """Programs of a module and of the part of it that it shares its weights with."""
-    module.to(dtype)
-    inputs = first_inputs(2)
-    second = {"level": inputs["level"], "feature": torch.zeros(2, 32, SIZE, SIZE, dtype=dtype)}
-    return {
-        "first": program(module, inputs, "result", "feature"),
-        "second": program(module.second, second, "result"),
-    }
-
-
-def empty_outputs(engine: inductor.InductorEngine, batch: int, device: str = "cpu") -> TENSORS:
-    return {
-        spec.name: torch.full((batch, *spec.shape[1:]), torch.nan, dtype=getattr(torch, spec.dtype), device=device)
-        for spec in engine.outputs
-    }
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 @contextlib.contextmanager
@@ -319,10 +248,8 @@ def test_constants_of_every_layout_come_back(tmp_path: Path) -> None:
 
 def test_engines_that_are_alive_together_share_their_weights(folder: Path) -> None:
     first, second, other = (inductor.load(folder / f"{role}.pt2") for role in ("first", "second", "half"))
-    weights = first._weights
-    assert second._weights is weights
-    assert other._weights is not weights
-    mine, theirs = weights.constants(first._package), weights.constants(second._package)
+    mine, theirs, others = (constants_of(engine) for engine in (first, second, other))
+    assert others["into.weight"].data_ptr() != mine["into.weight"].data_ptr()
     for name, tensor in theirs.items():
         assert mine[f"second.{name}"].data_ptr() == tensor.data_ptr()
         assert tensor.data_ptr() % 64 == 0
@@ -339,7 +266,7 @@ def test_engines_that_are_alive_together_share_their_weights(folder: Path) -> No
 def test_weights_live_as_long_as_something_may_read_them(folder: Path) -> None:
     gc.collect()
     first, second = (inductor.load(folder / f"{role}.pt2") for role in ("first", "second"))
-    storage = first._weights.constants(first._package)["into.weight"].untyped_storage()
+    storage = constants_of(first)["into.weight"].untyped_storage()
     size = storage.nbytes()
     inputs = first_inputs(1)
     outputs = empty_outputs(first, 1)
@@ -427,16 +354,6 @@ def test_packages_for_another_machine(copy: Path, change: dict[str, Any], expect
     rewrite_package(copy / WEIGHTS, lambda package: package.update(change))
     with pytest.raises(ValueError, match=expected):
         inductor.load(copy / "first.pt2")
-
-
-def rewrite_package(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    with safe_open(file, "pt") as source:
-        metadata = source.metadata()
-    package = json.loads(metadata["first"])
-    change(package)
-    tensors = load_file(file)
-    file.unlink()
-    save_file(tensors, file, metadata | {"first": json.dumps(package)})
 
 
 def test_a_package_that_lacks_a_constant(copy: Path) -> None:
@@ -561,89 +478,3 @@ def test_full_and_shallow_of_a_unet(tmp_path: Path) -> None:
         shallow.bind(inputs | outputs | {"noise_pred": again}).run()
         assert_close(outputs["noise_pred"], unet(**inputs).sample, 1e-5)
         assert_close(again, outputs["noise_pred"], 1e-5)
-
-
-@pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
-def gpu_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """`first` and `second` for the GPU at hand, and the module that they are of."""
-    folder, dtype = tmp_path_factory.mktemp("inductor-gpu"), request.param
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    inductor.build(pair(first_module(), torch_dtype), folder, BuildOptions(device="cuda", dtype=dtype))
-    return folder, first_module().to(torch_dtype).cuda()
-
-
-@pytest.mark.gpu
-def test_graphs_on_a_gpu(gpu_folder: tuple[Path, Any]) -> None:
-    """One workspace for both; bound while the inputs still hold nonsense; nothing is allocated once bound."""
-    folder, module = gpu_folder
-    options = LoadOptions(device="cuda", workspace=Workspace("cuda"))
-    first, second = (inductor.load(folder / f"{role}.pt2", options) for role in ("first", "second"))
-    tolerance = 2e-3 if first.outputs[1].dtype == "float32" else 3e-2  # convolutions in TF32, by torch's default
-    inputs, outputs = first_inputs(3, "cuda"), empty_outputs(first, 3, "cuda")
-    label = inputs["label"].clone()
-    inputs["label"].fill_(2**40)
-    again = torch.full_like(outputs["result"], torch.nan)
-    bindings = first.bind(inputs | outputs), second.bind(inputs | outputs | {"result": again})
-    assert outputs["result"].isnan().all()  # binding writes nothing
-    inputs["label"].copy_(label)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    for _ in range(3):
-        for binding in bindings:
-            binding.run()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert_close(outputs["result"], module(inputs)[0], tolerance)
-    assert_close(again, outputs["result"], tolerance)
-    inputs["image"].neg_()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for binding in reversed(bindings):  # the order of captures is not kept
-            binding.run()
-        bindings[0].run()
-    torch.cuda.current_stream().wait_stream(side)
-    assert_close(outputs["result"], module(inputs)[0], tolerance)
-
-
-@pytest.mark.gpu
-def test_a_loop_of_runs_can_be_captured_as_one_graph(gpu_folder: tuple[Path, Any]) -> None:
-    folder, module = gpu_folder
-    first, second = (inductor.load(folder / f"{role}.pt2", LoadOptions(device="cuda")) for role in ("first", "second"))
-    inputs, outputs = first_inputs(2, "cuda"), empty_outputs(first, 2, "cuda")
-    again = torch.full_like(outputs["result"], torch.nan)
-    bindings = first.bind(inputs | outputs), second.bind(inputs | outputs | {"result": again})
-    loop = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(loop):
-        for binding in bindings:
-            binding.run()
-    inputs["image"].neg_()
-    loop.replay()
-    tolerance = 2e-3 if first.outputs[1].dtype == "float32" else 3e-2
-    assert_close(outputs["result"], module(inputs)[0], tolerance)
-    assert_close(again, outputs["result"], tolerance)
-
-
-@pytest.mark.gpu
-def test_weights_on_a_gpu_are_one_block_and_freed(gpu_folder: tuple[Path, Any]) -> None:
-    folder, _ = gpu_folder
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    size = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
-    engines = [inductor.load(folder / f"{role}.pt2", LoadOptions(device="cuda")) for role in ("first", "second")]
-    assert size <= torch.cuda.memory_allocated() - before < 1.2 * size
-    weight = engines[0]._weights.constants(engines[0]._package)["into.weight"]
-    assert weight.is_contiguous(memory_format=torch.channels_last) == (weight.dtype != torch.float32)
-    del engines, weight
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
-
-
-@pytest.mark.gpu
-def test_a_gpu_other_than_the_one_at_hand(gpu_folder: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, _ = gpu_folder
-    for file in folder.iterdir():
-        os.link(file, tmp_path / file.name)
-    rewrite_package(tmp_path / WEIGHTS, lambda package: package.update(compute_capability="1.0"))
-    with pytest.raises(ValueError, match=r"^first\.pt2 was built for compute capability 1\.0, got "):
-        inductor.load(tmp_path / "first.pt2", LoadOptions(device="cuda"))
-    with pytest.raises(ValueError, match=r"^expected to build for the device at hand .*, got 1\.0; "):
-        inductor.build({}, tmp_path, BuildOptions(device="cuda", compute_capability=("1.0",)))

@@ -11,6 +11,7 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcache import CachePlan, FastCacheHelper, PartitionError, partition_unet
 from fastcache.demo import MODEL_DIRECTORY
@@ -120,6 +121,31 @@ def test_a_compiled_unet_is_refused(own_pipe: StableDiffusionPipeline) -> None:
     own_pipe.unet.compile(backend="eager")
     with pytest.raises(ValueError, match="not compiled"):
         FastCacheHelper(own_pipe).enable()
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the calls of fastcache's own operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "fastcache"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_draw_what_torchs_own_norm_does(device: str, own_pipe: StableDiffusionPipeline) -> None:
+    pipe = own_pipe.to(device)
+    plain = draw(pipe).cpu()
+    with helped(pipe), _Operators() as mode:
+        expected = draw(pipe).cpu()
+    assert mode.count == 0
+    helper = FastCacheHelper(pipe, kernels=True)
+    helper.set_params(3)
+    with helper, _Operators() as mode:
+        assert agreement_db(draw(pipe).cpu(), expected) >= 60
+    assert mode.count == STEPS
+    assert torch.equal(draw(pipe).cpu(), plain)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fastcache
-from fastcache import Bundle, CachePlan, FastCacheHelper
+from fastcache import Bundle, CachePlan, FastCacheHelper, Forecast
 from fastcache.run.scheduler import make_scheduler
 from live_pipelines import add_lora, agreement_db, draw, full_calls, helped
 
@@ -53,6 +53,11 @@ def test_engines_serve_a_multistep_scheduler_without_guidance(bundle: Bundle, pi
 def test_engines_refuse_what_they_do_not_compute(bundle: Bundle, own_pipe: StableDiffusionPipeline) -> None:
     pipe = own_pipe
     helper = FastCacheHelper(pipe, engines=bundle)
+    for plan in (CachePlan((None, 0), unguided_steps=(1,)), CachePlan((None, 0), forecast=Forecast())):
+        with pytest.raises(ValueError, match=r"run it with fastcache\.load, or use FastCacheHelper without engines"):
+            helper.set_params(plan=plan)
+    with pytest.raises(ValueError, match=r"expected kernels or engines, got both; .*--kernels\)$"):
+        FastCacheHelper(pipe, engines=bundle, kernels=True)
     helper.set_params(cache_branch_id=1)
     with pytest.raises(ValueError, match=r"in \(0,\)"):
         helper.enable()

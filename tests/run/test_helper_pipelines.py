@@ -30,7 +30,7 @@ def load(name: str) -> Any:
     return module
 
 
-pipelines = load("parity_pipelines")
+subjects, _, pipelines = map(load, ("parity_subjects", "parity_others", "parity_pipelines"))
 
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
@@ -56,8 +56,8 @@ def test_base_and_refiner_hand_over() -> None:
 
     def hand_over() -> torch.Tensor:
         steps = {"num_inference_steps": 8}  # four for each
-        first = pipelines.Subject(base, arguments | {"denoising_end": 0.5}).draw(**steps)
-        return pipelines.Subject(refiner, more | {"image": first, "denoising_start": 0.5}).draw(**steps)
+        first = subjects.Subject(base, arguments | {"denoising_end": 0.5}).draw(**steps)
+        return subjects.Subject(refiner, more | {"image": first, "denoising_start": 0.5}).draw(**steps)
 
     plain = hand_over()
     with FastCacheHelper(base), FastCacheHelper(refiner):

@@ -12,15 +12,12 @@ import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcache import CachePlan, FastCacheHelper
-from fastcache.run.plan import Forecast
+from fastcache import FastCacheHelper
 from fastcache.run.scheduler import make_scheduler
-from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, calls, draw, full_calls, helped, switch
+from live_pipelines import PROMPT, STEPS, calls, draw, full_calls, helped, switch
 from small_unets import example, small_unet
 
 # numpy's word to diffusers, not to us
@@ -41,42 +38,6 @@ def test_calls_are_counted_whatever_the_sampler(sampler: str, num_calls: int, pi
         old = full_calls(pipe.unet, lambda: draw(pipe))
     # It looks timesteps up by value and finds a repeated one at its first place, for Heun's always an odd one.
     assert old == {"pndm": [0, 4, 6, 8], "heun": [0], "euler": [0, 2, 4, 6]}[sampler]
-
-
-@settings(max_examples=8)
-@given(st.lists(st.booleans(), min_size=0, max_size=STEPS - 1), st.integers(0, 3))
-def test_a_plan_is_followed_step_by_step(
-    loaded_pipe: StableDiffusionPipeline, refreshes: list[bool], branch_id: int
-) -> None:
-    full = [0, *(index + 1 for index, refresh in enumerate(refreshes) if refresh)]
-    plan = CachePlan.from_refresh_steps(STEPS, full, branch_id)
-    helper = FastCacheHelper(loaded_pipe)
-    helper.set_params(plan=plan)
-    with helper:
-        assert full_calls(loaded_pipe.unet, lambda: draw(loaded_pipe)) == full
-
-
-def test_a_plan_of_several_depths(pipe: StableDiffusionPipeline) -> None:
-    with FastCacheHelper(pipe) as helper:
-        expected = draw(pipe)
-        errors: list[float] = []
-        for branches in ((None, 0, 0, 0) * 2, (None, 0, 5, 0) * 2, (None, 5, 5, 5) * 2):
-            helper.set_params(plan=CachePlan(branches))
-            errors.append(-agreement_db(draw(pipe), expected))
-        assert errors[0] > errors[1] > errors[2]
-
-
-def test_a_plan_too_short_and_plans_for_other_loops_are_refused(pipe: StableDiffusionPipeline) -> None:
-    helper = FastCacheHelper(pipe)
-    helper.set_params(plan=CachePlan.uniform(STEPS - 1, 3))
-    with helper, pytest.raises(ValueError, match=f"one for {STEPS - 1} and call {STEPS}"):
-        draw(pipe)
-    for plan in (
-        CachePlan((None, 0, 0), unguided_steps=(2,)),
-        CachePlan((None, 0, 0), forecast=Forecast()),
-    ):
-        with pytest.raises(ValueError, match=r"fastcache\.load"):
-            helper.set_params(plan=plan)
 
 
 def test_another_strength_reuses_nothing_of_the_image_before(pipe: StableDiffusionPipeline) -> None:
@@ -180,21 +141,6 @@ def test_a_loop_over_the_same_timesteps_again_is_a_new_run(pipe: StableDiffusion
         loop(samples[0])  # `timestep` by keyword
 
 
-def guidance_off(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    pipe._guidance_scale = 0.0
-    return tensors | {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
-
-
-def test_guidance_switched_off_on_the_way(pipe: StableDiffusionPipeline) -> None:
-    expected = draw(pipe, **switch(3, guidance_off))
-    with helped(pipe, interval=1):
-        assert torch.equal(draw(pipe, **switch(3, guidance_off)), expected)
-    with helped(pipe):
-        assert full_calls(pipe.unet, lambda: draw(pipe, **switch(3, guidance_off))) == [0, 3, 4, 6]
-    with helped(pipe, DeepCacheSDHelper), pytest.raises(RuntimeError):
-        draw(pipe, **switch(3, guidance_off))
-
-
 def test_a_prompt_changed_on_the_way(pipe: StableDiffusionPipeline) -> None:
     other = torch.cat(pipe.encode_prompt("a small blue ring", "cpu", 1, True)[::-1])
 
@@ -223,81 +169,6 @@ def test_batch_and_size_may_change(pipe: StableDiffusionPipeline) -> None:
             for shape, t in zip([(2, 16), (2, 16), (1, 16), (1, 8)], pipe.scheduler.timesteps, strict=True):
                 call(pipe.unet, t, torch.randn(shape[0], 4, shape[1], shape[1]), text[: shape[0]])
         assert seen == [True, False, True, True]
-
-
-def test_lora_loaded_scaled_and_unloaded(own_pipe: StableDiffusionPipeline) -> None:
-    """Also on the outermost convolutions, which loading replaces."""
-    pipe = own_pipe
-    with helped(pipe):
-        plain = draw(pipe)
-        add_lora(pipe.unet, "a", "to_q", "to_v", "conv_in", "conv_out")
-        styled = draw(pipe)
-        assert agreement_db(styled, plain) < 40
-        half = draw(pipe, cross_attention_kwargs={"scale": 0.5})
-        assert agreement_db(half, styled) < 45
-        assert torch.allclose(draw(pipe, cross_attention_kwargs={"scale": 0.0}), plain, atol=1e-4)
-        pipe.unet.set_adapters(["a"], [0.5])
-        assert torch.allclose(draw(pipe), half, atol=1e-4)
-        pipe.unet.set_adapters(["a"], [1.0])
-    with helped(pipe):
-        assert torch.equal(draw(pipe), styled)
-    pipe.unet.delete_adapters("a")
-    with helped(pipe, interval=1):
-        assert torch.allclose(draw(pipe), draw(pipe), atol=1e-5)
-
-
-@pytest.mark.parametrize("change", ["loaded", "scaled", "fused"])
-def test_lora_changed_on_the_way(change: str, own_pipe: StableDiffusionPipeline) -> None:
-    pipe = own_pipe
-    add_lora(pipe.unet, "a", "to_q")
-
-    def act(pipe: Any, tensors: dict[str, Any]) -> None:
-        if change == "loaded":
-            add_lora(pipe.unet, "b", "conv_in")
-        elif change == "scaled":
-            pipe.unet.set_adapters(["a"], [0.5])
-        else:
-            pipe.unet.fuse_lora()
-
-    with helped(pipe, DeepCacheSDHelper):  # which does not notice
-        assert full_calls(pipe.unet, lambda: draw(pipe)) == [0, 3, 6]
-    for module in pipe.unet.modules():
-        module.__dict__.pop("forward", None)
-    with helped(pipe):
-        assert full_calls(pipe.unet, lambda: draw(pipe, **switch(3, act))) == [0, 3, 4, 6]
-
-
-def load_ip_adapter(unet: Any) -> None:
-    """An IP-Adapter of random weights, for image embeddings of width 8."""
-    torch.manual_seed(0)
-    width, state, key_id = unet.config.cross_attention_dim, dict[str, Tensor](), 1
-    for name in unet.attn_processors:
-        if not name.endswith("attn1.processor"):
-            block = unet.get_submodule(name.removesuffix(".processor"))
-            for kind in ("to_k_ip", "to_v_ip"):
-                state[f"{key_id}.{kind}.weight"] = torch.randn(block.to_k.out_features, width) / 4
-            key_id += 2
-    projection = diffusers.models.embeddings.ImageProjection(8, width, 4).state_dict()
-    projection = {name.replace("image_embeds", "proj"): value for name, value in projection.items()}
-    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": state}])
-
-
-def test_an_ip_adapter_loaded_and_scaled(own_pipe: StableDiffusionPipeline) -> None:
-    pipe = own_pipe
-    images = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(3))]}
-    with helped(pipe):
-        plain = draw(pipe)
-        load_ip_adapter(pipe.unet)
-        pipe.set_ip_adapter_scale(1.0)
-        styled = draw(pipe, **images)
-        assert agreement_db(styled, plain) < 40
-        change = switch(3, lambda pipe, tensors: pipe.set_ip_adapter_scale(0.2))
-        assert full_calls(pipe.unet, lambda: draw(pipe, **images, **change)) == [0, 3, 4, 6]
-        pipe.set_ip_adapter_scale(1.0)
-        assert torch.equal(draw(pipe, **images), styled)
-    plain_ip = draw(pipe, **images)
-    with FastCacheHelper(pipe):
-        assert torch.equal(draw(pipe, **images), plain_ip)
 
 
 class _Waits(TorchDispatchMode):

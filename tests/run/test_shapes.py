@@ -137,6 +137,6 @@ def test_bad_sizes(fields: dict[str, Any], expected: str, tiny_model: Path, tmp_
         fastcache.build_engines(tiny_model, output=tmp_path / "out", **fields)
 
 
-def test_a_backend_of_one_size_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match=r"engines serve several sizes .*, got inductor; build one each"):
-        fastcache.build_engines(tiny_model, output=tmp_path / "out", backend="inductor", sizes=("32x32", "64x64"))
+def test_a_backend_of_one_prompt_length_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"serve several prompt lengths, got inductor; leave max_tokens out"):
+        fastcache.build_engines(tiny_model, output=tmp_path / "out", backend="inductor", max_tokens=24)
