@@ -4,9 +4,9 @@ The graph is compiled when tensors are bound to it, from weights that are mapped
 1.1 s, an imported blob of the compiled model 0.9 s from a cache folder and 11 s from memory, at 3.4 GB more on disk. So
 none is kept.
 
-The shapes bound first are compiled for themselves: with sizes known OpenVINO fuses more, and SD1.5's full step at
-256x256 takes 6 to 8% less time in bf16. All other shapes share one compilation for free sizes, as each holds the
-weights once more.
+Shapes are compiled for themselves: with sizes known OpenVINO fuses more, and SD1.5's full step at 256x256 takes 6 to
+8% less time in bf16. As each compilation holds the weights once more, those after the first are made while they stay
+below 256 MiB together, and all further shapes share one for free sizes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ SOURCE: Literal["onnx"] = "onnx"
 TYPED = False  # OpenVINO lowers a float32 graph itself, and knows what must stay in float32
 DTYPES: Mapping[str, tuple[DType, ...]] = {"cpu": ("fp32", "bf16")}
 
-_Shapes = dict[str, tuple[int, ...]]
+_OWN_BYTES = 256 << 20  # of weights, in compilations for shapes after the first
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by the inputs' names
 
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES: Mapping[str, str] = {"f32": "float32", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -108,7 +110,7 @@ def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = Lo
 
     Raises: as `load`.
     """
-    compiled = OpenVinoEngine(path, options).compiled_for({name: tuple(t.shape) for name, t in inputs.items()})
+    compiled = OpenVinoEngine(path, options).compiled_for(inputs)
     results = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
     return {name: torch.from_numpy(value) for port, value in results.items() for name in port.get_names()}
 
@@ -131,7 +133,9 @@ class OpenVinoEngine:
             self._graph = self._core.read_model(path)
         self.inputs = tuple(_spec(port) for port in self._graph.inputs)
         self.outputs = tuple(_spec(port) for port in self._graph.outputs)
-        self._own: tuple[_Shapes, Any] | None = None
+        constants = (op for op in self._graph.get_ops() if op.get_type_name() == "Constant")
+        self._weights_bytes: int = sum(op.get_byte_size() for op in constants)
+        self._own: dict[_Shapes, Any] = {}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenVinoBinding:
         """Bind by address: the graph reads and writes the tensors themselves.
@@ -140,17 +144,20 @@ class OpenVinoEngine:
         """
         specs = (*self.inputs, *self.outputs)
         check_tensors(specs, tensors, "cpu")
-        compiled = self.compiled_for({spec.name: tuple(tensors[spec.name].shape) for spec in self.inputs})
+        compiled = self.compiled_for(tensors)
         return OpenVinoBinding(compiled.create_infer_request(), [(s.name, tensors[s.name]) for s in specs])
 
-    def compiled_for(self, shapes: _Shapes) -> Any:
-        """The compiled graph that takes inputs of these shapes, by name."""
-        if self._own is None:
+    def compiled_for(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The compiled graph that takes inputs of these tensors' shapes."""
+        shapes = tuple((spec.name, tuple(tensors[spec.name].shape)) for spec in self.inputs)
+        if shapes not in self._own:
+            if len(self._own) * self._weights_bytes > _OWN_BYTES:
+                return self._for_free_sizes
             graph = self._graph.clone()
             with self._loading():
-                graph.reshape({name: list(shape) for name, shape in shapes.items()})
-                self._own = shapes, self._core.compile_model(graph, "CPU", self._settings)
-        return self._own[1] if self._own[0] == shapes else self._for_free_sizes
+                graph.reshape({name: list(shape) for name, shape in shapes})
+                self._own[shapes] = self._core.compile_model(graph, "CPU", self._settings)
+        return self._own[shapes]
 
     @cached_property
     def _for_free_sizes(self) -> Any:

@@ -173,5 +173,6 @@ def test_library_code_neither_prints_nor_exits_nor_asserts():
         for path in python_files()
         if path.relative_to(ROOT).as_posix() != "fastcache/cli.py"
         for line, what in outspoken_lines(ast.parse(path.read_text(encoding="utf-8")))
+        if not (path.parent.name == "commands" and what == "os._exit")  # a command is a program, which may end itself
     ]
     assert found == []
