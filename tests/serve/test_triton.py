@@ -104,8 +104,8 @@ def test_a_repository_is_whole(exported: Path, tiny_bundle: Bundle) -> None:
 
 
 def test_the_configuration_is_tritons(exported: Path, tiny_bundle: Bundle) -> None:
-    pytest.importorskip("rapidjson", reason="needs the message types of tritonclient[grpc]")
-    configs = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
+    pytest.importorskip("rapidjson", reason="needs the message types of tritonclient")
+    configs = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient")
     from google.protobuf import text_format
 
     config = text_format.Parse((exported / "config.pbtxt").read_text(), configs.ModelConfig())
