@@ -76,16 +76,17 @@ def group_norm_in_float32(
 ) -> Any:
     """`group_norm` whose statistics are float32 whatever the graph's type: a float16 sum of squares overflows at 65504.
 
-    Shapes: `input` (N, C, H, W); `weight` and `bias` (C,). Source: arXiv 1803.08494, equation 1.
+    Shapes: `input` (N, C, ...); `weight` and `bias` (C,). Source: arXiv 1803.08494, equation 1.
     """
     op: Any = opset20
     wide = _float32(op, input)
     grouped = op.Reshape(wide, op.Constant(value_ints=[0, num_groups, -1]))
     ones, zeros = (op.Constant(value_floats=[value] * num_groups) for value in (1.0, 0.0))
     normed = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(input))
+    a_channel = op.Constant(value_ints=[-1, *[1] * (len(input.shape) - 2)])
     for factor, apply in ((weight, op.Mul), (bias, op.Add)):
         if factor is not None:
-            normed = apply(normed, op.Reshape(_float32(op, factor), op.Constant(value_ints=[-1, 1, 1])))
+            normed = apply(normed, op.Reshape(_float32(op, factor), a_channel))
     return op.CastLike(normed, input)
 
 

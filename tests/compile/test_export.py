@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastcache import BuildError, partition_unet
 from fastcache.compile import export, passes
+from fastcache.compile.graph_passes import NORMS_IN_FLOAT32
 from fastcache.cut.partition import Cut
 from fastcache.parity import relative_error
 from fastcache_engines import onnxruntime, tensorrt_rtx
@@ -193,6 +194,32 @@ def test_tensorrt_builds_for_a_range_of_sizes(tmp_path: Path) -> None:
     found = {spec.name: spec.shape for spec in tensorrt_rtx.describe(tmp_path / "shallow.engine").inputs}
     assert found["sample"] == ("batch", 4, "sample[2]", "sample[3]")
     assert found["encoder_hidden_states"] == ("batch", 7, 24)
+
+
+class _Norms(torch.nn.Module):
+    """A norm of images, and one of rows of tokens, as attention in a U-Net without text has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(2, 6)
+        torch.nn.init.normal_(self.norm.weight)
+        torch.nn.init.normal_(self.norm.bias)
+
+    def forward(self, inputs: export.Inputs) -> tuple[Tensor, Tensor]:
+        image = self.norm(inputs["image"])
+        return image, self.norm(inputs["image"].flatten(2))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_norms_in_float32_of_any_rank(batch: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    norms, image = _Norms().half(), torch.randn(batch, 6, 4, 5).half() * 300  # whose squares overflow in float16
+    part = export.Exportable("full", norms, {"image": torch.zeros(2, 6, 4, 5).half()}, ("image_out", "tokens_out"))
+    export.save_graphs([("norms.onnx", export.export(part, NORMS_IN_FLOAT32)[0])], tmp_path, "unet.weights")
+    found = onnxruntime.evaluate(tmp_path / "norms.onnx", {"image": image})
+    expected = norms.float()({"image": image.float()})[0]
+    assert relative_error(found["image_out"].float(), expected) < 1e-3
+    assert relative_error(found["tokens_out"].float(), expected.flatten(2)) < 1e-3
 
 
 def test_sizes_that_do_not_halve_are_refused() -> None:
