@@ -1,6 +1,6 @@
 """A build of engines -> how long each of its stages took, and the most memory that all its processes held in each.
 
-    python tools/build_memory.py --model sdxl --output /tmp/sdxl --figures tools/results/DATE-sdxl-build.json
+    python tools/build_memory.py sdxl --output /tmp/sdxl --figures tools/results/DATE-sdxl-build.json
 
 What holds memory is sampled from outside, ten times a second: the resident pages of the command and of whatever it
 starts (a page that two of them share counts twice), and of these the anonymous ones, which no file stands behind.
