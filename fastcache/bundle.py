@@ -22,7 +22,7 @@ from fastcache.errors import BundleError
 from fastcache.recipe import Component, ControlKind, Device, DType, Profile, Recipe, Size
 from fastcache_engines import TensorSpec
 
-SCHEMA = "fastcache.bundle/2"
+SCHEMA = "fastcache.bundle/3"
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
@@ -142,7 +142,7 @@ class Parity(_Value):
 class Manifest(_Value):
     """What a bundle is and what each of its bytes must be."""
 
-    schema_: Literal["fastcache.bundle/2"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["fastcache.bundle/3"] = Field(SCHEMA, alias="schema")
     key: str
     model: ModelInfo
     weights_sha256: str

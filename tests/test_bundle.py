@@ -55,7 +55,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 def test_the_manifest_holds_what_is_promised(tiny_bundle: Bundle) -> None:
     manifest = json.loads((tiny_bundle.path / MANIFEST).read_text())
     assert [name for name in PROMISED if name not in manifest] == []
-    assert manifest["schema"] == "fastcache.bundle/2"
+    assert manifest["schema"] == "fastcache.bundle/3"
     assert (manifest["branch_id"], manifest["cut"], manifest["backend"]) == (0, "projected", choose("cpu", "fp32")[0])
     assert manifest["components"] == ["unet", "vae", "text"]
     assert (manifest["height"], manifest["width"], manifest["model"]["tokens"]) == (32, 32, 8)
@@ -140,7 +140,7 @@ def test_a_special_file(bundle_copy: Path) -> None:
         (lambda m: m["model"]["scheduler"].update(prediction_type="epsilon"), "was changed after the build"),
         (lambda m: m["files"].pop(), "was changed after the build"),
         (lambda m: m["parity"].update(full_vs_model=0.0), "was changed after the build"),
-        (lambda m: m.update(schema="fastcache.bundle/1"), "schema"),
+        (lambda m: m.update(schema="fastcache.bundle/2"), "schema"),
         (lambda m: m.update(height="tall"), "height"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("files"), "files"),

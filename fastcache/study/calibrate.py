@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.sampler import SamplerTable, compile_sampler
 from fastcache.run.scheduler import make_scheduler
-from fastcache.study.calibration import Array, Calibration, Conditions
+from fastcache.study.calibration import Array, Calibration, Conditions, Measurements
 from fastcache.study.trajectory import Denoiser, EngineDenoiser, Feature, Walk, draw_noise
 
 GAIN_LAG: Final = 3  # the errors that gains are measured with are those of a feature three steps old, as in 1:4 reuse
@@ -30,16 +30,9 @@ See = Callable[[Tensor], Tensor]  # final latents -> pictures, (P, C, H, W) each
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """One batch's part of a calibration. Shapes: as there, with the batch's P images for N; `latents` (P, C, H, W),
-    the final ones, uncached."""
+class Measured(Measurements):
+    """One batch's part of a calibration. Shapes: `latents` (N, C, H, W), the final ones, uncached."""
 
-    errors: Array
-    gains: Array
-    noise_rms: Array
-    changes: Array
-    couplings: Array
-    unguided: Array
     latents: Tensor
 
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from dataclasses import dataclass, fields
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from fastcache.study.calibrate import Measured
 
 SCHEMA: Final = "fastcache.calibration/1"
 
@@ -37,7 +34,7 @@ class Conditions:
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Measurements:
     """What was measured on N samples (a prompt with a seed each), over T U-Net calls and B branches.
 
     Shapes: `errors` (N, B, T, T): [n, b, j, s], nan above the diagonal, zero on it but for rounding. `gains` (N, T),
@@ -54,15 +51,24 @@ class Calibration:
     the same of steps without guidance, not by unit: its sum over a set of steps is what leaving it out there does.
     """
 
-    conditions: Conditions
-    branch_ids: tuple[int, ...]
-    samples: tuple[str, ...]
     errors: Array
     gains: Array
     noise_rms: Array
     changes: Array
     couplings: Array
     unguided: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(Measurements):
+    """Measurements of named samples, with what they hold for.
+
+    Raises: `ValueError` where the shapes of the measurements do not fit each other.
+    """
+
+    conditions: Conditions
+    branch_ids: tuple[int, ...]
+    samples: tuple[str, ...]
 
     def __post_init__(self) -> None:
         count, branches, calls = len(self.samples), len(self.branch_ids), self.num_calls
@@ -80,12 +86,12 @@ class Calibration:
 
     @classmethod
     def of(
-        cls, conditions: Conditions, branch_ids: Sequence[int], samples: Sequence[str], parts: Sequence[Measured]
+        cls, conditions: Conditions, branch_ids: Sequence[int], samples: Sequence[str], parts: Sequence[Measurements]
     ) -> Calibration:
         """The measurements of several batches, their samples in order."""
-        names = ("errors", "gains", "noise_rms", "changes", "couplings", "unguided")
-        joined = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-        return cls(conditions, tuple(branch_ids), tuple(samples), *joined)
+        names = [field.name for field in fields(Measurements)]
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, conditions=conditions, branch_ids=tuple(branch_ids), samples=tuple(samples))
 
     @property
     def num_calls(self) -> int:
@@ -154,19 +160,17 @@ class Calibration:
                 raise ValueError(f"expected schema {SCHEMA}, got {document.get('schema')!r}; measure again")
             rows = cast("list[dict[str, Any]]", document["samples"])
             noise_rms = np.array([row["noise_rms"] for row in rows], dtype=np.float64)
-            gains = np.array([row["gains"] or [np.nan] * noise_rms.shape[1] for row in rows], dtype=np.float64)
-            errors = np.array([[_square(matrix) for matrix in row["errors"]] for row in rows])
             calls = noise_rms.shape[1]
             return cls(
-                Conditions(**document["conditions"]),
-                tuple(document["branch_ids"]),
-                tuple(row["name"] for row in rows),
-                errors,
-                gains,
-                noise_rms,
-                np.array([row["changes"] for row in rows], dtype=np.float64),
-                np.array([_symmetric(row["couplings"], calls) for row in rows]),
-                np.array([_symmetric(row.get("unguided"), calls) for row in rows]),
+                errors=np.array([[_square(matrix) for matrix in row["errors"]] for row in rows]),
+                gains=np.array([row["gains"] or [np.nan] * calls for row in rows], dtype=np.float64),
+                noise_rms=noise_rms,
+                changes=np.array([row["changes"] for row in rows], dtype=np.float64),
+                couplings=np.array([_symmetric(row["couplings"], calls) for row in rows]),
+                unguided=np.array([_symmetric(row.get("unguided"), calls) for row in rows]),
+                conditions=Conditions(**document["conditions"]),
+                branch_ids=tuple(document["branch_ids"]),
+                samples=tuple(row["name"] for row in rows),
             )
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"expected a calibration as fastcache writes it, got one with {error!r}") from None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from fastcache import BuildError, partition_unet
-from fastcache.compile import export, passes
+from fastcache.compile import components, export, passes
 from fastcache.compile.graph_passes import NORMS_IN_FLOAT32
 from fastcache.cut.partition import Cut
 from fastcache.parity import relative_error
-from fastcache_engines import onnxruntime, tensorrt_rtx
+from fastcache_engines import LoadOptions, onnxruntime, tensorrt_rtx
 from small_unets import small_unet
 from tensorrt_graphs import built, cuda, few_layers
 
@@ -220,6 +221,22 @@ def test_norms_in_float32_of_any_rank(batch: int, tmp_path: Path) -> None:
     expected = norms.float()({"image": image.float()})[0]
     assert relative_error(found["image_out"].float(), expected) < 1e-3
     assert relative_error(found["tokens_out"].float(), expected.flatten(2)) < 1e-3
+
+
+@pytest.mark.parametrize("make", [components.exportable_vae_decoder, components.exportable_vae_encoder])
+def test_vaes_in_float16_are_those_in_float32(make: Callable[..., export.Exportable], tmp_path: Path) -> None:
+    """No build checks them; their attention normalises rows of tokens."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    part = make(vae, 8, 8, 1)
+    with torch.no_grad():
+        found = part.module(part.inputs)
+        expected = dict(zip(part.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+        part.module.half()
+    export.save_graphs([("vae.onnx", export.export(part, NORMS_IN_FLOAT32)[0])], tmp_path, "vae.weights")
+    outputs = onnxruntime.evaluate(tmp_path / "vae.onnx", part.inputs, LoadOptions("cpu", "fp16"))
+    for name, value in expected.items():
+        assert relative_error(outputs[name], value) < 3e-3
 
 
 def test_sizes_that_do_not_halve_are_refused() -> None:

@@ -229,6 +229,7 @@ def test_random_weights_are_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["--prompts", "/nowhere"], "expected a file of prompts"),
         (["--num-prompts", "99"], "expected at most 8 prompts"),
         (["--device", "tpu"], "expected --device cpu or cuda"),
+        (["--model", "svd-xt", "--random-weights"], "expected a model of pictures, got svd-xt"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

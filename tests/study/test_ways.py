@@ -26,15 +26,15 @@ def drawn_calibration(seed: int, calls: int, branch_ids: tuple[int, ...] = (0, 2
     errors = age * depth[:, None, None] * rng.uniform(0.5, 1.5, (count, len(branch_ids), calls, calls))
     vectors, others = rng.normal(size=(2, count, calls, 4))
     return Calibration(
-        Conditions("drawn", "0" * 64, "ddim", calls, 4.0, 64, 64),
-        branch_ids,
-        tuple(f"sample {n}" for n in range(count)),
-        errors,
-        np.ones((count, calls)),
-        np.ones((count, calls)),
-        np.ones((count, len(branch_ids), calls)),
-        vectors @ vectors.transpose(0, 2, 1),
-        others @ others.transpose(0, 2, 1),
+        errors=errors,
+        gains=np.ones((count, calls)),
+        noise_rms=np.ones((count, calls)),
+        changes=np.ones((count, len(branch_ids), calls)),
+        couplings=vectors @ vectors.transpose(0, 2, 1),
+        unguided=others @ others.transpose(0, 2, 1),
+        conditions=Conditions("drawn", "0" * 64, "ddim", calls, 4.0, 64, 64),
+        branch_ids=branch_ids,
+        samples=tuple(f"sample {n}" for n in range(count)),
     )
 
 

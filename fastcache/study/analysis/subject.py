@@ -119,14 +119,15 @@ def find_subject(
 
     Without a `device` the U-Net goes to the GPU where there is one.
 
-    Raises: `ValueError` for an unknown model, a size that its latents cannot have, a model with weights but no text
-    encoder, or a prompts file without prompts; `BackendUnavailable` for a GPU that is not there.
+    Raises: `ValueError` for an unknown model, one of videos, a size that its latents cannot have, a model with weights
+    but no text encoder, or a prompts file without prompts; `BackendUnavailable` for a GPU that is not there.
     """
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"expected --device cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("expected a CUDA device for --device cuda, torch sees none here; use --device cpu")
     source = find_model(model, random_weights=random_weights, revision=revision)
+    source.require_pictures()
     _refuse_unprompted(source)
     shapes = geometry(source)
     sizes = shapes.size if height is None else height, shapes.size if width is None else width
