@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
@@ -61,6 +63,19 @@ def tiny_model(_shared_folder: Path) -> Path:
 def tiny_bundle(_shared_folder: Path, tiny_model: Path) -> Bundle:
     """`tiny_model` built with all its components, once for all workers; tests that damage it copy it first."""
     return fastcache.build_engines(tiny_model, output=_shared_folder / "tiny-bundle")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(_shared_folder: Path) -> Callable[[int], Bundle]:
+    """The bundled model cut at a branch; only branch 0 comes with its text encoder and VAE."""
+
+    @cache
+    def build(branch_id: int) -> Bundle:
+        components = None if branch_id == 0 else ("unet",)
+        output = _shared_folder / f"demo-branch-{branch_id}"
+        return fastcache.build_engines("demo", output=output, branch_id=branch_id, components=components)
+
+    return build
 
 
 @pytest.fixture

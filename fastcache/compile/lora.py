@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
@@ -20,8 +19,6 @@ from fastcache.recipe import Lora
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 Model = TypeVar("Model", bound=nn.Module)
-
-_LOADERS: dict[Family, Any] = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def entry_of(lora: Lora) -> LoraEntry:
@@ -48,17 +45,19 @@ def merge(model: Model, part: Part, family: Family, unet_config: Mapping[str, An
     """
     for i, lora in enumerate(loras):
         try:
-            _merge_one(model, part, _LOADERS[family], unet_config, lora, f"lora_{i}")
+            _merge_one(model, part, family, unet_config, lora, f"lora_{i}")
         except Exception as error:  # safetensors', peft's and torch's own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"cannot merge {lora.path} into the {part}: {reason}") from error
     return model.eval().requires_grad_(False)
 
 
-def _merge_one(model: Any, part: Part, loader: Any, unet_config: Mapping[str, Any], lora: Lora, name: str) -> None:
+def _merge_one(model: Any, part: Part, family: Family, unet_config: Mapping[str, Any], lora: Lora, name: str) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.loaders.lora_base import fuse_text_encoder_lora
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
+    loader: Any = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     file = Path(lora.path)
     weights, alphas, metadata = loader.lora_state_dict(
         str(file.parent),
@@ -66,7 +65,7 @@ def _merge_one(model: Any, part: Part, loader: Any, unet_config: Mapping[str, An
         use_safetensors=True,
         local_files_only=True,
         return_lora_metadata=True,
-        unet_config=FrozenDict(unet_config) if loader is StableDiffusionXLPipeline else None,
+        unet_config=FrozenDict(unet_config) if family == "sdxl" else None,
     )
     known = ("unet.", "text_encoder.", "text_encoder_2.")
     if not weights or not all("lora" in key and key.startswith(known) for key in weights):

@@ -1,33 +1,14 @@
-"""The bundled model for the tests of the run side: its engines, built once for all workers, and as a live pipeline."""
+"""The bundled model as a live pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-import fastcache
-from fastcache import Bundle
 from fastcache.demo import MODEL_DIRECTORY
-
-DemoBundle = Callable[[int], Bundle]
-
-
-@pytest.fixture(scope="session")
-def demo_bundle(_shared_folder: Path) -> DemoBundle:
-    """The bundled model cut at a branch; only branch 0 comes with its text encoder and VAE."""
-
-    @cache
-    def build(branch_id: int) -> Bundle:
-        components = None if branch_id == 0 else ("unet",)
-        output = _shared_folder / f"demo-branch-{branch_id}"
-        return fastcache.build_engines("demo", output=output, branch_id=branch_id, components=components)
-
-    return build
 
 
 @pytest.fixture(scope="session")

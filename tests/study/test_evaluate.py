@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-import fastcache
 from fastcache.bundle import Bundle
 from fastcache.cli import main
 from fastcache.demo.scenes import COLOURS, held_out_scenes, render
@@ -332,9 +332,9 @@ def test_clip_score_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_bundled_model_s_plans(run: Any, tmp_path: Path) -> None:
+def test_the_bundled_model_s_plans(run: Any, demo_bundle: Callable[[int], Bundle], tmp_path: Path) -> None:
     """An optimal plan is nearer to uncached than a bad one of as many refreshes, and both are judged as scenes."""
-    bundle = fastcache.build_engines("demo", output=tmp_path / "engines")
+    bundle = demo_bundle(0)
     best, worst = tmp_path / "best.json", tmp_path / "worst.json"
     made = run("plan", "--engines", bundle.path, "--steps", 12, "--refreshes", 4, "--num-prompts", 4, "--output", best)
     assert made.code == 0, made.err
