@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from fastcache.commands import analyze, batch, bench, bundles, evaluate, export_triton, pictures, plan, serve
+from fastcache.commands import analyze, batch, bench, bundles, demo, evaluate, export_triton, generate, plan, serve
 from fastcache.console import debug_asked, end, exit_code, quiet_libraries
 
 app = typer.Typer(
@@ -23,12 +23,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (
-    pictures.demo,
+    demo.demo,
     bundles.doctor,
     bundles.build_engines,
     bundles.inspect,
     bundles.verify,
-    pictures.generate,
+    generate.generate,
     bench.bench,
     plan.plan,
     evaluate.evaluate,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastcache.bundle import Parity
+from fastcache.manifest import Parity
 from fastcache.recipe import DType
 from fastcache_engines import Backend, Engine, LoadOptions
 

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"]
 Device = Literal["cpu", "cuda"]
@@ -101,6 +101,9 @@ class Lora(BaseModel):
         return f"{self.path}:{self.weight:g}"
 
 
+_Path = Annotated[str, Field(min_length=1)]
+
+
 class Recipe(BaseModel):
     """Everything that decides what a bundle contains, given the model's weights and this installation."""
 
@@ -121,7 +124,7 @@ class Recipe(BaseModel):
     batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
     max_tokens: int | None = Field(None, ge=1, le=4096)
     lora: tuple[Annotated[Lora, BeforeValidator(Lora.parse)], ...] = ()
-    controlnet: str | None = Field(None, min_length=1)
+    controlnet: _Path | tuple[_Path, ...] | None = None
     t2i_adapter: str | None = Field(None, min_length=1)
     ip_adapter: str | None = Field(None, min_length=1)
     components: tuple[Component, ...] | None = None
@@ -140,6 +143,15 @@ class Recipe(BaseModel):
         named = cast("list[Any]", ids)
         return {**values, "branch_id": named[0]} | ({"further_branch_ids": tuple(named[1:])} if named[1:] else {})
 
+    @field_validator("controlnet", mode="before")
+    @classmethod
+    def _unwrap_one(cls, value: object) -> object:
+        """One path, or none, means the same with a list around it."""
+        if not isinstance(value, list | tuple):
+            return value
+        paths = cast("list[object]", value)
+        return tuple(paths) if paths[1:] else next(iter(paths), None)
+
     @model_validator(mode="after")
     def _has_each_branch_once(self) -> Self:
         if len(set(self.branches)) < len(self.branches):
@@ -152,14 +164,14 @@ class Recipe(BaseModel):
         return (self.branch_id, *self.further_branch_ids)
 
     @property
-    def controls(self) -> dict[ControlKind, str]:
-        """Where the networks are that steer the U-Net."""
-        given: dict[ControlKind, str | None] = {
+    def controls(self) -> dict[ControlKind, tuple[str, ...]]:
+        """Where the networks are that steer the U-Net; of ControlNets there may be several."""
+        given: dict[ControlKind, str | tuple[str, ...] | None] = {
             "controlnet": self.controlnet,
             "t2i_adapter": self.t2i_adapter,
             "ip_adapter": self.ip_adapter,
         }
-        return {kind: path for kind, path in given.items() if path is not None}
+        return {kind: (paths,) if isinstance(paths, str) else paths for kind, paths in given.items() if paths}
 
     @model_validator(mode="after")
     def _has_a_unet(self) -> Self:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fastcache import Bundle, BundleError
-from fastcache.bundle import MANIFEST, check_files, open_bundle, publish, read_manifest, seal, write_whole
+from fastcache.bundle import MANIFEST, check_files, open_bundle, publish, read_manifest, seal
+from fastcache.files import write_whole
 from fastcache_engines import choose
 
 PROMISED = [

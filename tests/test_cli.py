@@ -15,6 +15,7 @@ from fastcache.bundle import Bundle
 from fastcache.cli import main
 from fastcache.run.plan import CachePlan
 from fastcache_engines import BACKENDS, choose
+from fastcache_kernels import cpu_step
 
 
 class Result:
@@ -63,6 +64,7 @@ def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
     assert all(row["reason"] and row["dtypes"] for row in rows.values())
     assert report["auto"]["backend"] == choose(report["auto"]["device"], "fp32")[0]
     assert report["auto"]["reason"]
+    assert (report["cpu_loop"]["source"], report["cpu_loop"]["reason"]) == cpu_step.source()
 
 
 def test_inspect_shows_the_manifest(fastcache: Any, tiny_bundle: Bundle) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import fastcache
 from fastcache.bundle import Bundle
 from fastcache.cli import main
 
@@ -90,6 +93,11 @@ def test_pictures_begin_with_a_picture(
         (("--mask", "mask"), "expected an image with mask_image, got none"),
         (("--height", 40), "expected 32x32, which this bundle was built for, got 32x40; build another with --sizes"),
         (("--clip-skip", 5), "expected clip_skip from 0 to 2, got 5"),
+        (("--control-guidance-end", 0.5), "expected no control_guidance_end for a bundle without ControlNet"),
+        (("--original-size", 64, 64), "expected no original_size, which only models of SDXL's kind are told"),
+        (("--embeds", "text"), "expected a .safetensors file of embeddings, got .*text.png: "),
+        (("--denoising-end", 0.5), "expected --refiner with --denoising-end, got none"),
+        (("--refiner", "here", "--plan", "p.json"), "expected --cache-interval with --refiner, .* got --plan"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -108,6 +116,35 @@ def test_what_does_not_fit_is_one_line(
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert (code, document, len(errors)) == (2, None, 1), err
     assert re.search(says, errors[0]), errors[0]
+
+
+def test_embeddings_in_a_file_take_the_place_of_a_prompt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    pipe = fastcache.load(tiny_bundle.path)
+    names = {"prompt_embeds": "a cat", "negative_prompt_embeds": "blue"}
+    save_file({name: pipe.encode_prompt([text]) for name, text in names.items()}, tmp_path / "embeds.safetensors")
+    save_file({"hidden": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"prompt_embeds": torch.zeros(2, 8, 16)}, tmp_path / "two.safetensors")
+    common = ("generate", "--engines", tiny_bundle.path, "--steps", 3, "--json", "--eta", 0.5)
+    texts = ("--prompt", "a cat", "--negative-prompt", "blue")
+    drawn: list[Any] = []
+    for name, flags in (("texts", texts), ("embeds", ("--embeds", tmp_path / "embeds.safetensors"))):
+        code, document, err = run(capsys, monkeypatch, *common, *flags, "--num-images", 2, "--output", tmp_path / name)
+        assert code == 0, err
+        drawn.append([pixels(image["path"]) for image in document["images"]])
+    for one, other in zip(*drawn, strict=True):
+        assert np.abs(one - other).max() <= 1
+    assert not np.array_equal(*drawn[0])
+    for flags, says in (
+        ((*texts, "--embeds", tmp_path / "embeds.safetensors"), "expected either prompt or prompt_embeds, got both"),
+        ((), "expected either prompt or prompt_embeds, got neither"),
+        (("--embeds", tmp_path / "other.safetensors"), "negative_pooled_prompt_embeds, ip_adapter_image_embeds in"),
+        (("--embeds", tmp_path / "two.safetensors"), "expected one row in prompt_embeds of"),
+    ):
+        code, _, err = run(capsys, monkeypatch, *common, *flags, "--output", tmp_path / "none")
+        assert code == 2
+        assert says in " ".join(err.split())
 
 
 def test_flags_of_build_engines_reach_the_recipe(

@@ -13,13 +13,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tiny_model import vary
 
-_EMBEDS = 12
+EMBEDS = 12
 _IMAGE_SIZE = 32
 
 
-def save_controlnet(folder: Path, model: Path, **changes: Any) -> Path:
+def save_controlnet(folder: Path, model: Path, seed: int = 2, **changes: Any) -> Path:
     """A ControlNet of the model's U-Net; `changes` are those of its configuration."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     # As many halvings as the tiny VAE's, whose latents are a quarter of the picture.
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
@@ -38,22 +38,14 @@ def save_t2i_adapter(folder: Path, **changes: Any) -> Path:
 
 def save_ip_adapter(folder: Path, model: Path, *, plus: bool = False, encoder: bool = True) -> Path:
     """The adapter's file, in the published files' layout, and beside it its image encoder."""
-    torch.manual_seed(4)
     unet: Any = UNet2DConditionModel.from_pretrained(model / "unet")
-    width: int = unet.config.cross_attention_dim
-    weights = _resampler(width) if plus else _projection(width)
-    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    for index, name in enumerate(crossing):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        for which in ("to_k_ip", "to_v_ip"):
-            shape = attention.to_k.out_features, width
-            weights[f"ip_adapter.{2 * index + 1}.{which}.weight"] = torch.randn(*shape) * 0.3
+    weights = ip_adapter_weights(unet, plus=plus)
     folder.mkdir(parents=True, exist_ok=True)
     if encoder:
         config = CLIPVisionConfig(
             hidden_size=16,
             intermediate_size=32,
-            projection_dim=_EMBEDS,
+            projection_dim=EMBEDS,
             num_hidden_layers=2,
             num_attention_heads=2,
             image_size=_IMAGE_SIZE,
@@ -61,16 +53,34 @@ def save_ip_adapter(folder: Path, model: Path, *, plus: bool = False, encoder: b
         )
         vary(CLIPVisionModelWithProjection(config), 0.05).save_pretrained(folder / "image_encoder")
     file = folder / "ip-adapter.safetensors"
-    save_file(weights, file)
+    save_file({f"{part}.{name}": value for part, own in weights.items() for name, value in own.items()}, file)
     return file
+
+
+def load_ip_adapter(unet: Any) -> None:
+    """Give a live U-Net an IP-Adapter; its image embeddings are `EMBEDS` wide."""
+    unet._load_ip_adapter_weights([ip_adapter_weights(unet)])
+
+
+def ip_adapter_weights(unet: Any, *, plus: bool = False) -> dict[str, dict[str, Tensor]]:
+    """An image projection, and keys and values for each cross-attention, named as in the published files."""
+    torch.manual_seed(4)
+    width: int = unet.config.cross_attention_dim
+    projection, keys = _resampler(width) if plus else _projection(width), dict[str, Tensor]()
+    crossing = [name for name in unet.attn_processors if "attn2" in name and "motion" not in name]
+    for index, name in enumerate(crossing):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for which in ("to_k_ip", "to_v_ip"):
+            keys[f"{2 * index + 1}.{which}.weight"] = torch.randn(attention.to_k.out_features, width) * 0.3
+    return {"image_proj": projection, "ip_adapter": keys}
 
 
 def _projection(width: int) -> dict[str, Tensor]:
     return {
-        "image_proj.proj.weight": torch.randn(4 * width, _EMBEDS),
-        "image_proj.proj.bias": torch.randn(4 * width),
-        "image_proj.norm.weight": torch.randn(width),
-        "image_proj.norm.bias": torch.randn(width),
+        "proj.weight": torch.randn(4 * width, EMBEDS),
+        "proj.bias": torch.randn(4 * width),
+        "norm.weight": torch.randn(width),
+        "norm.bias": torch.randn(width),
     }
 
 
@@ -97,4 +107,4 @@ def _resampler(width: int) -> dict[str, Tensor]:
         "norm_out.bias": (width,),
         **{f"layers.{i}.{name}": shape for i in range(4) for name, shape in layer.items()},
     }
-    return {f"image_proj.{name}": torch.randn(*shape) * 0.3 for name, shape in sizes.items()}
+    return {name: torch.randn(*shape) * 0.3 for name, shape in sizes.items()}

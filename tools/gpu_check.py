@@ -1,7 +1,8 @@
 """What this machine's GPU makes of fastcache: python tools/gpu_check.py check
 
-`check` runs the tests marked gpu, times the kernels, benchmarks SD1.5 at 512x512 and SDXL at 1024x1024 in fp16 with
-random weights on every backend that runs there, and takes profiles. `deepcache-table` measures the table of diffusers'
+`check` runs the tests marked gpu, times the kernels and the loop without a U-Net, benchmarks SD1.5 at 512x512 and SDXL
+at 1024x1024 in fp16 with random weights on every backend that runs there, launched step by step and as one CUDA graph,
+and takes profiles. `deepcache-table` measures the table of diffusers'
 page on DeepCache on any machine. Neither needs a network. Both work in pieces (`pieces.py`) within --minutes, and the
 same command goes on where the last one stopped; delete the --output file to begin anew.
 """
@@ -23,14 +24,14 @@ import typer
 from pieces import Board, Piece, end_with_parent, run_pieces
 
 import fastcache_engines
-from fastcache.bundle import write_whole
 from fastcache.commands.bench import show_kernels
 from fastcache.compile.models import find_model
 from fastcache.console import figure, print_table
+from fastcache.files import write_whole
 from fastcache.study.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
 from fastcache.study.bench import document, make_inputs, run_bench
 from fastcache.study.kernels import KernelResult, bench_kernels
-from fastcache.study.lineup import Lineup, build_bundles, line_up_arms
+from fastcache.study.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
 from fastcache.study.machine import environment, gpus
 from fastcache.study.profiling import profile_eager, profile_engines
 from fastcache.study.work import multiply_adds
@@ -39,6 +40,7 @@ from fastcache_engines import BACKENDS, DType
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_S = 30.0  # before anything is measured, Python, torch and diffusers are loaded twice
 INTERVALS = (2, 3, 5)
+LOOP_ROUNDS = 40  # as tools/loop_overhead.py has it
 SIZES = {"sd15": 512, "sdxl": 1024}
 CACHINGS = ((3, 0), (5, 0), (5, 1))  # the table's columns: cache interval I and branch B
 # DeepCache's speed-ups on an RTX A5000 by size and batch, for each of CACHINGS; of whole pipelines, 50 steps, SD2.1.
@@ -64,7 +66,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 
 @dataclass(frozen=True)
 class Task:
-    """What a piece does: the gpu tests, the kernels, a benchmark, or a profile.
+    """What a piece does: the gpu tests, the kernels, the loop alone, a benchmark, or a profile.
 
     `arms` are names, each with cache interval and branch. `keeps` is whether its bundles stay in the cache folder
     for the next piece.
@@ -193,7 +195,13 @@ def piece(description: str, answer: Path, folder: Path) -> None:
     task = Task(**values | {"arms": tuple((name, interval, branch) for name, interval, branch in values["arms"])})
     os.environ["HF_HUB_OFFLINE"] = "1"
     bundles = platformdirs.user_cache_path("fastcache") / "engines" if task.keeps else folder / "engines"
-    kinds = {"tests": run_tests, "kernels": run_kernels, "bench": run_task, "profile": run_profile}
+    kinds = {
+        "tests": run_tests,
+        "kernels": run_kernels,
+        "loop": run_loop,
+        "bench": run_task,
+        "profile": run_profile,
+    }
     found = kinds[task.kind](task, bundles)
     write_whole(answer, json.dumps(found).encode())
 
@@ -204,12 +212,15 @@ def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]
     backends = [*order, *(name for name in BACKENDS if name not in order)]
     pieces, slow = [Piece("gpu tests", Task("tests").to_json(), share=0.4)], list[Piece]()
     pieces.append(Piece("kernels", Task("kernels", repeats=repeats).to_json()))
+    pieces.append(Piece("loop", Task("loop", steps=steps, repeats=LOOP_ROUNDS).to_json()))
     for model in models:
         common = Task("bench", model, SIZES[model], steps=steps, repeats=repeats)
         pieces.append(bench_piece("torch", common, [("deepcache:fp16", n, 0) for n in INTERVALS]))
         for name in backends:
-            cached = [(f"engine+cache:{name}:fp16", n, 0) for n in INTERVALS]
-            pieces.append(bench_piece(name, common, [(f"engine:{name}:fp16", 1, 0), *cached]))
+            for graph in ("", "+graph") if name in CAPTURED else ("",):
+                cached = [(f"engine+cache{graph}:{name}:fp16", n, 0) for n in INTERVALS]
+                arms = [(f"engine{graph}:{name}:fp16", 1, 0), *cached]
+                pieces.append(bench_piece(f"{name}{graph}", common, arms))
         engines = tuple((f"engine:{name}:fp16", 1, 0) for name in backends)
         pieces.append(Piece(f"{model} profile", replace(common, kind="profile", arms=engines).to_json()))
         slow.append(bench_piece("compile", common, [("compile:fp16", 1, 0)]))
@@ -282,6 +293,17 @@ def run_kernels(task: Task, folder: Path) -> dict[str, Any]:
     return bench_kernels(task.batch, task.dtype, task.repeats, 0, say)[0]
 
 
+def run_loop(task: Task, folder: Path) -> dict[str, Any]:
+    """What a step takes beside the U-Net, as `loop_overhead.py --json` writes it: here, diffusers', out of graphs."""
+    del folder
+    command = [sys.executable, str(ROOT / "tools" / "loop_overhead.py"), "--device", task.device, "--json"]
+    command += ["--steps", str(task.steps), "--rounds", str(task.repeats)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if ran.returncode != 0:
+        raise RuntimeError(f"loop_overhead.py ended with code {ran.returncode}: {ran.stderr.strip()[-500:]}")
+    return json.loads(ran.stdout)
+
+
 def run_task(task: Task, folder: Path) -> dict[str, Any]:
     """A benchmark's document, as `fastcache bench --json` writes it."""
     bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
@@ -312,7 +334,7 @@ def say(message: str) -> None:
 
 
 def show_check(pieces: dict[str, Any]) -> None:
-    """The benchmarks as one table, then the profiles, the tests' last line, and what was skipped."""
+    """The benchmarks as one table, the kernels, the loop, the profiles, the tests' last line, and what was skipped."""
     keys = ("loop_ms_p50", "full_step_ms_p50", "shallow_step_ms_p50", "overhead_ms_per_step")
     rows = [
         [
@@ -329,6 +351,10 @@ def show_check(pieces: dict[str, Any]) -> None:
     timed = pieces.get("kernels", {})
     if "kernels" in timed:
         show_kernels(timed["settings"], [KernelResult(**row) for row in timed["kernels"]])
+    if rows := pieces.get("loop", {}).get("rows"):
+        columns = [name for name in rows[0] if name != "steps"]
+        told = [[str(row[name]).replace("_", " ") for name in columns] for row in rows]
+        print_table("the loop alone, microseconds a step", [name.replace("_", " ") for name in columns], told)
     for name, found in pieces.items():
         for who, steps in found.get("profile", {}).items():
             for step, times in steps.items():

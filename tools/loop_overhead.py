@@ -2,8 +2,13 @@
 
 Both loops run over a U-Net that does nothing, so whatever time passes is theirs. `step` is the host's time from the end
 of one U-Net call to the start of the next; `run` is a whole run, given embeddings and latents and giving latents,
-divided by its steps. On a GPU (`--device cuda`) there are further the runs out of CUDA graphs, one for each kind of
-step and one for all. Rounds alternate between the loops, and a figure is the median of the rounds.
+divided by its steps. On a CPU the loop's own work is compiled C where `fastcache_kernels` was built with it, and then
+`us_torch` is the same loop in PyTorch's operations. On a GPU (`--device cuda`) there are further the runs out of CUDA
+graphs, one for each kind of step and one for all. Rounds alternate between the loops, and a figure is the median of the
+rounds. In a checkout the C is built, and measured, by
+
+    cmake -S . -B build/cpu -DFASTCACHE_AOT_GPU=OFF && cmake --build build/cpu
+    python tools/loop_overhead.py --library build/cpu
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastcache.run import between
 from fastcache.run.buffers import BufferPool
 from fastcache.run.capture import CudaRecorder, denoise_captured
 from fastcache.run.denoise import DenoiseOptions, denoise
@@ -31,6 +38,8 @@ from fastcache.run.plan import CachePlan
 from fastcache.run.sampler import SamplerTable, compile_sampler
 from fastcache.run.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
+from fastcache_kernels import cpu_step
+from fastcache_kernels.launch import KernelError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 TOKENS, WIDTH = 77, 768
@@ -108,9 +117,15 @@ class IdleUNet(nn.Module):
 
 
 def ours(
-    table: SamplerTable, size: int, rescale: float, device: str, graphs: Literal["none", "step", "whole"] = "none"
+    table: SamplerTable,
+    size: int,
+    rescale: float,
+    device: str,
+    graphs: Literal["none", "step", "whole"] = "none",
+    own_work: cpu_step.Library | KernelError | None = None,
 ) -> Callable[[], Times]:
-    """A function that runs the loop once and says what it took."""
+    """A function that runs the loop once and says what it took; `own_work` in place of the C that is installed."""
+    own_work = own_work or cpu_step.found_library()
     clock, recorder = Clock(), None if graphs == "none" else CudaRecorder()
     full, shallow = IdleEngine(size, clock, stores=True), IdleEngine(size, clock, stores=False)
     pool = BufferPool(full, {0: shallow}, batch=1, halves=2, num_calls=table.num_calls, channels=4, device=device)
@@ -120,6 +135,7 @@ def ours(
     options: DenoiseOptions = {"guidance_scale": 7.5, "guidance_rescale": rescale}
 
     def run() -> None:
+        between.found_library = lambda: own_work
         pool.set_inputs({"encoder_hidden_states": embeds})
         pool.latents[0].copy_(latents).mul_(table.init_noise_sigma)
         if recorder is None:
@@ -171,9 +187,22 @@ def theirs(sampler: str, steps: int, size: int, rescale: float, device: str) -> 
     return lambda: clock.time(run, steps)
 
 
-def measure(sampler: str, size: int, rescale: float, steps: int, rounds: int, device: str) -> dict[str, Any]:
+def measure(
+    sampler: str,
+    size: int,
+    rescale: float,
+    steps: int,
+    rounds: int,
+    device: str,
+    library: cpu_step.Library | KernelError,
+) -> dict[str, Any]:
     table = compile_sampler(make_scheduler(sampler, BETAS), steps)
-    arms = {"us": ours(table, size, rescale, device), "us_diffusers": theirs(sampler, steps, size, rescale, device)}
+    arms = {
+        "us": ours(table, size, rescale, device, own_work=library),
+        "us_diffusers": theirs(sampler, steps, size, rescale, device),
+    }
+    if device == "cpu" and isinstance(library, cpu_step.Library):
+        arms["us_torch"] = ours(table, size, rescale, device, own_work=KernelError("not to be used"))
     if device == "cuda":
         arms |= {
             "us_step_graphs": ours(table, size, rescale, device, "step"),
@@ -194,14 +223,18 @@ def main(
     steps: int = 50,
     rounds: Annotated[int, typer.Option(help="How often the two take turns.")] = 40,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the latents are.")] = "cpu",
+    library: Annotated[Path | None, typer.Option(help="The folder of libfastcache_cpu.so, if not installed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Compare the two loops at two latent sizes, two samplers, guidance plain and rescaled, one thread."""
     torch.set_num_threads(1)
     cases = product((16, 64), ("ddim", "dpm++_2m"), (0.0, 0.7))
-    rows = [measure(sampler, size, rescale, steps, rounds, device) for size, sampler, rescale in cases]
+    found = cpu_step.Library(library) if library else cpu_step.found_library()
+    rows = [measure(sampler, size, rescale, steps, rounds, device, found) for size, sampler, rescale in cases]
     if as_json:
-        typer.echo(json.dumps({"torch": torch.__version__, "device": device, "rounds": rounds, "rows": rows}))
+        own_work = "torch" if isinstance(found, KernelError) else "aot"
+        settings = {"torch": torch.__version__, "device": device, "own_work": own_work, "rounds": rounds}
+        typer.echo(json.dumps(settings | {"rows": rows}))
         return
     table = Table(*(name.replace("_", "\n", 1) for name in rows[0]))
     for row in rows:

@@ -3,7 +3,8 @@
 Each row draws with one pipeline (`parity_pipelines.py`) in several ways and compares what comes out.
 `DeepCacheSDHelper` is the least agreement with it over the settings; `all FULL` compares with the pipeline without a
 helper; `shallow = full` is the largest error over all branch ids, given the feature of the same call, relative to the
-largest prediction; `engines` compares the helper's engines with its torch modules at N=3.
+largest prediction; `engines` compares the helper's engines with its torch modules at N=3, or where a bundle draws alone
+(`fastcache.load`) its picture with the pipeline's, all FULL, and with the helper's at N=3, of which it is the lesser.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch
 import typer
 from diffusers.utils import logging
 from parity_pipelines import PIPELINES
-from parity_subjects import Subject
+from parity_subjects import STEPS, Subject, seeded
 from rich.console import Console
 from torch import Tensor
 
 import fastcache
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.parity import relative_error
+from fastcache.recipe import recipe_from
 
 SETTINGS = ((2, 0), (3, 0), (3, 1), (5, 3))  # cache_interval and cache_branch_id
 
@@ -100,7 +102,11 @@ def measure(name: str, make: Callable[[], Subject], engines: Callable[[Subject],
     with fastcache.FastCacheHelper(pipe):
         all_full = agreement_db(subject.draw(), plain)
     deepcache_db, deepcache_error = against_deepcache(subject, [s for s in SETTINGS if s[1] < branches])
-    engines_db = against_engines(subject, engines(subject)) if engines and subject.engines else None
+    engines_db = None
+    if engines and subject.engines:
+        engines_db = against_engines(subject, engines(subject))
+    elif engines and subject.bundle is not None:
+        engines_db = of_bundle(subject, engines(subject), plain)
     return Row(
         name,
         type(pipe).__name__,
@@ -175,6 +181,17 @@ def against_engines(subject: Subject, bundle: Path) -> float:
     return agreement_db(drawn[1], drawn[0])
 
 
+def of_bundle(subject: Subject, bundle: Path, plain: Tensor) -> float:
+    """How near a bundle alone comes to its pipeline, and at N=3 to the helper there."""
+    with helped(fastcache.FastCacheHelper(subject.pipe), 3):
+        cached = subject.draw()
+    names, loaded = subject.bundle or {}, fastcache.load(bundle)
+    given: dict[str, Any] = {names.get(name, name): value for name, value in subject.arguments.items()}
+    given |= {"num_inference_steps": STEPS, "output_type": "latent", "sampler": subject.pipe.scheduler}
+    drawn = [loaded(**given, generator=seeded(1), cache_interval=n).images for n in (1, 3)]
+    return min(agreement_db(own, expected) for own, expected in zip(drawn, (plain, cached), strict=True))
+
+
 class Engines:
     """Bundles for the rows, the bundled model's built once."""
 
@@ -183,16 +200,25 @@ class Engines:
         self._bundled: Path | None = None
 
     def __call__(self, subject: Subject) -> Path:
-        if subject.weights == "bundled":
+        if subject.weights == "bundled" and subject.bundle is None:
             self._bundled = self._bundled or self._build(MODEL_DIRECTORY, "bundled", 64)
             return self._bundled
-        name = type(subject.pipe).__name__
-        subject.pipe.save_pretrained(self._folder / f"{name}-model")
-        return self._build(self._folder / f"{name}-model", name, 64)
+        name = f"{type(subject.pipe).__name__}-{len(list(self._folder.iterdir()))}"
+        model = self._folder / f"{name}-model"
+        subject.pipe.save_pretrained(model)
+        beside: dict[str, Any] = {"controlnet": tuple(map(str, sorted(model.glob("controlnet*"))))}
+        if (model / "adapter").is_dir():
+            beside["t2i_adapter"] = str(model / "adapter")
+        components = ("unet",) if subject.bundle is None else ("unet", "text")
+        return self._build(model if subject.bundle is None else MODEL_DIRECTORY, name, 64, components, **beside)
 
-    def _build(self, model: Path, name: str, pixels: int) -> Path:
-        output = self._folder / name
-        return fastcache.build_engines(model, output=output, components=("unet",), height=pixels, width=pixels).path
+    def _build(
+        self, model: Path, name: str, pixels: int, components: tuple[str, ...] = ("unet",), **beside: Any
+    ) -> Path:
+        recipe = recipe_from(
+            {"model": str(model), "components": components, "height": pixels, "width": pixels, **beside}
+        )
+        return fastcache.build_engines(recipe, output=self._folder / name).path
 
 
 def main(

@@ -159,14 +159,14 @@ def sdxl_refiner() -> Subject:
 def control_net() -> Subject:
     unet = bundled().unet
     pipe = of_sd("StableDiffusionControlNetPipeline", unet, controlnet=control(unet))
-    return Subject(pipe, {"prompt": PROMPT, "image": image()}, "bundled")
+    return Subject(pipe, {"prompt": PROMPT, "image": image()}, "bundled", bundle={"image": "control_image"})
 
 
-def two_control_nets() -> Subject:
+def two_control_nets(**arguments: Any) -> Subject:
     unet = bundled().unet
     pipe = of_sd("StableDiffusionControlNetPipeline", unet, controlnet=[control(unet), control(unet, 4)])
-    arguments = {"image": [image(), image(6)], "guess_mode": True}
-    return Subject(pipe, {"prompt": PROMPT, **arguments}, "bundled")
+    drawn = None if arguments.get("guess_mode") else {"image": "control_image"}
+    return Subject(pipe, {"prompt": PROMPT, "image": [image(), image(6)], **arguments}, "bundled", bundle=drawn)
 
 
 def t2i_adapter() -> Subject:
@@ -176,7 +176,7 @@ def t2i_adapter() -> Subject:
         in_channels=3, channels=channels, num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter"
     )
     pipe = of_sd("StableDiffusionAdapterPipeline", adapter=vary(adapter))
-    return Subject(pipe, {"prompt": PROMPT, "image": image()}, "bundled")
+    return Subject(pipe, {"prompt": PROMPT, "image": image()}, "bundled", bundle={"image": "adapter_image"})
 
 
 def ip_adapter() -> Subject:
@@ -213,7 +213,8 @@ PIPELINES: dict[str, Callable[[], Subject]] = {
     "SDXL, refiner": sdxl_refiner,
     "ControlNet": control_net,
     "SDXL, ControlNet and IP-Adapter": sdxl_control_net,
-    "Two ControlNets, guess mode": two_control_nets,
+    "Two ControlNets": partial(two_control_nets, controlnet_conditioning_scale=[0.6, 0.9]),
+    "Two ControlNets, guess mode": partial(two_control_nets, guess_mode=True),
     "T2I-Adapter": t2i_adapter,
     "IP-Adapter": ip_adapter,
     "LoRA": lora,

@@ -21,7 +21,8 @@ PROMPT = "a large red circle at the left on a white background"
 class Subject(NamedTuple):
     """A pipeline and the arguments of a call.
 
-    `engines` where they can be built; `old_fault` where DeepCacheSDHelper is wrong, so that nothing is compared.
+    `engines` where the helper's can be built; `bundle` where a bundle draws alone, by the names that its arguments have
+    there; `old_fault` where DeepCacheSDHelper is wrong, so that nothing is compared.
     """
 
     pipe: Any
@@ -29,6 +30,7 @@ class Subject(NamedTuple):
     weights: str = "random"
     engines: bool = False
     old_fault: str = ""
+    bundle: dict[str, str] | None = None
 
     def draw(self, **more: Any) -> Tensor:
         arguments = {"generator": seeded(1), "num_inference_steps": STEPS, "output_type": "latent"}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache.bundle import write_whole
+from fastcache.files import write_whole
 
 Say = Callable[[str], None]
 

@@ -13,6 +13,7 @@ further shapes share one for free sizes.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -125,10 +126,14 @@ class OpenVinoEngine:
     def __init__(self, path: Path, options: LoadOptions) -> None:
         refuse_outside_weights(path)
         self._name, self._core = path.name, _openvino().Core()
+        threads = options.threads or torch.get_num_threads()
         self._settings: dict[str, Any] = {
             **({"PERFORMANCE_HINT": "LATENCY"} if options.streams == 1 else {"NUM_STREAMS": options.streams}),
             "INFERENCE_PRECISION_HINT": _PRECISION[options.dtype],
-            "INFERENCE_NUM_THREADS": options.threads or torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads,
+            # It pins threads to the machine's first cores, whoever else is there. Two threads on four cores, beside
+            # other programs, then took 1.3 times the median of a full step and 7 times its 90th percentile.
+            "ENABLE_CPU_PINNING": threads >= _cores(),
         }
         with self._loading():
             self._graph = self._core.read_model(path)
@@ -185,6 +190,10 @@ class OpenVinoBinding:
 
     def run(self) -> None:
         self._request.infer(share_outputs=True)  # else it copies every output into a new array
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -24,7 +24,10 @@ def bench(
     random_weights: RandomWeights = False,
     arms: Annotated[
         str | None,
-        typer.Option(help="By commas: eager, deepcache, compile, engine, engine+cache, each [:BACKEND][:DTYPE]."),
+        typer.Option(
+            help="By commas: eager, deepcache, compile, engine, engine+cache, engine+graph, engine+cache+graph, "
+            "each [:BACKEND][:DTYPE]."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="Of engine arms that name none: auto, or one that doctor lists.")
@@ -49,6 +52,8 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
 ) -> None:
     """Time the denoising loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
+
+    With +graph an engine arm's loop is one CUDA graph.
 
     With --kernels: every kernel against PyTorch eager, torch.compile and a copy of as many bytes, on a GPU.
 
@@ -103,7 +108,7 @@ def bench(
 
 def _write_json(result: dict[str, Any], file: Path | None) -> bool:
     """Write a result where it was asked for. Returns whether that was stdout, which then takes nothing else."""
-    from fastcache.bundle import write_whole
+    from fastcache.files import write_whole
 
     if str(file) == "-":
         print_json(result)

@@ -12,7 +12,8 @@ from fastcache.commands.options import Json, OutputFolder, RandomWeights
 from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.bundle import Bundle, Manifest, Parity
+    from fastcache.bundle import Bundle
+    from fastcache.manifest import Manifest, Parity
     from fastcache.recipe import Recipe
     from fastcache.study.verify import Verification
 
@@ -46,6 +47,7 @@ def doctor(json_: Json = False) -> None:
     )
     typer.echo(f"auto picks {result['auto']['backend']} on the {result['auto']['device']}: {result['auto']['reason']}")
     typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
+    typer.echo(f"loop on the CPU: {result['cpu_loop']['reason']}")
 
 
 def _yes(value: bool) -> str:
@@ -73,7 +75,9 @@ def build_engines(
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT] (safetensors); may be repeated.")
     ] = None,
-    controlnet: Annotated[str | None, typer.Option(help="A folder with a ControlNet to build in.")] = None,
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="A folder with a ControlNet to build in; several if repeated.")
+    ] = None,
     t2i_adapter: Annotated[str | None, typer.Option(help="A folder with a T2I-Adapter to build in.")] = None,
     ip_adapter: Annotated[
         str | None, typer.Option(help="An IP-Adapter to build in (safetensors), its image_encoder folder beside it.")

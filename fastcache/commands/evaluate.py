@@ -46,7 +46,8 @@ def evaluate(
 
     Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
     """
-    from fastcache.bundle import open_bundle, write_whole
+    from fastcache.bundle import open_bundle
+    from fastcache.files import write_whole
     from fastcache.run.pipeline import FastCachePipeline
     from fastcache.study.demo import grid
     from fastcache.study.evaluate import arms_of, usual_guidance

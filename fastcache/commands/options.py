@@ -14,7 +14,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="A bundle, as build-engines makes it.")]
 Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
-Scale = Annotated[float | None, typer.Option(help="How much that picture counts; 1 if left out.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
 

@@ -13,7 +13,7 @@ from fastcache.commands.options import EnginesOption, Json, Sampler, read_prompt
 from fastcache.console import print_json, progress
 
 if TYPE_CHECKING:
-    from fastcache.bundle import Manifest
+    from fastcache.manifest import Manifest
     from fastcache.run.pipeline import FastCachePipeline
     from fastcache.run.plan import CachePlan
     from fastcache.study.calibration import Calibration
@@ -72,7 +72,8 @@ def plan(
 
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
-    from fastcache.bundle import open_bundle, read_manifest, write_whole
+    from fastcache.bundle import open_bundle, read_manifest
+    from fastcache.files import write_whole
     from fastcache.run.pipeline import FastCachePipeline
     from fastcache.study.evaluate import num_calls, usual_guidance
     from fastcache.study.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, MultiControlNetModel, T2IAdapter
 from diffusers.models.embeddings import (
     ImageProjection,
     IPAdapterFullImageProjection,
@@ -24,12 +24,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from fastcache.bundle import ControlEntry, sha256_of
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import split_gates
 from fastcache.compile.sources import first_line, load, read_json, weight_files
-from fastcache.compile.steering import CONTROLNET_INPUTS, IP_ADAPTER_INPUTS, RESIDUAL, Controls
+from fastcache.compile.steering import CONDITIONING_SCALE, EMBEDDING, IP_ADAPTER_INPUTS, RESIDUAL, Controls
 from fastcache.cut.unet import take_apart
+from fastcache.files import sha256_of
+from fastcache.manifest import ControlEntry
 from fastcache.recipe import ControlKind
 
 _CLASSES: dict[ControlKind, str] = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
@@ -167,8 +168,10 @@ def _pictures(sample: Tensor, scale: int, channels: int = 3) -> Tensor:
     return torch.rand(n, channels, scale * height, scale * width, generator=torch.Generator().manual_seed(1))
 
 
-def _scales(sample: Tensor) -> Tensor:
-    return torch.linspace(0.5, 1.0, sample.shape[0])
+def _scales(sample: Tensor, count: int = 1) -> Tensor:
+    """Shapes: returns (N,), or for several networks (N, count)."""
+    scales = torch.linspace(0.5, 1.0, sample.shape[0] * count)
+    return scales if count == 1 else scales.view(-1, count)
 
 
 def _example(part: Exportable) -> tuple[Tensor, ...]:
@@ -188,14 +191,15 @@ def _add_controlnet(controls: Controls, control: Control, unet: Any, sample: Ten
     embedding = _Embedding(net.controlnet_cond_embedding, net.config.controlnet_conditioning_channel_order == "bgr")
     net.controlnet_cond_embedding = nn.Identity()
     net.register_to_config(controlnet_conditioning_channel_order="rgb")
-    image = _pictures(sample, scale, net.config.conditioning_channels)
-    strides = {"controlnet_cond": 1, "controlnet_embedding": scale}
-    part = Exportable("controlnet_embedding", embedding, {"controlnet_cond": image}, ("controlnet_embedding",), strides)
-    controls.inputs |= dict(zip(CONTROLNET_INPUTS, (_example(part)[0], _scales(sample)), strict=True))
-    controls.strides |= {"controlnet_embedding": scale}
-    controls.parts.append(part)
     split_gates(net)
-    controls.controlnet = net
+    nets: list[Any] = [*(controls.controlnet.nets if controls.controlnet else ()), net]
+    controls.controlnet = MultiControlNetModel(nets).eval()
+    name = EMBEDDING if len(nets) == 1 else f"{EMBEDDING}_{len(nets)}"
+    image = _pictures(sample, scale, net.config.conditioning_channels)
+    part = Exportable(name, embedding, {"controlnet_cond": image}, (name,), {"controlnet_cond": 1, name: scale})
+    controls.inputs |= {name: _example(part)[0], CONDITIONING_SCALE: _scales(sample, len(nets))}
+    controls.strides |= {name: scale}
+    controls.parts.append(part)
 
 
 def _add_t2i_adapter(controls: Controls, control: Control, unet: Any, sample: Tensor, scale: int) -> None:

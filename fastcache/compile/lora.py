@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from fastcache.bundle import Family, LoraEntry, sha256_of
 from fastcache.errors import BackendUnavailable
+from fastcache.files import sha256_of
+from fastcache.manifest import Family, LoraEntry
 from fastcache.recipe import Lora
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]

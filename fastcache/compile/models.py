@@ -18,12 +18,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastcache.bundle import Family, LoraEntry, sha256_of
 from fastcache.compile import lora
 from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
 from fastcache.compile.sources import first_line, load, read_json, weight_files
 from fastcache.demo import MODEL_DIRECTORY
+from fastcache.files import sha256_of
+from fastcache.manifest import Family, LoraEntry
 from fastcache.recipe import Component, ControlKind, Lora
 
 _PIPELINES: dict[str, Family] = {
@@ -123,7 +124,7 @@ def find_model(
     random_weights: bool = False,
     revision: str | None = None,
     loras: Sequence[Lora] = (),
-    controls: Mapping[ControlKind, str] | None = None,
+    controls: Mapping[ControlKind, Sequence[str]] | None = None,
 ) -> SourceModel:
     """Find a model and hash its weights, without loading them; LoRAs and networks beside it count among the weights.
 
@@ -131,7 +132,7 @@ def find_model(
     that is not on the allow-list.
     """
     found = _find(name, random_weights, revision)
-    beside = tuple(find_control(kind, path) for kind, path in (controls or {}).items())
+    beside = tuple(find_control(kind, path) for kind, paths in (controls or {}).items() for path in paths)
     if not (loras or beside):
         return found
     entries = [lora.entry_of(chosen) for chosen in loras]

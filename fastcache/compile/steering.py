@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import MultiControlNetModel
 from torch import nn
 
 from fastcache.compile.export import Exportable, Inputs
@@ -19,7 +19,8 @@ from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.cut.controlnet import partition_controlnet
 from fastcache.recipe import DType
 
-CONTROLNET_INPUTS = ("controlnet_embedding", "conditioning_scale")
+EMBEDDING = "controlnet_embedding"  # of several ControlNets the first's, the others numbered from 2
+CONDITIONING_SCALE = "conditioning_scale"
 IP_ADAPTER_INPUTS = ("ip_tokens", "ip_adapter_scale")
 RESIDUAL = "adapter_residual_"  # of a T2I-Adapter, numbered from the largest
 
@@ -41,24 +42,27 @@ class Steering(nn.Module):
             given["image_embeds"] = [torch.cat([tokens, scale.expand(-1, tokens.shape[1], 1)], dim=-1)]
         return given if self.controlnet is None else given | self._residuals(self.controlnet, inputs)
 
-    def _residuals(self, net: Any, inputs: Inputs) -> dict[str, Any]:
-        dtype, channels = net.conv_in.weight.dtype, net.conv_in.in_channels
+    def _residuals(self, nets: Any, inputs: Inputs) -> dict[str, Any]:
+        whole = isinstance(nets, MultiControlNetModel)
+        first: Any = (nets.nets if whole else nets.controlnets)[0]
+        dtype, channels = first.conv_in.weight.dtype, first.conv_in.in_channels
+        embeddings = [value.to(dtype) for name, value in inputs.items() if name.startswith(EMBEDDING)]
         added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
-        found = net(
+        found = nets(
             inputs["sample"][:, :channels].to(dtype),  # of an inpainting model's, the latents alone
             inputs["timestep"],
             inputs["encoder_hidden_states"].to(dtype),
-            inputs["controlnet_embedding"].to(dtype),
-            inputs["conditioning_scale"].view(-1, 1, 1, 1).to(dtype),
+            embeddings,
+            inputs[CONDITIONING_SCALE].view(-1, len(embeddings), 1, 1, 1).to(dtype).unbind(1),
             added_cond_kwargs=added or None,
-            **({"return_dict": False} if isinstance(net, ControlNetModel) else {}),
+            **({"return_dict": False} if whole else {}),
         )
-        down, middle = found if isinstance(net, ControlNetModel) else (found, None)
+        down, middle = found if whole else (found, None)
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
 
 def _is_steering(name: str) -> bool:
-    return name in (*CONTROLNET_INPUTS, *IP_ADAPTER_INPUTS) or name.startswith(RESIDUAL)
+    return name in (CONDITIONING_SCALE, *IP_ADAPTER_INPUTS) or name.startswith((EMBEDDING, RESIDUAL))
 
 
 class _SteeredPass(nn.Module):
@@ -81,7 +85,7 @@ class Controls:
     inputs: Inputs = field(default_factory=dict)
     strides: dict[str, int] = field(default_factory=dict)
     parts: list[Exportable] = field(default_factory=list)
-    controlnet: ControlNetModel | None = None
+    controlnet: MultiControlNetModel | None = None
     adapted: tuple[int, ...] = ()
 
     def given(self, inputs: Inputs) -> dict[str, Any]:

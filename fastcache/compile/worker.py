@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import fastcache_engines
-from fastcache import bundle as bundles
+from fastcache.bundle import seal
 from fastcache.compile import describe, lower
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
 from fastcache.errors import BackendUnavailable, BuildError
+from fastcache.manifest import SCHEMA
 from fastcache.recipe import Recipe
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
@@ -54,7 +55,7 @@ def build(job: Job, folder: Path, say: Progress) -> None:
         workshop.make_vae()
     say("sealing the bundle")
     fields = _manifest_fields(job, num_branches, workshop)
-    bundles.seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
+    seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
 
 
 def _manifest_fields(
@@ -65,7 +66,7 @@ def _manifest_fields(
     """Everything that the manifest says but the files, their hashes and the time it took."""
     recipe = job.recipe
     return {
-        "schema": bundles.SCHEMA,
+        "schema": SCHEMA,
         "key": job.key,
         "model": made.info,
         "weights_sha256": job.model.weights_sha256,

@@ -18,14 +18,15 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import save
 
 import fastcache_engines
-from fastcache import bundle as bundles
-from fastcache.bundle import Role
+from fastcache.bundle import REFERENCE
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
+from fastcache.files import write_whole
+from fastcache.manifest import EngineEntry, ModelInfo, Parity, Role, WorkEntry, shallow_role
 from fastcache.parity import measure_parity, module_parity
 from fastcache.recipe import Device, DType
 from fastcache_engines import BuildOptions, LoadOptions
@@ -40,13 +41,13 @@ class Workshop:
     job: Job
     folder: Path
     say: Progress
-    info: bundles.ModelInfo
+    info: ModelInfo
     shapes: describe.Shapes
-    engines: dict[Role, bundles.EngineEntry] = field(default_factory=dict)
+    engines: dict[Role, EngineEntry] = field(default_factory=dict)
     cut: str = "plain"
     weights_bytes: int = 0
     duplicated_bytes: int = 0
-    work: tuple[bundles.WorkEntry, ...] = ()
+    work: tuple[WorkEntry, ...] = ()
 
     def __post_init__(self) -> None:
         self.recipe = self.job.recipe
@@ -54,7 +55,7 @@ class Workshop:
         self.dtype: DType = self.recipe.dtype
         self.backend = fastcache_engines.backend(self.recipe.backend)
         self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
-        self.parity: bundles.Parity | None = None
+        self.parity: Parity | None = None
 
     def make_unet(self, unet: UNet2DConditionModel | UNet2DModel) -> int:
         """The full and the shallow engine, checked against the model. Returns the number of branches."""
@@ -66,7 +67,7 @@ class Workshop:
         inputs |= controls.inputs
         cuts = partition_branches(unet, self.recipe.branches, self.recipe.cut)
         expected = passes.reference(unet, cuts, controls.given(inputs))
-        bundles.write_whole(self.folder / bundles.REFERENCE, save(inputs | expected))
+        write_whole(self.folder / REFERENCE, save(inputs | expected))
         cut = cuts.at[self.recipe.branch_id]
         lower.prepare(cuts.at.values(), self.dtype if self.backend.TYPED else None, self.recipe.kernels)
         if self.backend.TYPED:
@@ -174,7 +175,7 @@ class Workshop:
                 models.append((f"{part.role}.onnx", model))
                 graphs[part.role] = self.folder / models[-1][0]
             file = f"{part.role}.onnx"
-            self.engines[part.role] = bundles.EngineEntry(file=file, dtype=dtype, inputs=specs[0], outputs=specs[1])
+            self.engines[part.role] = EngineEntry(file=file, dtype=dtype, inputs=specs[0], outputs=specs[1])
         shared = min(state_bytes(part.module) for part in parts)
         total = max(state_bytes(part.module) for part in parts)
         if models:
@@ -206,7 +207,7 @@ class Workshop:
         """
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
-            self._keep(module_parity(parts, self.folder / bundles.REFERENCE, self.dtype))
+            self._keep(module_parity(parts, self.folder / REFERENCE, self.dtype))
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             _release(parts)
@@ -215,11 +216,11 @@ class Workshop:
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         full, *shallow = (
             self.folder / self.engines[role].file
-            for role in ("full", *(bundles.shallow_role(b, self.recipe.branch_id) for b in self.recipe.branches))
+            for role in ("full", *(shallow_role(b, self.recipe.branch_id) for b in self.recipe.branches))
         )
-        self._keep(measure_parity(backend, full, shallow, self.folder / bundles.REFERENCE, options))
+        self._keep(measure_parity(backend, full, shallow, self.folder / REFERENCE, options))
 
-    def _keep(self, parity: bundles.Parity) -> None:
+    def _keep(self, parity: Parity) -> None:
         if not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
             raise BuildError(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
         self.parity = parity

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fastcache.bundle import Manifest, ModelInfo
+from fastcache.manifest import Manifest, ModelInfo
 from fastcache.recipe import Size
-from fastcache.run.denoise import Generators
+from fastcache.run.between import Generators
 from fastcache.run.plan import CachePlan
 from fastcache.run.prompts import Embeds, Sizes
 from fastcache.run.schedule import Span

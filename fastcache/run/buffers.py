@@ -43,8 +43,10 @@ class BufferPool:
 
     `shallow` are the engines by their branch ids. `history` has shape (3 * num_calls + 1, N * C * H * W), float32: the
     rows x_0, e_0, z_0, x_1, e_1, z_1, ... of `SamplerTable.recursion`, which `latents`, `guided` and `noise` hold in
-    the shape of the latents. `tensors` holds the engines' inputs and outputs by name, `sizes` what else than the batch
-    is free in their shapes. `bindings` are those made so far, by branch (None: full) and whether all halves run.
+    the shape of the latents; a loop may take its first rows for a ring of the last calls'. `tensors` holds the engines'
+    inputs and outputs by name, `sizes` what else than the batch is free in their shapes. `compared` (2 * N, C * H * W)
+    is the conditional half of `noise_pred` and right behind it room for as much. `bindings` are those made so far, by
+    branch (None: full) and whether all halves run.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class BufferPool:
         self.tensors: dict[str, Tensor] = {
             name: _allocate(spec, {"batch": batch * halves, **(sizes or {})}, device) for name, spec in specs.items()
         }
+        whole = self.tensors["noise_pred"]
+        behind = torch.cat([whole, whole[:batch]])
+        self.tensors["noise_pred"], self.compared = behind[: len(whole)], behind[-2 * batch :].flatten(1)
         self.cached = tuple(spec.name for spec in full.outputs if spec.name != "noise_pred")
         self.latent_shape = (batch, channels, *self.tensors["sample"].shape[2:])
         self.history = torch.zeros(3 * num_calls + 1, math.prod(self.latent_shape), device=device)

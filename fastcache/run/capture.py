@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import BackendUnavailable
+from fastcache.run.between import Call, Generators, Scales, ScheduledSampler, draw
 from fastcache.run.buffers import BufferPool
-from fastcache.run.denoise import Call, Generators, ScheduledSampler, Step, draw
+from fastcache.run.denoise import Step
 from fastcache.run.forecast import forecasts
 from fastcache.run.plan import CachePlan
 from fastcache.run.sampler import SamplerTable
@@ -94,12 +95,14 @@ class DeviceLoop:
         # 16 bytes apart, for kernels are compiled for aligned addresses
         self._numbers = torch.arange(calls, dtype=torch.int32, device=device)[:, None].repeat(1, 4)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
-        self._scales = torch.zeros(calls, device=device) if scaled else None  # a ControlNet's, at each step
+        self._scales = None  # of ControlNets, at each step
+        if scaled:
+            self._scales = torch.zeros(calls, *pool.tensors["conditioning_scale"].shape[1:], device=device)
         self._before, self._after = forecasts(pool, plan, table.sigmas)
         self._counted = {guided: self._update(guided, self._counter) for guided in set(self._guided)}
         self._enters = [self._enter(step) for step in range(calls)]
 
-    def begin(self, guidance_scale: float, generator: Generators, scales: Sequence[float] | None = None) -> None:
+    def begin(self, guidance_scale: float, generator: Generators, scales: Scales | None = None) -> None:
         """Take the pool's first latents, draw all noise, and write the first step's inputs."""
         self._tables.guidance.fill_(guidance_scale)
         if self._scales is not None and scales is not None:
@@ -211,7 +214,7 @@ def denoise_captured(
     *,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
-    conditioning_scales: Sequence[float] | None = None,
+    conditioning_scales: Scales | None = None,
     generator: Generators = None,
     stepwise: bool = False,
 ) -> Iterator[Step]:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.bundle import Bundle, Role
+from fastcache.bundle import Bundle
+from fastcache.manifest import Role
 from fastcache.recipe import ControlKind, Size
+from fastcache.run.between import Scales
 from fastcache.run.images import Images, processed
 from fastcache.run.plan import FULL, CachePlan
 from fastcache.run.runtime import Runtime
@@ -26,13 +28,15 @@ from fastcache.run.runtime import Runtime
 class ControlArguments:
     """What a call says of pictures that steer it, by diffusers' names.
 
-    `adapter_image` is `image` there, and `ip_adapter_scale` what `set_ip_adapter_scale` sets.
+    `adapter_image` is `image` there, and `ip_adapter_scale` what `set_ip_adapter_scale` sets. For several ControlNets
+    `control_image` is a list with what each is shown, or a list of such lists, one a picture; of the numbers
+    each may have its own.
     """
 
-    control_image: Images | None = None
-    controlnet_conditioning_scale: float = 1.0
-    control_guidance_start: float = 0.0
-    control_guidance_end: float = 1.0
+    control_image: Images | Sequence[Images] | None = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
     guess_mode: bool = False
     adapter_image: Images | None = None
     adapter_conditioning_scale: float = 1.0
@@ -41,8 +45,8 @@ class ControlArguments:
     ip_adapter_scale: float = 1.0
 
     @property
-    def picture(self) -> Images | None:
-        """The picture whose size a call draws that names none."""
+    def picture(self) -> Images | Sequence[Images] | None:
+        """The picture whose size a call draws that names none, or a list that begins with it."""
         return self.adapter_image if self.control_image is None else self.control_image
 
 
@@ -87,13 +91,13 @@ _NAMES = {each.name for each in dataclasses.fields(ControlArguments)}
 
 @dataclass(frozen=True)
 class Steering:
-    """The engines' inputs by name, and where it changes from step to step, the ControlNet's scale at each.
+    """The engines' inputs by name, and where they change from step to step, the ControlNets' scales at each.
 
     Shapes: inputs (N, ...), one row for each of the U-Net's.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    scales: tuple[float, ...] | None = None
+    scales: Scales | None = None
 
 
 class Controls:
@@ -101,7 +105,11 @@ class Controls:
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self._bundle, self._runtime, self._info = bundle, runtime, bundle.manifest.model
-        self._names: dict[ControlKind, str] = {entry.kind: entry.name for entry in self._info.controls}
+        self._names: dict[ControlKind, str] = {}
+        for entry in self._info.controls:
+            self._names[entry.kind] = " and ".join(filter(None, (self._names.get(entry.kind), entry.name)))
+        count = sum(entry.kind == "controlnet" for entry in self._info.controls)
+        self._embeddings = ["controlnet_embedding", *(f"controlnet_embedding_{i}" for i in range(2, count + 1))][:count]
 
     def take(self, arguments: Mapping[str, Any]) -> tuple[ControlArguments, dict[str, Any]]:
         """A call's arguments, those for these networks apart.
@@ -109,6 +117,8 @@ class Controls:
         Raises: `ValueError` for arguments of a network that the bundle lacks, or none for one that it has.
         """
         own = {name: value for name, value in arguments.items() if name in _NAMES and value is not None}
+        if own.get("guess_mode") is False:  # says nothing, and diffusers' callers pass it along
+            del own["guess_mode"]
         for kind, about in _KINDS.items():
             given = [name for name in about.arguments if name in own]
             if given and kind not in self._names:
@@ -133,11 +143,13 @@ class Controls:
         inputs: dict[str, Tensor] = {}
         scales = None
         if "controlnet" in self._names:
-            found = self._of_picture("controlnet_embedding", "control_image", given.control_image, size, rows)
-            scale = _finite(controlnet_conditioning_scale=given.controlnet_conditioning_scale)
-            inputs |= {name: _halved(value, halves) for name, value in found.items()}
-            inputs["conditioning_scale"] = torch.full((rows * halves,), scale)
-            scales = _scales(given, scale, num_calls)
+            for role, image in zip(self._embeddings, self._control_images(given.control_image), strict=True):
+                found = self._of_picture(role, "control_image", image, size, rows)
+                inputs |= {name: _halved(value, halves) for name, value in found.items()}
+            count = len(self._embeddings)
+            each = _each(count, "controlnet_conditioning_scale", given.controlnet_conditioning_scale)
+            inputs["conditioning_scale"] = torch.tensor([each if count > 1 else each[0]] * (rows * halves))
+            scales = _scales(given, each, num_calls)
         if "t2i_adapter" in self._names:
             found = self._of_picture("t2i_adapter", "adapter_image", given.adapter_image, size, rows)
             scale = _finite(adapter_conditioning_scale=given.adapter_conditioning_scale)
@@ -149,6 +161,23 @@ class Controls:
             scale = _finite(ip_adapter_scale=given.ip_adapter_scale)
             inputs["ip_adapter_scale"] = torch.full((rows * halves,), scale)
         return Steering(inputs, scales)
+
+    def _control_images(self, given: Any) -> list[Any]:
+        """What each ControlNet is shown. Raises: `ValueError` for no list of as many, where there are several."""
+        count = len(self._embeddings)
+        if count == 1:
+            return [given]
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"expected control_image as a list of {count}, one for each ControlNet, got one")
+        images: list[Any] = list(given)
+        if images and all(isinstance(each, list | tuple) for each in images):  # one list a picture
+            if any(len(each) != count for each in images):
+                lengths = ", ".join(str(len(each)) for each in images)
+                raise ValueError(f"expected lists of {count} in control_image, one for each ControlNet, got {lengths}")
+            return [list(column) for column in zip(*images, strict=True)]
+        if len(images) != count:
+            raise ValueError(f"expected control_image as a list of {count}, one for each ControlNet, got {len(images)}")
+        return images
 
     def _of_picture(self, role: Role, name: str, image: Any, size: Size, rows: int) -> dict[str, Tensor]:
         """What an engine makes of pictures: one for all, or as many as divide the rows, in the order of the prompts."""
@@ -216,8 +245,8 @@ class Controls:
         return image.float()
 
 
-def refreshed(plan: CachePlan, scales: Sequence[float] | None) -> CachePlan:
-    """The plan with a FULL step wherever the ControlNet's scale changes: what is cached was made under another."""
+def refreshed(plan: CachePlan, scales: Scales | None) -> CachePlan:
+    """The plan with a FULL step wherever a ControlNet's scale changes: what is cached was made under another."""
     if scales is None or len(scales) != plan.num_steps:  # a plan of another length is refused later
         return plan
     changes = [i > 0 and scale != scales[i - 1] for i, scale in enumerate(scales)]
@@ -225,20 +254,36 @@ def refreshed(plan: CachePlan, scales: Sequence[float] | None) -> CachePlan:
     return dataclasses.replace(plan, branches=branches)
 
 
-def _scales(given: ControlArguments, scale: float, num_calls: int) -> tuple[float, ...] | None:
-    """The scale of each step where `control_guidance_start` or `_end` switch it off, as in diffusers.
+def _scales(given: ControlArguments, full: Sequence[float], num_calls: int) -> Scales | None:
+    """Each step's scale, or those of several ControlNets, where `control_guidance_start` or `_end` switch them off.
 
     Raises: `ValueError` for an interval that is none, and for `guess_mode`.
     """
-    start, end = given.control_guidance_start, given.control_guidance_end
     if given.guess_mode:
         raise ValueError("expected guess_mode=False, which engines are built for, got True; use the helper")
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"expected 0 <= control_guidance_start < control_guidance_end <= 1, got {start} and {end}")
-    if (start, end) == (0, 1):
+    starts = _each(len(full), "control_guidance_start", given.control_guidance_start)
+    ends = _each(len(full), "control_guidance_end", given.control_guidance_end)
+    for start, end in zip(starts, ends, strict=True):
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"expected 0 <= control_guidance_start < control_guidance_end <= 1, got {start} and {end}")
+    if set(starts) == {0} and set(ends) == {1}:
         return None
-    on = [not (i / num_calls < start or (i + 1) / num_calls > end) for i in range(num_calls)]
-    return tuple(scale if each else 0.0 for each in on)
+    steps = [
+        [
+            0.0 if i / num_calls < start or (i + 1) / num_calls > end else scale
+            for scale, start, end in zip(full, starts, ends, strict=True)
+        ]
+        for i in range(num_calls)
+    ]
+    return [scale for (scale,) in steps] if len(full) == 1 else steps
+
+
+def _each(count: int, name: str, value: Any) -> list[float]:
+    """A number for each of some networks. Raises: `ValueError` for what is no finite number, or as many as are not."""
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"expected {name} as one number, or {count} of them, got {len(values)}")
+    return [_finite(**{name: each}) for each in values]
 
 
 def _finite(**named: float) -> float:

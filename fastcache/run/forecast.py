@@ -9,6 +9,7 @@ Knows tensors and plans; knows nothing about engines or samplers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -21,46 +22,62 @@ from fastcache.run.plan import CachePlan
 Calls = dict[int, list[Callable[[], object]]]  # step -> what to call
 
 
-def forecasts(pool: BufferPool, plan: CachePlan, sigmas: Sequence[float] | None) -> tuple[Calls, Calls]:
-    """What to call before a step's engine runs, and what after it; nothing for a plan without a forecast.
+@dataclass(frozen=True)
+class Moves:
+    """What a plan's forecast keeps of a branch's features, in `count` places that take turns, and makes of them.
+
+    `keeps[step]` is the place for what a step stored; `makes[step]` are the places that a step's own feature is the sum
+    of, and what each counts. A step in neither finds it where the step before left it.
+    """
+
+    count: int
+    keeps: Mapping[int, int]
+    makes: Mapping[int, tuple[Sequence[int], Sequence[float]]]
+
+
+def moves(plan: CachePlan, sigmas: Sequence[float] | None) -> dict[int, Moves]:
+    """A plan's moves by branch; none without a forecast.
 
     Raises: `ValueError` for a forecast by sigma where the sampler has no `sigmas`.
     """
-    before, after = Calls(), Calls()
-    if plan.forecast is not None:
-        for branch in plan.branch_ids:
-            weights = {step: plan.feature_weights(step, sigmas) for step in _steps_at(plan, branch)}
-            _forecast_branch(pool, plan, branch, plan.forecast.order + 1, weights, before, after)
-    return before, after
+    if plan.forecast is None:
+        return {}
+    count = plan.forecast.order + 1
+    return {branch: _moves_of(plan, branch, count, sigmas) for branch in plan.branch_ids}
 
 
-def _steps_at(plan: CachePlan, branch: int) -> list[int]:
-    return [step for step, own in enumerate(plan.branches) if own == branch]
-
-
-def _forecast_branch(
-    pool: BufferPool,
-    plan: CachePlan,
-    branch: int,
-    count: int,
-    weights: Mapping[int, Mapping[int, float]],
-    before: Calls,
-    after: Calls,
-) -> None:
-    stores = [step for step in range(plan.num_steps) if plan.stores(step, branch)]
-    slot_of = {step: place % count for place, step in enumerate(stores)}
-    for name in pool.taken(branch):
-        slots = pool.tensors[name].new_empty(count, *pool.tensors[name].shape)
-        in_place: int | None = None  # the step whose feature the buffer holds as it was stored
-        for step in range(plan.num_steps):
-            own = pool.rows(plan.is_guided(step)).tensors[name]
-            if step in slot_of:
-                _add(after, step, partial(slots[slot_of[step], -len(own) :].copy_, own))
-                in_place = step
-            elif step in weights and list(weights[step]) != [in_place]:
-                kept = [slots[slot_of[source], -len(own) :] for source in weights[step]]
-                _add(before, step, partial(extrapolate, kept, list(weights[step].values()), own))
+def _moves_of(plan: CachePlan, branch: int, count: int, sigmas: Sequence[float] | None) -> Moves:
+    keeps, makes = dict[int, int](), dict[int, tuple[Sequence[int], Sequence[float]]]()
+    in_place: int | None = None  # the step whose feature lies there as it was stored
+    for step, own in enumerate(plan.branches):
+        if plan.stores(step, branch):
+            keeps[step] = len(keeps) % count
+            in_place = step
+        elif own == branch:
+            weights = plan.feature_weights(step, sigmas)
+            if list(weights) != [in_place]:
+                makes[step] = [keeps[source] for source in weights], list(weights.values())
                 in_place = None
+    return Moves(count, keeps, makes)
+
+
+def forecasts(pool: BufferPool, plan: CachePlan, sigmas: Sequence[float] | None) -> tuple[Calls, Calls]:
+    """What to call before a step's engine runs, and what after it; nothing for a plan without a forecast.
+
+    Raises: as `moves`.
+    """
+    before, after = Calls(), Calls()
+    for branch, of_branch in moves(plan, sigmas).items():
+        for name in pool.taken(branch):
+            places = pool.tensors[name].new_empty(of_branch.count, *pool.tensors[name].shape)
+            for step, place in of_branch.keeps.items():
+                own = pool.rows(plan.is_guided(step)).tensors[name]
+                _add(after, step, partial(places[place, -len(own) :].copy_, own))
+            for step, (sources, weights) in of_branch.makes.items():
+                own = pool.rows(plan.is_guided(step)).tensors[name]
+                kept = [places[source, -len(own) :] for source in sources]
+                _add(before, step, partial(extrapolate, kept, weights, own))
+    return before, after
 
 
 def _add(calls: Calls, step: int, call: Callable[[], object]) -> None:

@@ -42,7 +42,7 @@ class FastCacheHelper:
 
     Steps are counted from each run's first U-Net call, whatever the sampler. A change of batch, size, prompt, LoRA,
     IP-Adapter or ControlNet between two calls makes the second FULL; where guidance was switched off between them, the
-    torch modules go on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what these
+    run goes on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what these
     use of it. Not for several threads at once.
 
     With `kernels` the torch modules' first norm above the cut is fastcache's own operator: kernels on a GPU, the same
@@ -84,7 +84,7 @@ class FastCacheHelper:
         At a plan's unguided steps the U-Net runs on the conditional half alone, and the pipeline's guidance, between
         two equal halves, changes nothing. Where the helper is enabled, this holds from the next call on, which is FULL.
 
-        Raises: `ValueError` for arguments out of range, or with engines a plan with a forecast or unguided steps.
+        Raises: `ValueError` for arguments out of range.
         """
         if skip_mode != "uniform":
             raise ValueError(f'expected skip_mode "uniform", got {skip_mode!r}; give plan= for any other schedule')
@@ -92,11 +92,6 @@ class FastCacheHelper:
             raise ValueError("expected cache_interval or plan, got both")
         at_least(1, cache_interval=cache_interval)
         schedule = Schedule(cache_interval, cache_branch_id, plan)
-        if self._bundle is not None and (schedule.forecast is not None or schedule.unguided_steps):
-            raise ValueError(
-                "expected a plan without forecast and unguided_steps for engines in a pipeline of diffusers, got one "
-                "with; run it with fastcache.load, or use FastCacheHelper without engines"
-            )
         if self._caching is not None:
             before = self._schedule
             same_passes = (schedule.branch_ids, schedule.forecast) == (before.branch_ids, before.forecast)
@@ -136,7 +131,7 @@ class FastCacheHelper:
     def _passes(self, unet: nn.Module, schedule: Schedule) -> Passes:
         if self._bundle is None:
             return EagerPasses(unet, schedule.branch_ids, schedule.forecast, self._kernels)
-        return EnginePasses(unet, schedule.branch_ids, self._bundle)
+        return EnginePasses(unet, schedule.branch_ids, self._bundle, schedule.forecast)
 
     def __enter__(self) -> Self:
         self.enable()

@@ -24,7 +24,10 @@ class _Stored(NamedTuple):
 
 
 class Features:
-    """The features stored last, by name: one of each, or as many as the forecast reads."""
+    """The features stored last, by name: one of each, or as many as the forecast reads.
+
+    They are kept as they are given, so what is given must not be written to while it counts.
+    """
 
     def __init__(self, forecast: Forecast | None = None) -> None:
         self._forecast, self._stored = forecast, dict[str, deque[_Stored]]()
@@ -42,10 +45,19 @@ class Features:
         """Whether a step can reuse a feature: one on both halves cannot reuse what was stored of one alone."""
         return name in self._stored and (halved or not self._stored[name][-1].halved)
 
-    def at(self, name: str, step: int, halved: bool, sigmas: Sequence[float] | None = None) -> Tensor:
+    def at(
+        self,
+        name: str,
+        step: int,
+        halved: bool,
+        sigmas: Sequence[float] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The feature that a step reuses. `sigmas` are the noise levels of the run's calls, for a forecast by them.
 
-        Raises: `ValueError` for a forecast by sigma without them.
+        `out`, of its shape, takes a forecast; what is reused as it was stored stays where it is.
+
+        Raises: `ValueError` for a forecast by sigma without sigmas.
         """
         stored = self._stored[name]
         if self._forecast is None:
@@ -56,7 +68,7 @@ class Features:
         sources = [features[source] for source in weights]
         if list(weights.values()) == [1.0]:
             return sources[0]
-        forecast = torch.empty_like(sources[0])
+        forecast = torch.empty_like(sources[0]) if out is None else out
         extrapolate(sources, list(weights.values()), forecast)
         return forecast
 

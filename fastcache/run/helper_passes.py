@@ -111,21 +111,29 @@ class EagerPasses:
 class EnginePasses:
     """A bundle's engines, in place of the U-Net that they were built from.
 
+    What the full engine caches stays in its buffer, which a shallow engine of as many rows shares; one of half the
+    rows is given a copy. For a forecast, which reads several, each is kept apart.
+
     Raises: `ValueError` for a branch that the bundle lacks, or engines that do not compute what the U-Net does.
     """
 
-    def __init__(self, unet: nn.Module, branch_ids: tuple[int, ...], bundle: Bundle) -> None:
+    def __init__(
+        self, unet: nn.Module, branch_ids: tuple[int, ...], bundle: Bundle, forecast: Forecast | None = None
+    ) -> None:
         self._unet, self._runtime, self._manifest = unet, Runtime(bundle), bundle.manifest
         built = tuple(self._manifest.shallow_roles)
         if not set(branch_ids) <= set(built):
             raise ValueError(f"expected cache_branch_id in {built}, as the engines were built, got {branch_ids}")
         self._adapters = AdapterWatch(unet).state()
+        self._features, self._keeps = Features(forecast), forecast is not None
+        self._cached = {spec.name for spec in self._runtime.full.outputs} - {"noise_pred"}
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._bound = lru_cache(maxsize=4)(self._bind)
         self._check_model()
 
     def refresh(self) -> None:
         """Refuse adapters that the engines do not have, for what an engine computes does not change."""
+        self._features.clear()
         if not same(AdapterWatch(self._unet).state(), self._adapters):
             raise ValueError(
                 "expected the LoRA and IP-Adapter state that the engines were enabled with, got another; build "
@@ -133,25 +141,45 @@ class EnginePasses:
             )
 
     def serves(self, branch_id: int, halved: bool) -> bool:
-        return True
+        return all(self._features.serves(name, halved) for name in self._taken(branch_id))
 
     def halve(self) -> bool:
-        return False  # another batch has tensors of its own, where no feature is
+        self._features.halve()
+        return True
 
     def full(self, call: Call) -> Tensor:
-        return self._run(FULL, call.arguments)
+        return self._run(FULL, call)
 
     def shallow(self, branch_id: int, call: Call) -> Tensor:
-        return self._run(branch_id, call.arguments)
+        return self._run(branch_id, call)
 
-    def _run(self, branch: int | None, arguments: Arguments) -> Tensor:
-        values = self._values(arguments)
+    def _run(self, branch: int | None, call: Call) -> Tensor:
+        values = self._values(call.arguments)
         tensors, bindings = self._bound(self._sizes(values))
         for name, value in values.items():
             tensors[name].copy_(value)
+        for name in self._taken(branch):
+            feature = self._features.at(name, call.step, call.halved, call.sigmas, out=tensors[name])
+            if feature.data_ptr() != tensors[name].data_ptr():
+                tensors[name].copy_(feature)
         bindings[branch].run()
+        made = {name: tensors[name] for name in self._made(branch)}
+        if self._keeps:
+            made = {name: feature.clone() for name, feature in made.items()}
+        self._features.store(call.step, made, call.halved)
         # A copy: without guidance, a multistep scheduler keeps the prediction itself over the next step.
         return tensors["noise_pred"].clone()
+
+    def _taken(self, branch: int | None) -> set[str]:
+        """What an engine takes of what is cached."""
+        return {spec.name for spec in self._engine(branch).inputs} & self._cached
+
+    def _made(self, branch: int | None) -> set[str]:
+        """What an engine caches."""
+        return {spec.name for spec in self._engine(branch).outputs} & self._cached
+
+    def _engine(self, branch: int | None) -> Engine:
+        return self._runtime.full if branch is None else self._runtime.shallow_engines[branch]
 
     def _values(self, arguments: Arguments) -> dict[str, Tensor]:
         """A call's arguments by the engines' names."""

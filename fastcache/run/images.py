@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from fastcache.bundle import Bundle
 from fastcache.recipe import Size
+from fastcache.run.between import Generators, draw
 from fastcache.run.buffers import BufferPool
-from fastcache.run.denoise import Generators, Step, draw
+from fastcache.run.denoise import Step
 from fastcache.run.runtime import Runtime
 from fastcache.run.schedule import Schedule, Span
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch import Tensor
 from fastcache.bundle import Bundle, open_bundle
 from fastcache.recipe import Size
 from fastcache.run.arguments import check_generators, conditioning, images_of, plan_of, size_of, span_of
+from fastcache.run.between import Generators, Scales, ScheduledSampler, draw
 from fastcache.run.buffers import BufferPool
 from fastcache.run.controls import Controls, refreshed
-from fastcache.run.denoise import Generators, ScheduledSampler, Step, draw
+from fastcache.run.denoise import Step
 from fastcache.run.images import Images, OutputType, Pictures, Start, png_bytes
 from fastcache.run.plan import CachePlan
 from fastcache.run.prompts import Prompt, Prompts, Texts
@@ -261,7 +262,7 @@ class FastCachePipeline:
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         image_guidance_scale: float | None = None,
-        conditioning_scales: Sequence[float] | None = None,
+        conditioning_scales: Scales | None = None,
         schedule: Schedule | None = None,
         size: Size | None = None,
         start: Start | None = None,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.bundle import Bundle, Role
+from fastcache.bundle import Bundle
+from fastcache.manifest import Role
 from fastcache.run.runtime import Runtime
 
 Texts = str | Sequence[str] | None

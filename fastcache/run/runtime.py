@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 import fastcache_engines
-from fastcache.bundle import REFERENCE, Bundle, Manifest, Parity, Role
+from fastcache.bundle import REFERENCE, Bundle
 from fastcache.errors import BackendUnavailable, BundleError
+from fastcache.manifest import Manifest, Parity, Role
 from fastcache.parity import measure_parity
 from fastcache.recipe import Size
+from fastcache.run.between import ScheduledSampler
 from fastcache.run.buffers import BufferPool, shape_of
 from fastcache.run.capture import CudaRecorder, denoise_captured
-from fastcache.run.denoise import DenoiseOptions, ScheduledSampler, Step, denoise
+from fastcache.run.denoise import DenoiseOptions, Step, denoise
 from fastcache.run.plan import CachePlan
 from fastcache.run.sampler import SamplerTable
 from fastcache_engines import Binding, Engine, LoadOptions, Workspace

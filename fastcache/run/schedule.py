@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.run.denoise import Generators, ScheduledSampler
+from fastcache.run.between import Generators, ScheduledSampler
 from fastcache.run.sampler import NonlinearSamplerError, SamplerTable, compile_sampler
 from fastcache.run.scheduler import Scheduler
 

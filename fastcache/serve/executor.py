@@ -5,7 +5,7 @@ The one place of the serving side that computes. Knows nothing about queues, thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastcache.errors import BundleError
 from fastcache.recipe import Size
-from fastcache.run.denoise import draw
+from fastcache.run.between import draw
+from fastcache.run.forecast import Moves
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.prompts import Prompt, Sizes
 from fastcache.run.recursion import MAX_WINDOW
@@ -33,7 +34,10 @@ class DeviceBroken(RuntimeError):
 
 @dataclass(eq=False)
 class Drawing:
-    """What a job draws: the text, and how. `conditioning` is made when its first image starts, for all of them."""
+    """What a job draws: the text, and how; `moves` are its plan's, by branch.
+
+    `conditioning` is made when its first image starts, for all of them.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -43,6 +47,7 @@ class Drawing:
     num_inference_steps: int
     size: Size
     table: RingTable
+    moves: Mapping[int, Moves] = field(default_factory=dict[int, Moves])
     conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
@@ -100,6 +105,11 @@ class Executor:
             )
         return self._slots[size]
 
+    @property
+    def held_bytes(self) -> int:
+        """What the images in flight take now, of all sizes."""
+        return sum(slots.held_bytes for slots in list(self._slots.values()))
+
     @torch.no_grad()
     def warm_up(self) -> None:
         """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
@@ -123,6 +133,7 @@ class Executor:
             drawing.conditioning = self._condition(drawing)
         slots = self.slots(drawing.size)
         slots.fill(slot, drawing.conditioning)
+        slots.make_room(slot, {branch: moves.count for branch, moves in drawing.moves.items()})
         generator = torch.Generator().manual_seed(drawing.seed + index)
         noise = slots.latents[slot].view(slots.latent_shape)
         draw(noise, [generator])
@@ -153,12 +164,18 @@ class Executor:
         slots = self.slots(self._drawings[numbers[0]][0].size)
         places = slots.places(numbers, halves)
         for place, (slot, step) in zip(places, steps, strict=True):
-            table = self._drawings[slot][0].table
+            drawing, _ = self._drawings[slot]
+            table = drawing.table
             latents = slots.latents[slot].view(slots.latent_shape).expand(halves, *slots.latent_shape[1:])
             kernels.duplicate(latents, table.input_scale[step], place.sample)
             place.timestep.fill_(table.timesteps[step])
+            if branch is not None and branch in drawing.moves and step in drawing.moves[branch].makes:
+                slots.make(branch, slot, halves, *drawing.moves[branch].makes[step])
         slots.run(branch, numbers, halves)
         for place, (slot, step) in zip(places, steps, strict=True):
+            for stored, moves in self._drawings[slot][0].moves.items():
+                if step in moves.keeps:
+                    slots.keep(stored, slot, halves, moves.keeps[step])
             self._update(slots, place, slot, step)
         self._pace()
 

@@ -20,6 +20,9 @@ class Metrics:
             "fastcache_requests", "HTTP responses, by route and status", ["route", "status"], registry=self.registry
         )
         self.steps = Counter("unet_steps", "U-Net steps of images, by engine", ["kind"], registry=self.registry)
+        self.abandoned = Counter(
+            "unet_steps_abandoned", "Steps at hand when their job ended, one an image at most", registry=self.registry
+        )
         self.calls = Counter(
             "unet_calls", "U-Net turns, each of one image or several at once", ["kind"], registry=self.registry
         )

@@ -57,6 +57,8 @@ class Settings(BaseModel):
     engines: Path
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
+    upscale_delay_s: float = Field(30, ge=0)
+    downscale_delay_s: float = Field(600, ge=0)
     front_replicas: int = Field(1, ge=1)
     cpus: float = Field(1, gt=0)
     gpus: float | None = Field(None, ge=0)
@@ -99,6 +101,8 @@ def application(args: Mapping[str, Any]) -> Application:
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
             target_ongoing_requests=settings.max_batch,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
         ),
         # A dead replica is found by its health check, 10 s apart if Ray were left to choose.
         health_check_period_s=1,

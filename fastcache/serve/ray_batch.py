@@ -18,8 +18,10 @@ from typing import Any, Final
 from PIL import Image as Pillow
 from pydantic import ValidationError
 
-from fastcache.bundle import Manifest, open_bundle, write_whole
+from fastcache.bundle import open_bundle
 from fastcache.errors import BackendUnavailable
+from fastcache.files import write_whole
+from fastcache.manifest import Manifest
 from fastcache.run.images import png_bytes
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.serve.rows import Row, draw_rows, made_by, seed_of

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcache.bundle import Manifest
+from fastcache.manifest import Manifest
+from fastcache.run.forecast import moves
 from fastcache.run.plan import CachePlan
 from fastcache.run.scheduler import same_sampler
 from fastcache.serve.errors import ApiError
@@ -102,6 +103,10 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
     except ValueError as error:
         raise _bad("num_inference_steps", f"{sampler} cannot take {steps} steps: {error}") from None
     plan = _plan(asked, served, table, sampler)
+    try:
+        forecast = moves(plan, table.sigmas)
+    except ValueError as error:
+        raise _bad("plan", str(error)) from None
     wanted = asked.size if asked.size in served.sizes else served.sizes[0]
     drawing = Drawing(
         prompt=asked.prompt,
@@ -112,6 +117,7 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         num_inference_steps=steps,
         size=served.manifest.sizes[served.sizes.index(wanted)],
         table=table,
+        moves=forecast,
     )
     partial = asked.partial_images or 0
     previews = sorted({(k + 1) * plan.num_steps // (partial + 1) - 1 for k in range(partial)} - {-1})
@@ -145,8 +151,6 @@ def _plan(asked: ImageRequest, served: Served, table: RingTable, sampler: str) -
         raise _bad("plan", f"expected a plan made for model {served.model}, got one for another")
     if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
         raise _bad("plan", f"expected a plan made for sampler {sampler}, got one for another")
-    if plan.forecast is not None:
-        raise _bad("plan", "expected a plan without forecast; the server reuses features as they were stored")
     return plan
 
 

@@ -77,6 +77,7 @@ class Service:
         self._worker = Worker(self.limits.queue, self.metrics, self._broken_in_thread)
         for name, what in (("waiting", "Images waiting for a slot"), ("running", "Images being drawn")):
             self.metrics.watch(f"fastcache_images_{name}", what, lambda name=name: getattr(self._worker, name))
+        self.metrics.watch("fastcache_slot_bytes", "Memory of images in flight", lambda: self._worker.slot_bytes)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -131,6 +132,8 @@ class Service:
         self.served = served
         manifest, slots = served.manifest, served.executor.count
         _log.info("serving %s, %s, bundle %s", served.model, ", ".join(served.sizes), manifest.bundle_sha256[:16])
+        most = served.executor.slots(manifest.sizes[0]).most_bytes / 2**20
+        _log.info("%d images at once, which take at most %.0f MiB of the usual size", slots, most)
         if slots < self.limits.max_batch:
             _log.warning(
                 "at most %d images at once, for the bundle was built for %s; build with --batch 1:%d:%d for %d",
@@ -205,6 +208,8 @@ class Service:
 
         def put() -> None:
             events.put_nowait(event)
+            if isinstance(event, Done):  # here, where no lock is held that a log could hold up
+                _log.info("job %s: %s", job.id, event.failure or "drawn")
 
         if isinstance(event, Done):
             self._remember(job.id, event.failure or "drawn")

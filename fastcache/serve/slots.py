@@ -1,8 +1,9 @@
 """A bundle's engines, a size and a number of slots -> the tensors of images in flight, allocated once, engines bound.
 
-Each slot is one image's own: inputs, cached feature, sampler history. An image alone runs in its slot, to which the
-engines are bound; images in company run on shared rows, which are filled from their slots, or where there are streams
-each in its own slot, at once. The one mutable object of the serving side. Knows nothing about plans, prompts or HTTP.
+Each slot is one image's own: inputs, cached feature, the earlier ones that its plan's forecast takes, sampler history.
+An image alone runs in its slot, to which the engines are bound; images in company run on shared rows, which are filled
+from their slots, or where there are streams each in its own slot, at once. The one mutable object of the serving side.
+Knows nothing about plans, prompts or HTTP.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from fastcache.run.buffers import shape_of
+from fastcache.run.forecast import extrapolate
 from fastcache.run.recursion import MAX_WINDOW
 from fastcache.run.sampler import SamplerTable
 from fastcache.serve.streams import Streams
 from fastcache_engines import Binding, Engine, TensorSpec
 
 _WRITTEN: Final = ("sample", "timestep", "noise_pred")
+_MOST_KEPT: Final = 3  # features that a forecast of order 2 goes through
 _ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled engines may count on
 
 
@@ -42,6 +45,7 @@ class RingTable:
     draws_noise: Sequence[bool]
     init_noise_sigma: float
     clean: Sequence[tuple[float, float]]
+    sigmas: Sequence[float] | None = None
 
     @classmethod
     def of(cls, table: SamplerTable, device: str, prediction_type: str = "epsilon") -> RingTable:
@@ -59,6 +63,7 @@ class RingTable:
             [table.draws_noise(call) for call in range(table.num_calls)],
             table.init_noise_sigma,
             _clean_weights(table, prediction_type),
+            table.sigmas,
         )
 
 
@@ -118,9 +123,27 @@ class Slots:
         self._apart = lru_cache(maxsize=None)(self._bind_apart)
         self._place = lru_cache(maxsize=None)(self._make_place)
         self._index = lru_cache(maxsize=256)(self._make_index)
+        self._kept: dict[tuple[str, int], list[Tensor]] = {}  # earlier features, by name and slot
         self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
         self._clock = 0
         self._changed: dict[tuple[str, int], int] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """What the tensors take now."""
+        shared: dict[str, Tensor] = self.__dict__.get("_shared", {})
+        kept = [tensor for tensors in list(self._kept.values()) for tensor in tensors]
+        tensors = [self.history, self.latents, *self.own.values(), *shared.values(), *kept]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    @property
+    def most_bytes(self) -> int:
+        """What they take at most: where every image's plan forecasts each of its features, in the highest order."""
+        own = {name: self.own[name][0].nbytes * self.count for name in self.own}
+        shared = 0 if self.count == 1 or self._streams is not None else sum(own.values())
+        fixed = [self.history, self.latents, *self.own.values()]
+        kept = _MOST_KEPT * sum(own[name] for name in self.cached)
+        return sum(tensor.untyped_storage().nbytes() for tensor in fixed) + shared + kept
 
     @cached_property
     def _shared(self) -> dict[str, Tensor]:
@@ -156,6 +179,30 @@ class Slots:
             self.own[name][slot].fill_(torch.nan)  # a feature of another image would make a wrong picture
         self.history[slot].zero_()  # weight 0 times what an earlier image left must be 0
         self._mark((*self.conditioning, *self.cached), [slot])
+
+    def make_room(self, slot: int, features: Mapping[int, int]) -> None:
+        """Room for so many earlier features of each branch, with nothing in it. It stays for the images to come."""
+        for branch, count in features.items():
+            for name in self._taken(branch):
+                kept = self._kept.setdefault((name, slot), [])
+                kept += [torch.empty_like(self.own[name][slot]) for _ in range(count - len(kept))]
+                for feature in kept:
+                    feature.fill_(torch.nan)
+
+    def keep(self, branch: int, slot: int, halves: int, place: int) -> None:
+        """Copy a branch's feature, as the slot holds it, to one of its places."""
+        for name in self._taken(branch):
+            self._kept[name, slot][place][:halves].copy_(self.own[name][slot, :halves])
+
+    def make(self, branch: int, slot: int, halves: int, places: Sequence[int], weights: Sequence[float]) -> None:
+        """Make a slot's feature the sum of those kept at these places, by their weights."""
+        for name in self._taken(branch):
+            kept = self._kept[name, slot]
+            extrapolate([kept[place][:halves] for place in places], weights, self.own[name][slot, :halves])
+            self._mark([name], [slot])
+
+    def _taken(self, branch: int) -> list[str]:
+        return [spec.name for spec in self._engines[branch].inputs if spec.name in self.cached]
 
     def places(self, slots: Sequence[int], halves: int) -> list[Place]:
         """Where these images' rows of an engine call lie, in order."""

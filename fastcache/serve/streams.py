@@ -15,7 +15,8 @@ from typing import Final
 import torch
 
 import fastcache_engines
-from fastcache.bundle import Bundle, Role
+from fastcache.bundle import Bundle
+from fastcache.manifest import Role
 from fastcache_engines import Binding, Engine, LoadOptions
 
 BACKENDS: Final = ("onnxruntime", "openvino")  # what may be called from several threads

@@ -17,8 +17,10 @@ from typing import Any, Final
 import numpy as np
 from pydantic import ValidationError
 
-from fastcache.bundle import Manifest, open_bundle, publish, write_whole
+from fastcache.bundle import open_bundle, publish
 from fastcache.errors import BundleError
+from fastcache.files import write_whole
+from fastcache.manifest import Manifest
 from fastcache.recipe import Device
 from fastcache.serve.rows import MAX_SEED, Outcome, Row, draw_rows
 

@@ -96,6 +96,11 @@ class Worker:
         return len(self._executors)
 
     @property
+    def slot_bytes(self) -> int:
+        """What the images in flight take: inputs, features and histories of all slots, used or not."""
+        return sum(executor.held_bytes for executor in list(self._executors.values()))
+
+    @property
     def retry_after_s(self) -> int:
         """About when the next image will be done. Units: whole seconds, 1 to 60."""
         return max(1, min(60, round(self._image_s)))
@@ -230,6 +235,7 @@ class Worker:
         self._metrics.steps.labels(kind).inc(len(steps))
         with self._changed:
             moved = self._scheduler.advance(Batch(batch.kind, images))
+        self._metrics.abandoned.inc(len(images) - len(moved))
         try:
             self._tell(moved, full, executor)
             self._draw([image for image in moved if image.is_finished], executor)

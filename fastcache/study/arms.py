@@ -11,12 +11,13 @@ from typing import Literal, TypeVar, get_args
 
 from fastcache_engines import BACKENDS, DType
 
-Kind = Literal["eager", "deepcache", "compile", "engine", "engine+cache"]
+Kind = Literal["eager", "deepcache", "compile", "engine", "engine+cache", "engine+graph", "engine+cache+graph"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES: tuple[DType, ...] = get_args(DType)
 TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "NAME[:BACKEND][:DTYPE]"
+_CACHING: tuple[Kind, ...] = ("deepcache", "engine+cache", "engine+cache+graph")
 GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 7.5, 1.5  # diffusers' defaults
 _T = TypeVar("_T", bound=str)
 
@@ -38,6 +39,16 @@ class Arm:
     @property
     def is_engine(self) -> bool:
         return self.kind.startswith("engine")
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the loop is one CUDA graph, in which no U-Net call has times of its own."""
+        return self.kind.endswith("+graph")
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the first run compiles or records, and so must not be timed."""
+        return self.kind == "compile" or self.is_graph
 
     @property
     def bundle_key(self) -> tuple[str, DType, int]:
@@ -65,6 +76,7 @@ class BenchSettings:
     """What every arm runs: the same model, size, steps and inputs. Sizes in pixels.
 
     `guided_rows` is how many rows of the U-Net an image takes: as many as guidance has parts, 1 without guidance.
+    `controlnets` are the folders of those that steer it, all by one drawn picture.
     """
 
     model: str
@@ -82,6 +94,7 @@ class BenchSettings:
     repeats: int
     threads: int
     guided_rows: int = 2
+    controlnets: tuple[str, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -124,7 +137,7 @@ def parse_arm(name: str, defaults: Defaults) -> Arm:
         dtype = parse_dtype(parts.pop(0), f" in arm {name!r}")
     if parts:
         raise ValueError(f"expected an arm {GRAMMAR}, got {name!r}, which has {parts[0]!r} left over")
-    interval = defaults.cache_interval if kind in ("deepcache", "engine+cache") else 1
+    interval = defaults.cache_interval if kind in _CACHING else 1
     return Arm(name, kind, backend, dtype, interval, defaults.branch_id)
 
 

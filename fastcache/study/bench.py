@@ -21,6 +21,7 @@ from fastcache.study.arms import GUIDANCE_SCALE, TORCH, Arm, BenchSettings
 from fastcache.study.lineup import BundleKey, Lineup
 from fastcache.study.loops import LoopTimes, Task
 from fastcache.study.machine import environment, gpus, load_average
+from fastcache.study.pattern import control_pattern
 from fastcache.study.quality import psnr_db
 from fastcache.study.work import geometry
 from fastcache.study.workers import ArmFailed, Job, Workers
@@ -33,6 +34,7 @@ class ArmResult:
     """An arm's medians over the repeats; `skipped` says why there are none.
 
     `build_s` is what making an engine took, and for torch.compile its first U-Net call, in which it compiles.
+    A loop that is one CUDA graph has no times of its U-Net calls, and so none of what is beside them.
     `latents_error_vs_eager` is the largest difference over the largest latent; none where a latent is not finite.
     """
 
@@ -90,7 +92,7 @@ def run_bench(
         runs, first, failed = _run_rounds(settings, order, workers, say)
     skipped = {**lineup.skipped, **failed}
     ran = {arm: own for arm, own in runs.items() if own and arm not in skipped}
-    results = {arm: _summary(arm, own, _build_s(arm, first[arm], bundles)) for arm, own in ran.items()}
+    results = {arm: summary(arm, own, _build_s(arm, first[arm], bundles)) for arm, own in ran.items()}
     latents = {arm: own[-1].latents for arm, own in ran.items()}
     pictures = {} if model.random_weights else _decode(model, latents)
     eager = next((a for a in ran if (a.kind, a.dtype) == ("eager", "fp32")), None) or _first(ran, "eager")
@@ -114,12 +116,12 @@ def _run_rounds(
     runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in order}
     first: dict[Arm, LoopTimes] = {}
     failed: dict[Arm, str] = {}
-    # torch.compile compiles at its first call, whatever the number of warm-up rounds.
-    untimed = max(settings.warmup, int(any(arm.kind == "compile" for arm in order)))
+    # torch.compile compiles and a CUDA graph is recorded in the first run, whatever the number of warm-up rounds.
+    untimed = max(settings.warmup, int(any(arm.prepares for arm in order)))
     for i in range(-untimed, settings.repeats):
         say(f"warm-up {untimed + i + 1} of {untimed}" if i < 0 else f"round {i + 1} of {settings.repeats}")
         for arm in order:
-            if arm in failed or (i < -settings.warmup and arm.kind != "compile"):
+            if arm in failed or (i < -settings.warmup and not arm.prepares):
                 continue
             try:
                 times = workers.run(arm, timed=i >= 0)
@@ -163,7 +165,8 @@ def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor
     """The conditioning and the noise that all arms share: a real prompt for a real model, else seeded random rows.
 
     Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first, these twice for
-    InstructPix2Pix, and no conditioning at all for a U-Net without text; `latents` (N, C, h, w).
+    InstructPix2Pix, and no conditioning at all for a U-Net without text; `latents` (N, C, h, w); `control_image`
+    (1, 3, H, W) where there are ControlNets.
     """
     shapes, generator, rows = geometry(model), torch.Generator().manual_seed(0), 2 * settings.batch
     size = settings.height // shapes.scale, settings.width // shapes.scale
@@ -184,12 +187,15 @@ def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor
     if settings.guided_rows == 3:
         text = inputs["encoder_hidden_states"]
         inputs["encoder_hidden_states"] = torch.cat([text[: settings.batch], text])
+    if settings.controlnets:
+        inputs["control_image"] = control_pattern(settings.height, settings.width)
     return inputs
 
 
 def _worker_of(arm: Arm) -> str:
-    """Which process an arm runs in: one for the torch arms of each dtype, one for each bundle."""
-    return f"{arm.backend} {arm.dtype}" + (f" branch {arm.branch_id}" if arm.is_engine else "")
+    """Which process an arm runs in: for the torch arms of each dtype, for each bundle, and for its graphs."""
+    graph = " in a graph" if arm.is_graph else ""
+    return f"{arm.backend} {arm.dtype}" + (f" branch {arm.branch_id}{graph}" if arm.is_engine else "")
 
 
 def _jobs(
@@ -203,7 +209,7 @@ def _jobs(
             continue
         if arm.is_engine:
             bundle = bundles[arm.bundle_key]
-            task = Task(settings, inputs, arm.dtype, str(bundle.path))
+            task = Task(settings, inputs, arm.dtype, str(bundle.path), arm.is_graph)
             jobs[_worker_of(arm)] = Job(task, bundle.manifest.weights_bytes)
         else:
             jobs[_worker_of(arm)] = Job(Task(settings, inputs, arm.dtype, None), weights_bytes)
@@ -216,11 +222,12 @@ def _build_s(arm: Arm, first: LoopTimes, bundles: Mapping[BundleKey, Bundle]) ->
     return round(first.call_ms[0] / 1e3, 2) if arm.kind == "compile" else None
 
 
-def _summary(arm: Arm, runs: Sequence[LoopTimes], build_s: float | None) -> ArmResult:
+def summary(arm: Arm, runs: Sequence[LoopTimes], build_s: float | None = None) -> ArmResult:
+    """An arm's medians over its runs, as yet compared with nothing."""
     loops = [run.loop_ms for run in runs]
     full = [ms for run in runs for ms, is_full in zip(run.call_ms, run.full, strict=True) if is_full]
     shallow = [ms for run in runs for ms, is_full in zip(run.call_ms, run.full, strict=True) if not is_full]
-    overheads = [(run.loop_ms - sum(run.call_ms)) / len(run.call_ms) for run in runs]
+    overheads = [(run.loop_ms - sum(run.call_ms)) / len(run.call_ms) for run in runs if run.call_ms]
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return ArmResult(
         name=arm.name,
@@ -230,9 +237,9 @@ def _summary(arm: Arm, runs: Sequence[LoopTimes], build_s: float | None) -> ArmR
         branch_id=arm.branch_id,
         loop_ms_p50=round(statistics.median(loops), 3),
         loop_ms_p90=round(_percentile(loops, 0.9), 3),
-        full_step_ms_p50=round(statistics.median(full), 3),
+        full_step_ms_p50=round(statistics.median(full), 3) if full else None,
         shallow_step_ms_p50=round(statistics.median(shallow), 3) if shallow else None,
-        overhead_ms_per_step=round(statistics.median(overheads), 4),
+        overhead_ms_per_step=round(statistics.median(overheads), 4) if overheads else None,
         peak_bytes=max(peaks, default=None),
         build_s=build_s,
     )

@@ -20,6 +20,8 @@ _COLOURS = {
     "deepcache": _DEEPCACHE,
     "engine": _FULL,
     "engine+cache": _CACHED,
+    "engine+graph": _FULL,
+    "engine+cache+graph": _CACHED,
 }
 _LEGEND = {
     _PYTORCH: "PyTorch",
@@ -81,8 +83,9 @@ def _name(arm: Mapping[str, Any]) -> str:
 
 
 def _label(arm: Mapping[str, Any]) -> str:
-    times = [arm["full_step_ms_p50"], arm["shallow_step_ms_p50"]]
-    return f"{arm['speedup_vs_eager']:.2f}x   {' / '.join(_milliseconds(ms) for ms in times if ms is not None)} ms"
+    times = [ms for ms in (arm["full_step_ms_p50"], arm["shallow_step_ms_p50"]) if ms is not None]
+    told = f"   {' / '.join(map(_milliseconds, times))} ms" if times else ""
+    return f"{arm['speedup_vs_eager']:.2f}x{told}"
 
 
 def _milliseconds(ms: float) -> str:

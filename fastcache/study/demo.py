@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastcache.bundle import write_whole
+from fastcache.files import write_whole
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.study.quality import psnr_db
 

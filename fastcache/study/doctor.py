@@ -11,7 +11,7 @@ import torch
 import fastcache_engines
 from fastcache.errors import BackendUnavailable
 from fastcache.recipe import Backend, Device
-from fastcache_kernels import launch
+from fastcache_kernels import cpu_step, launch
 
 
 def examine() -> dict[str, Any]:
@@ -34,6 +34,7 @@ def examine() -> dict[str, Any]:
         "versions": {"torch": torch.__version__},
         "backends": rows,
         "kernels": _kernels(),
+        "cpu_loop": dict(zip(("source", "reason"), cpu_step.source(), strict=True)),
         "auto": _auto(devices[0]),
     }
 

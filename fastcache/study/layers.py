@@ -16,8 +16,9 @@ import onnx
 from safetensors.torch import load_file
 
 import fastcache_engines
-from fastcache.bundle import REFERENCE, Manifest, Role
+from fastcache.bundle import REFERENCE
 from fastcache.errors import BackendUnavailable
+from fastcache.manifest import Manifest, Role
 from fastcache.parity import relative_error
 from fastcache_engines import LoadOptions, onnx_files, onnxruntime
 

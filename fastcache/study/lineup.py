@@ -25,6 +25,7 @@ from fastcache.study.work import geometry, multiply_adds
 from fastcache_engines import BACKENDS, DType
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
+CAPTURED = ("tensorrt", "tensorrt-rtx", "inductor")  # backends whose engines a CUDA graph can hold
 BundleKey = tuple[str, DType, int]
 
 
@@ -58,6 +59,9 @@ def of_bundle(
     """
     bundle = open_bundle(engines)
     built = bundle.manifest
+    others = [entry.kind.replace("_", "-") for entry in built.model.controls if entry.kind != "controlnet"]
+    if others:
+        raise ValueError(f"expected a bundle steered by ControlNets or nothing, got one with {', '.join(others)}")
     for name, asked, is_ in (
         ("height", wishes.height, built.height),
         ("width", wishes.width, built.width),
@@ -77,6 +81,7 @@ def of_bundle(
         width=built.width,
         dtype=built.dtype,
         guided_rows=built.model.guided_rows,
+        controlnets=built.recipe.controls.get("controlnet", ()),
         **common,
     )
     defaults = Defaults(built.backend, built.dtype, settings.cache_interval, built.branch_id)
@@ -161,7 +166,8 @@ def line_up_bundle(names: str | None, defaults: Defaults, bundle: Bundle) -> Lin
                 f"expected engine arms of {built.backend} in {built.dtype}, which {bundle.path} was built for, got "
                 f"{arm.name!r}; name the model (--model) to build others"
             )
-    return Lineup(arms, {arm: reason for arm in arms if (reason := _without_package(arm)) is not None})
+    missing = {arm: _without_gpu(arm, built.device_type) or _without_package(arm) for arm in arms}
+    return Lineup(arms, {arm: reason for arm, reason in missing.items() if reason is not None})
 
 
 def build_bundles(
@@ -223,14 +229,17 @@ def _further(defaults: Defaults, device: str) -> Iterable[Arm]:
         if not (found.can_build and found.can_run):
             yield parse_arm(f"engine:{name}", defaults)
             continue
+        kinds = ["engine", "engine+cache"] + ["engine+cache+graph"] * (device == "cuda" and name in CAPTURED)
         for dtype in (dtype for dtype in dtypes if dtype in module.DTYPES.get(device, ())):
-            yield from (parse_arm(f"{kind}:{name}:{dtype}", defaults) for kind in ("engine", "engine+cache"))
+            yield from (parse_arm(f"{kind}:{name}:{dtype}", defaults) for kind in kinds)
 
 
 def _obstacle(arm: Arm, device: str) -> str | None:
     """Why an arm cannot run here, as far as that is known before it is built."""
     if not arm.is_engine:
         return _without_package(arm)
+    if (reason := _without_gpu(arm, device)) is not None:
+        return reason
     if arm.backend == AUTO:
         try:
             fastcache_engines.choose(device, arm.dtype)
@@ -243,6 +252,10 @@ def _obstacle(arm: Arm, device: str) -> str | None:
     if arm.dtype not in dtypes:
         return f"{arm.backend} computes in {' or '.join(dtypes)} on {device}, not in {arm.dtype}"
     return None
+
+
+def _without_gpu(arm: Arm, device: str) -> str | None:
+    return f"a CUDA graph runs on a GPU only, not on {device}" if arm.is_graph and device != "cuda" else None
 
 
 def _without_package(arm: Arm) -> str | None:

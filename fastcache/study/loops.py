@@ -11,18 +11,23 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import ControlNetModel, MultiControlNetModel
 from torch import Tensor
 
 import fastcache
 from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
+from fastcache.compile.sources import load
+from fastcache.recipe import Size
+from fastcache.run.controls import ControlArguments
 from fastcache.run.scheduler import make_scheduler
 from fastcache.study.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
 from fastcache.study.plain import PlainPipeline
@@ -31,21 +36,22 @@ from fastcache_engines import Binding, DType
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker is for: the torch arms of a dtype, or the arms of a bundle."""
+    """What one worker is for: the torch arms of a dtype, or the arms of a bundle, with `cuda_graph` each one graph."""
 
     settings: BenchSettings
     inputs: dict[str, Tensor]
     dtype: DType
     bundle: str | None
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
 class LoopTimes:
     """One run of the denoising loop: the whole, and each U-Net call, in milliseconds; its latents, in float32.
 
-    `peak_bytes` is the run's: of the GPU's memory where it runs on one, else of the process. `process_bytes` is the
-    most that the process has held of the machine's memory, loading included. `earlier_runs` counts the arm's runs in
-    its process before this one: a first run is slow.
+    `call_ms` and `full` are empty for a loop in one CUDA graph. `peak_bytes` is the run's: of the GPU's memory where it
+    runs on one, else of the process. `process_bytes` is the most that the process has held of the machine's memory,
+    loading included. `earlier_runs` counts the arm's runs in its process before this one: a first run is slow.
     """
 
     loop_ms: float
@@ -94,13 +100,16 @@ class TorchArms:
         unet: Any = model.load_unet()
         unet = unet.to(device, dtype)
         scheduler = make_scheduler(self.settings.sampler, model.scheduler)
-        self.pipe = _pipeline(unet, scheduler, self.inputs)
-        self.unet, self._compiled = unet, None
+        nets = [load(ControlNetModel, Path(folder)).to(device, dtype) for folder in self.settings.controlnets]
+        self.pipe = _pipeline(unet, scheduler, self.inputs, nets)
+        self.unet, self._compiled = unet, dict[str, Any]()
+        self._parts = {name: getattr(self.pipe, name) for name in ("unet", "controlnet") if hasattr(self.pipe, name)}
 
     def __call__(self, arm: Arm) -> LoopTimes:
-        if arm.kind == "compile" and self._compiled is None:
-            self._compiled = torch.compile(self.unet)
-        self.pipe.unet = self._compiled if arm.kind == "compile" else self.unet
+        if arm.kind == "compile" and not self._compiled:
+            self._compiled = {name: torch.compile(part) for name, part in self._parts.items()}
+        for name, part in (self._compiled if arm.kind == "compile" else self._parts).items():
+            setattr(self.pipe, name, part)
         if arm.kind != "deepcache":
             return self._run(1)
         from DeepCache import DeepCacheSDHelper
@@ -118,8 +127,9 @@ class TorchArms:
 
     def _run(self, interval: int) -> LoopTimes:
         clock = CallClock(self.settings.device)
+        first = getattr(self.pipe, "controlnet", self.pipe.unet)  # an engine's call is both, too
         hooks = [
-            self.pipe.unet.register_forward_pre_hook(lambda *_: clock.mark()),
+            first.register_forward_pre_hook(lambda *_: clock.mark()),
             self.pipe.unet.register_forward_hook(lambda *_: clock.mark()),
         ]
         try:
@@ -145,6 +155,9 @@ class TorchArms:
         if "text_embeds" in self.inputs:
             pooled = self.inputs["text_embeds"].chunk(2)
             arguments |= {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
+        if "control_image" in self.inputs:
+            images = [self.inputs["control_image"]] * len(self.settings.controlnets)
+            arguments |= {"image": images if len(images) > 1 else images[0], "controlnet_conditioning_scale": 1.0}
         return self.pipe(
             **arguments,
             height=self.settings.height,
@@ -157,17 +170,22 @@ class TorchArms:
         ).images
 
 
-def _pipeline(unet: Any, scheduler: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """diffusers' text-to-image pipeline with nothing in it but a U-Net and a scheduler, or else the loop alone."""
-    import diffusers
+def _pipeline(unet: Any, scheduler: Any, inputs: Mapping[str, Tensor], nets: Sequence[ControlNetModel]) -> Any:
+    """diffusers' text-to-image pipeline with nothing in it but what is given, or else the loop alone.
 
+    Raises: `ValueError` for ControlNets of a model that these pipelines do not run.
+    """
     sdxl = "text_embeds" in inputs
     refines = sdxl and inputs["time_ids"].shape[1] == 5
     if refines or "encoder_hidden_states" not in inputs or unet.config.in_channels != unet.config.out_channels:
+        if nets:
+            raise ValueError("expected a U-Net of latents and text beside ControlNets, got one that takes more or less")
         return PlainPipeline(unet, scheduler)
-    kind: Any = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    kind: Any = getattr(diffusers, f"StableDiffusion{'XL' if sdxl else ''}{'ControlNet' if nets else ''}Pipeline")
     missing = ("text_encoder_2", "tokenizer_2") if sdxl else ("safety_checker", "feature_extractor")
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *missing))
+    parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer", *missing))
+    if nets:
+        parts["controlnet"] = nets[0] if len(nets) == 1 else MultiControlNetModel(list(nets))
     pipe = kind(unet=unet, scheduler=scheduler, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -177,9 +195,12 @@ class EngineArms:
     """A bundle's engines in fastcache's own loop, all full or after a uniform plan."""
 
     def __init__(self, task: Task, bundle: str) -> None:
-        self.settings, self.inputs = task.settings, task.inputs
-        self.conditioning: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name != "latents"}
-        self.pipe = fastcache.load(bundle, threads=self.settings.threads)
+        self.settings, self.inputs, self.whole = task.settings, task.inputs, task.cuda_graph
+        if self.whole and self.settings.guided_rows == 3:
+            raise ValueError("expected guidance of two parts for a CUDA graph, got three; take the arm without +graph")
+        apart = ("latents", "control_image")
+        self.conditioning: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name not in apart}
+        self.pipe = fastcache.load(bundle, threads=self.settings.threads, cuda_graph=task.cuda_graph)
         # Loads the engines, so that what that takes counts as no run's peak.
         settings = self.settings
         self.pipe.runtime.pool(batch=settings.batch, guided=settings.guided, num_calls=settings.steps)
@@ -192,6 +213,7 @@ class EngineArms:
     def _latents(self, arm: Arm, clock: CallClock, full: list[bool]) -> Tensor:
         run = self.pipe.start(
             **self.conditioning,
+            **self._steering(),
             guided=self.settings.guided,
             num_inference_steps=self.settings.steps,
             cache_interval=arm.cache_interval,
@@ -200,7 +222,10 @@ class EngineArms:
             latents=self.inputs["latents"],
             guidance_scale=GUIDANCE_SCALE,
             image_guidance_scale=IMAGE_GUIDANCE_SCALE if self.settings.guided_rows == 3 else None,
+            whole=self.whole,
         )
+        if self.whole:  # and then there is one step, the last
+            return next(run.steps).latents.clone()
         full += [run.plan.is_full(i) for i in range(run.plan.num_steps)]
         pool, bindings = run.pool, dict(run.pool.bindings)
         pool.bindings.update({key: _Timed(binding, clock) for key, binding in bindings.items()})
@@ -209,6 +234,20 @@ class EngineArms:
         finally:
             pool.bindings.update(bindings)
         return last.latents.clone()
+
+    def _steering(self) -> dict[str, Any]:
+        """What the passes take of the ControlNets' picture, made in each run, as diffusers' pipelines do."""
+        settings, image = self.settings, self.inputs.get("control_image")
+        if image is None:
+            return {}
+        given = ControlArguments(
+            control_image=[image] * len(settings.controlnets) if settings.controlnets[1:] else image
+        )
+        size = Size(width=settings.width, height=settings.height)
+        steered = self.pipe.controls.steer(
+            given, rows=settings.batch, guided=settings.guided, size=size, num_calls=settings.steps
+        )
+        return {**steered.inputs}
 
 
 class _Timed:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcache.bundle import write_whole
+from fastcache.files import write_whole
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.plan import CachePlan
 from fastcache.study.calibrate import calibrate_bundle

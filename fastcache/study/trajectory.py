@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastcache.run.denoise import draw
+from fastcache.run.between import draw
 from fastcache.run.runtime import Runtime
 from fastcache.run.sampler import SamplerTable
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import fastcache_engines
-from fastcache.bundle import FileCheck, Manifest, Parity, Role, check_files, read_manifest
+from fastcache.bundle import FileCheck, check_files, read_manifest
 from fastcache.errors import BackendUnavailable
+from fastcache.manifest import Manifest, Parity, Role
 from fastcache.run.runtime import check_here, check_version, measure_here
 from fastcache_engines import onnx_files
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, MultiControlNetModel, T2IAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,16 +22,17 @@ from fastcache.compile.models import find_model
 from fastcache.compile.steering import Controls
 from fastcache.cut.partition import partition_branches
 from fastcache.recipe import ControlKind, Recipe
-from tiny_controls import save_controlnet, save_ip_adapter, save_t2i_adapter
+from tiny_controls import ip_adapter_weights, save_controlnet, save_ip_adapter, save_t2i_adapter
 from tiny_model import TOKENS, save_tiny_model, save_tiny_sdxl
 
 SCALE = 4  # pixels a latent of the tiny models
 BRANCHES = (0, 2)
 
 
-def loaded(model: Path, **controls: Path) -> tuple[Any, Controls, dict[str, Tensor]]:
+def loaded(model: Path, **controls: Path | Sequence[Path]) -> tuple[Any, Controls, dict[str, Tensor]]:
     """A model's U-Net, the networks beside it, and example inputs of its passes."""
-    named: dict[Any, str] = {kind: str(path) for kind, path in controls.items()}
+    given = {kind: [paths] if isinstance(paths, Path) else paths for kind, paths in controls.items()}
+    named: dict[Any, list[str]] = {kind: [str(path) for path in paths] for kind, paths in given.items()}
     found = find_model(str(model), controls=named)
     unet = found.load_unet()
     inputs = passes.unet_inputs(unet, 2, 8, 8, TOKENS)
@@ -56,23 +57,31 @@ def once(controls: Controls, role: str) -> export.Exportable:
     return next(part for part in controls.parts if part.role == role)
 
 
-@pytest.mark.parametrize("changes", [{}, {"controlnet_conditioning_channel_order": "bgr"}], ids=["rgb", "bgr"])
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [(1, {}), (1, {"controlnet_conditioning_channel_order": "bgr"}), (2, {})],
+    ids=["rgb", "bgr", "two"],
+)
 @pytest.mark.parametrize("save", [save_tiny_model, save_tiny_sdxl], ids=["sd", "sdxl"])
 @torch.no_grad()
-def test_a_pass_with_a_controlnet_is_both_models(save: Callable[..., Path], changes: Any, tmp_path: Path) -> None:
+def test_a_pass_with_controlnets_is_all_models(
+    save: Callable[..., Path], count: int, changes: Any, tmp_path: Path
+) -> None:
     model = save(tmp_path / "model")
-    folder = save_controlnet(tmp_path / "controlnet", model, **changes)
-    unet, controls, inputs = loaded(model, controlnet=folder)
+    folders = [save_controlnet(tmp_path / f"controlnet{seed}", model, seed, **changes) for seed in range(count)]
+    unet, controls, inputs = loaded(model, controlnet=folders)
     noise_pred = predicted(unet, controls, inputs)["noise_pred"]
 
     plain, added = find_model(str(model)).load_unet(), {}
     if "time_ids" in inputs:
         added = {"added_cond_kwargs": {name: inputs[name] for name in ("text_embeds", "time_ids")}}
     args = inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"]
-    image, net = once(controls, "controlnet_embedding").inputs["controlnet_cond"], ControlNetModel
+    roles = ["controlnet_embedding", "controlnet_embedding_2"][:count]
+    images = [once(controls, role).inputs["controlnet_cond"] for role in roles]
+    nets = MultiControlNetModel([ControlNetModel.from_pretrained(folder) for folder in folders])
     rows = [  # diffusers has one scale for all rows
-        net.from_pretrained(folder)(*args, image, float(scale), **added, return_dict=False)
-        for scale in inputs["conditioning_scale"]
+        nets(*args, images, scales, **added, return_dict=False)
+        for scales in inputs["conditioning_scale"].view(-1, count).tolist()
     ]
     down = [torch.stack([residuals[0][i][k] for k, residuals in enumerate(rows)]) for i in range(len(rows[0][0]))]
     middle = torch.stack([residuals[1][k] for k, residuals in enumerate(rows)])
@@ -84,7 +93,7 @@ def test_a_pass_with_a_controlnet_is_both_models(save: Callable[..., Path], chan
 @torch.no_grad()
 def test_a_preset_has_tuples_where_a_file_has_lists(tmp_path: Path, tiny_model: Path) -> None:
     folder = save_controlnet(tmp_path / "controlnet", tiny_model)
-    found = find_model(str(tiny_model), controls={"controlnet": str(folder)})
+    found = find_model(str(tiny_model), controls={"controlnet": [str(folder)]})
     unet: Any = found.load_unet()
     unet.register_to_config(block_out_channels=tuple(unet.config.block_out_channels))
     assert load_controls(found.controls, unet, torch.zeros(2, 4, 8, 8), SCALE).controlnet is not None
@@ -125,10 +134,7 @@ def test_a_pass_with_an_ip_adapter_is_the_adapted_unet(plus: bool, tmp_path: Pat
     noise_pred = predicted(unet, controls, inputs)["noise_pred"]
 
     plain: Any = find_model(str(model)).load_unet()
-    weights: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in load_file(file).items():
-        weights[key.partition(".")[0]][key.partition(".")[2]] = value
-    plain._load_ip_adapter_weights([weights])
+    plain._load_ip_adapter_weights([ip_adapter_weights(plain, plus=plus)])
     embeds = once(controls, "ip_adapter").inputs["image_embeds"]
     assert embeds.ndim == (3 if plus else 2)
     for k, scale in enumerate(inputs["ip_adapter_scale"]):

@@ -14,6 +14,7 @@ from fastcache import PartitionError, partition_unet
 from fastcache.compile.lower import lower
 from fastcache.cut.controlnet import partition_controlnet
 from small_unets import any_small_unet, named_example, small_controlnet, small_unet
+from tiny_controls import EMBEDS, load_ip_adapter
 
 Inputs = dict[str, Any]
 
@@ -113,22 +114,8 @@ def test_controlnet_and_t2i_adapter_together() -> None:
 def test_ip_adapter(name: str) -> None:
     unet = any_small_unet(name)
     load_ip_adapter(unet)
-    inputs = named_example(unet) | {"added_cond_kwargs": {"image_embeds": [randn(2, 1, 12)]}}
-    check_every_branch(unet, inputs, {"added_cond_kwargs": {"image_embeds": [randn(2, 1, 12, seed=4)]}})
-
-
-def load_ip_adapter(unet: Any) -> None:
-    """Weights in the published files' layout: an image projection, keys and values for each cross-attention."""
-    width: int = unet.config.cross_attention_dim
-    projection = {"proj.weight": randn(4 * width, 12), "proj.bias": randn(4 * width)}
-    projection |= {"norm.weight": randn(width), "norm.bias": randn(width)}
-    keys: dict[str, Tensor] = {}
-    crossing = [name for name in unet.attn_processors if "attn2" in name and "motion" not in name]
-    for index, name in enumerate(crossing):
-        attention: Any = unet.get_submodule(name.removesuffix(".processor"))
-        for which in ("to_k_ip", "to_v_ip"):
-            keys[f"{2 * index + 1}.{which}.weight"] = randn(attention.to_k.out_features, width, seed=index) * 0.2
-    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    inputs = named_example(unet) | {"added_cond_kwargs": {"image_embeds": [randn(2, 1, EMBEDS)]}}
+    check_every_branch(unet, inputs, {"added_cond_kwargs": {"image_embeds": [randn(2, 1, EMBEDS, seed=4)]}})
 
 
 def test_lora_scale() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +191,27 @@ def test_auto_passes_over_what_is_not_installed(monkeypatch: pytest.MonkeyPatch)
     name, reason = fastcache_engines.choose("cpu", "fp32")
     assert name == "onnxruntime"
     assert "passed over: openvino: OpenVINO is not installed" in reason
+
+
+_AFFINITIES = """
+import sys, pathlib, torch
+from safetensors.torch import load_file
+from fastcache_engines import LoadOptions, openvino
+full = openvino.load(pathlib.Path(sys.argv[1]), LoadOptions(threads=1))
+values = load_file(sys.argv[2])
+names = [spec.name for spec in (*full.inputs, *full.outputs)]
+full.bind({name: values[name] for name in names}).run()
+for status in pathlib.Path("/proc/self/task").glob("*/status"):
+    print(next(line for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list")))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux, whose /proc names each thread's cores")
+def test_openvinos_threads_are_not_pinned_beside_other_programs(tiny_bundle: Bundle) -> None:
+    """Two programs of one thread each would otherwise share the first core, and the others would idle."""
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("needs two cores; here is one")
+    files = tiny_bundle.engine_path("full"), tiny_bundle.file("reference.safetensors")
+    command = [sys.executable, "-c", _AFFINITIES, *map(str, files)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(set(said.splitlines())) == 1

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcache_kernels import aot, feature, guidance, norm
+from fastcache_kernels import aot, cpu_step, feature, guidance, norm
 from fastcache_kernels.launch import Library
 from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, source_hash
 from fastcache_kernels.values import StoredFeature, step_tables
@@ -298,6 +298,8 @@ def test_a_wheel_carries_the_library_where_it_is_asked_to(tmp_path: Path) -> Non
     library = Library(tmp_path / "wheel" / "fastcache_kernels")
     assert library.manifest["architectures"] == [89]
     assert len(library.variants) == len(list(aot.specifications(CONFIG)))
+    cpu_step.Library(tmp_path / "wheel" / "fastcache_kernels")
+    assert (tmp_path / "wheel" / "fastcache_kernels" / cpu_step.SOURCE).is_file()  # what the library is held against
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,36 +19,18 @@ import fastcache
 import fastcache_engines
 from eager_engines import generators, refill, small_pool
 from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTable, compile_sampler
+from fastcache.run.between import ScheduledSampler
 from fastcache.run.buffers import BufferPool
 from fastcache.run.capture import CudaRecorder, Recorder, denoise_captured
-from fastcache.run.denoise import Call, ScheduledSampler, Step, denoise
+from fastcache.run.denoise import Step, denoise
 from fastcache.run.scheduler import SAMPLERS, make_scheduler
+from list_recorder import ListRecorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 STEPS = 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class ListRecorder:
-    """A recording that is a list of calls, made anew at every launch; counts recordings."""
-
-    def __init__(self) -> None:
-        self.recordings = 0
-        self.warm_ups = 0
-
-    def warm_up(self, calls: Sequence[Call]) -> None:
-        self.warm_ups += 1
-        for call in calls:
-            call()
-
-    def capturable(self, binding: Any) -> bool:
-        return binding.capturable()
-
-    def record(self, calls: Sequence[Call]) -> Callable[[], object]:
-        self.recordings += 1
-        return lambda: [call() for call in calls]
 
 
 def table_of(sampler: str) -> SamplerTable:

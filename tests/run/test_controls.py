@@ -5,8 +5,7 @@ One bundle holds all three, of random weights; a network whose scale is 0 is as 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,36 +24,21 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
+from controlled import STEPS, command, latents, live, picture, pil, seeded, texts
 from fastcache import BundleError, CachePlan, FastCacheHelper, FastCachePipeline
-from fastcache.cli import main
 from fastcache.run.capture import denoise_captured
 from fastcache.run.denoise import denoise
-from fastcache.run.scheduler import make_scheduler
 from fastcache.serve.executor import Executor
+from fastcache.study.lineup import Wishes, of_bundle
 from fastcache.study.verify import verify_bundle
+from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet, save_ip_adapter, save_t2i_adapter
-from tiny_model import TEXT_WIDTH, TOKENS, save_once
+from tiny_model import save_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
-STEPS = 8
 OFF: dict[str, Any] = {"controlnet_conditioning_scale": 0.0, "adapter_conditioning_scale": 0.0, "ip_adapter_scale": 0.0}
-# As diffusers' older pipelines set it, and fastcache for all: others take the file's timesteps, one less.
-SCHEDULER = {"steps_offset": 1}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def picture(seed: int, rows: int = 1) -> Tensor:
-    return torch.rand(rows, 3, 32, 32, generator=seeded(seed))
-
-
-def pil(seed: int, size: int = 48) -> Image.Image:
-    pixels = (torch.rand(size, size, 3, generator=seeded(seed)) * 255).byte().numpy()
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +65,16 @@ def pipe(_shared_folder: Path, tiny_model: Path, files: dict[str, Path]) -> Fast
     return fastcache.load(output)
 
 
-def command(*arguments: object, patch: pytest.MonkeyPatch, code: int = 0) -> None:
-    """`fastcache` with arguments, which is to end with an exit code."""
-    patch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert (stop.value.code or 0) == code
-
-
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path, files: dict[str, Path]) -> Callable[..., Any]:
     """A pipeline of diffusers, by its class; IP-Adapter changes the U-Net of its own."""
 
     def make(kind: Any, *, ip_adapter_scale: float | None = None, **modules: Any) -> Any:
-        loaded = kind.from_pretrained(tiny_model, dtype=torch.float32, **modules)
+        loaded = live(kind, tiny_model, **modules)
         if ip_adapter_scale is not None:
             file = files["ip_adapter"]
             loaded.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
             loaded.set_ip_adapter_scale(ip_adapter_scale)
-        loaded.scheduler = make_scheduler("ddim", {**loaded.scheduler.config, **SCHEDULER})
-        loaded.set_progress_bar_config(disable=True)
         return loaded
 
     return make
@@ -109,19 +83,6 @@ def reference(tiny_model: Path, files: dict[str, Path]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def controlnet(files: dict[str, Path]) -> ControlNetModel:
     return ControlNetModel.from_pretrained(files["controlnet"])
-
-
-def texts(rows: int = 1) -> dict[str, Any]:
-    generator = seeded(11)
-    wanted, unwanted = (torch.randn(rows, TOKENS, TEXT_WIDTH, generator=generator) for _ in range(2))
-    return {"prompt_embeds": wanted, "negative_prompt_embeds": unwanted}
-
-
-def latents(pipeline: Any, *, seeds: Sequence[int] = (0,), **arguments: Any) -> Tensor:
-    """What either pipeline draws."""
-    generators = [seeded(seed) for seed in seeds]
-    given = {"num_inference_steps": STEPS, "output_type": "latent", **texts(), **arguments}
-    return pipeline(generator=generators if len(seeds) > 1 else generators[0], **given).images
 
 
 def others(**own: Any) -> dict[str, Any]:
@@ -264,12 +225,18 @@ def test_the_manifest_names_what_was_built_in(pipe: FastCachePipeline) -> None:
     ]
 
 
+def test_a_benchmark_times_no_other_networks_than_controlnets(pipe: FastCachePipeline) -> None:
+    with pytest.raises(ValueError, match="steered by ControlNets or nothing, got one with t2i-adapter, ip-adapter"):
+        of_bundle(pipe.bundle.path, Wishes(), {})
+
+
 def test_generate_takes_pictures_that_steer(
     pipe: FastCachePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, image in (("pose", pil(7, 32)), ("sketch", pil(8, 32)), ("style", pil(9))):
         image.save(tmp_path / f"{name}.png")
     flags = ["--control-image", tmp_path / "pose.png", "--controlnet-conditioning-scale", 0.8]
+    flags += ["--control-guidance-start", 0.2, "--control-guidance-end", 0.7]
     flags += ["--adapter-image", tmp_path / "sketch.png", "--ip-adapter-image", tmp_path / "style.png"]
     common = ["generate", "--engines", pipe.bundle.path, "--prompt", "a cat", "--steps", STEPS, "--num-images", 2]
     command(*common, *flags, "--ip-adapter-scale", 0.5, "--output", tmp_path / "out", patch=monkeypatch)
@@ -277,6 +244,8 @@ def test_generate_takes_pictures_that_steer(
         ["a cat"] * 2,
         control_image=pil(7, 32),
         controlnet_conditioning_scale=0.8,
+        control_guidance_start=0.2,
+        control_guidance_end=0.7,
         adapter_image=pil(8, 32),
         ip_adapter_image=pil(9),
         ip_adapter_scale=0.5,
@@ -287,6 +256,7 @@ def test_generate_takes_pictures_that_steer(
         with Image.open(tmp_path / "out" / f"{seed:05d}.png") as drawn:
             assert drawn.tobytes() == image.tobytes()
             assert (drawn.info["control_image"], drawn.info["ip_adapter_scale"]) == ("pose.png", "0.5")
+            assert drawn.info["control_guidance_end"] == "0.7"
     capsys.readouterr()
     command(*common, "--output", tmp_path / "out", patch=monkeypatch, code=2)
     assert "expected control_image for a bundle with the ControlNet controlnet, got none" in capsys.readouterr().err
@@ -300,26 +270,12 @@ def test_a_server_refuses_a_bundle_that_needs_pictures_at_its_start(pipe: FastCa
         Executor(pipe, 4)
 
 
-class ListRecorder:
-    """Records calls as a list, and runs them again."""
-
-    def warm_up(self, calls: Sequence[Callable[[], object]]) -> None:
-        for call in calls:
-            call()
-
-    def capturable(self, binding: Any) -> bool:
-        return True
-
-    def record(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        return lambda: [call() for call in list(calls)]
-
-
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_a_scale_that_changes_is_in_the_recorded_loop(stepwise: bool, pipe: FastCachePipeline) -> None:
     """The same recording runs with other scales; steps without guidance have a row of their own."""
     plan = CachePlan((None, 0, None, None, 0, None, 0, 0)).guided_within(0, 5)
     table = pipe.schedule("ddim", STEPS).sampler
-    recorder = ListRecorder()
+    recorder = ListRecorder(anything=True)
     results: list[Tensor] = []
     for scales in ([1.0] * 3 + [0.0] * 5, [0.0] * 3 + [0.7] * 5):
         run = pipe.begin(**texts(), **others(controlnet_conditioning_scale=1.0), num_inference_steps=STEPS)
@@ -350,6 +306,15 @@ def test_a_bundle_without_them_refuses_their_arguments(
     with pytest.raises(ValueError, match=message) as caught:
         fastcache.load(tiny_bundle.path)("a cat", **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_guess_mode_off_asks_for_nothing(tiny_bundle: fastcache.Bundle) -> None:
+    plain = fastcache.load(tiny_bundle.path)
+    drawn = [
+        plain("a cat", num_inference_steps=2, output_type="latent", generator=seeded(), **more).images
+        for more in ({}, {"guess_mode": False})
+    ]
+    assert torch.equal(*drawn)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

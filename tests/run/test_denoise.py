@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import cpu_library
 import fastcache
 from fastcache import CachePlan, Forecast, SamplerTable, compile_sampler
 from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import Step, denoise
 from fastcache.run.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
+from fastcache_kernels.launch import KernelError
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -28,6 +31,16 @@ TIMESTEP = TensorSpec("timestep", "float32", ("batch",))
 NOISE_PRED = TensorSpec("noise_pred", "float32", ("batch", 4, 8, 8))
 FEATURE = TensorSpec("cached_feature", "float32", ("batch", 16, 8, 8))
 STEPS = 12
+
+
+@pytest.fixture(autouse=True, params=["compiled", "composed"])
+def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's own work in compiled C, and in PyTorch's operations."""
+    if request.param == "compiled":
+        found = cpu_library.build(_shared_folder / "cpu-library")
+    else:
+        found = KernelError("not to be used")
+    monkeypatch.setattr("fastcache.run.between.found_library", lambda: found)
 
 
 class FakeEngine:
@@ -143,10 +156,10 @@ def test_the_plan_says_which_engine_a_call_runs(sampler: str, num_calls: int) ->
 def test_the_engines_see_scaled_latents_once_for_each_half() -> None:
     loop = Loop("euler")
     steps = loop.run(CachePlan.all_full(STEPS))
-    sample = loop.pool.tensors["sample"]
+    sample, latents = loop.pool.tensors["sample"], loop.pool.latents[0]
     for i in range(3):
-        before = loop.pool.latents[i].clone()
-        next(steps)
+        before = latents.clone()
+        latents = next(steps).latents
         torch.testing.assert_close(sample, torch.cat([before, before]) * loop.table.input_scale[i].float())
 
 

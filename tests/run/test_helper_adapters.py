@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
 from fastcache import FastCacheHelper
 from live_pipelines import add_lora, agreement_db, draw, full_calls, helped, switch
+from tiny_controls import EMBEDS, load_ip_adapter
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -60,24 +59,9 @@ def test_lora_changed_on_the_way(change: str, own_pipe: StableDiffusionPipeline)
         assert full_calls(pipe.unet, lambda: draw(pipe, **switch(3, act))) == [0, 3, 4, 6]
 
 
-def load_ip_adapter(unet: Any) -> None:
-    """An IP-Adapter of random weights, for image embeddings of width 8."""
-    torch.manual_seed(0)
-    width, state, key_id = unet.config.cross_attention_dim, dict[str, Tensor](), 1
-    for name in unet.attn_processors:
-        if not name.endswith("attn1.processor"):
-            block = unet.get_submodule(name.removesuffix(".processor"))
-            for kind in ("to_k_ip", "to_v_ip"):
-                state[f"{key_id}.{kind}.weight"] = torch.randn(block.to_k.out_features, width) / 4
-            key_id += 2
-    projection = diffusers.models.embeddings.ImageProjection(8, width, 4).state_dict()
-    projection = {name.replace("image_embeds", "proj"): value for name, value in projection.items()}
-    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": state}])
-
-
 def test_an_ip_adapter_loaded_and_scaled(own_pipe: StableDiffusionPipeline) -> None:
     pipe = own_pipe
-    images = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(3))]}
+    images = {"ip_adapter_image_embeds": [torch.randn(2, 1, EMBEDS, generator=torch.Generator().manual_seed(3))]}
     with helped(pipe):
         plain = draw(pipe)
         load_ip_adapter(pipe.unet)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 import fastcache
 from fastcache import Bundle, CachePlan, FastCacheHelper, Forecast
 from fastcache.run.scheduler import make_scheduler
-from live_pipelines import add_lora, agreement_db, draw, full_calls, helped
+from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, draw, full_calls, helped, switch
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -50,12 +52,57 @@ def test_engines_serve_a_multistep_scheduler_without_guidance(bundle: Bundle, pi
         assert agreement_db(draw(pipe, guidance_scale=1.0), expected) >= 50
 
 
+UNIFORM = CachePlan.uniform(STEPS, 3)  # FULL at 0, 3 and 6
+
+
+@pytest.mark.parametrize(
+    ("plan", "sampler"),
+    [
+        (replace(UNIFORM, forecast=Forecast()), "ddim"),
+        (replace(UNIFORM, forecast=Forecast(order=2, damping=0.5, by="sigma")), "euler"),
+        (replace(UNIFORM, unguided_steps=(1, 2, 4, 5, 6, 7)), "ddim"),
+        (replace(UNIFORM, unguided_steps=(4, 5, 6, 7), forecast=Forecast()), "ddim"),
+    ],
+)
+def test_engines_follow_forecasts_and_unguided_steps(
+    plan: CachePlan, sampler: str, bundle: Bundle, pipe: StableDiffusionPipeline
+) -> None:
+    """As fastcache's own loop over them does: a forecast under a projected cut is none of the feature itself."""
+    config = pipe.scheduler.config
+    pipe.scheduler = make_scheduler(sampler, config)
+    drawn, uniform = (planned(pipe, bundle, own) for own in (plan, UNIFORM))
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent", "plan": plan}
+    noise = torch.Generator().manual_seed(0)
+    expected = fastcache.load(bundle.path)(PROMPT, sampler=pipe.scheduler, generator=noise, **given).images
+    assert agreement_db(drawn, expected) >= 50
+    assert agreement_db(uniform, expected) < 45
+    if plan.forecast is None:
+        assert agreement_db(drawn, planned(pipe, None, plan)) >= 50
+
+
+def test_engines_go_on_with_half_where_guidance_is_switched_off(bundle: Bundle, pipe: StableDiffusionPipeline) -> None:
+    """Between two refreshes; a FULL step there, which is nearer to the uncached run, would not agree."""
+    drawn = [planned(pipe, engines, UNIFORM, **switch(3, guidance_off)) for engines in (bundle, None)]
+    assert agreement_db(*drawn) >= 80
+    refreshed = CachePlan.from_refresh_steps(STEPS, [0, 3, 4, 6])
+    assert agreement_db(planned(pipe, bundle, refreshed, **switch(3, guidance_off)), drawn[1]) < 60
+
+
+def planned(pipe: Any, engines: Bundle | None, plan: CachePlan, prompt: str = PROMPT, **arguments: Any) -> Tensor:
+    helper = FastCacheHelper(pipe, engines=engines)
+    helper.set_params(plan=plan)
+    with helper:
+        return draw(pipe, prompt, **arguments)
+
+
+def guidance_off(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 0.0
+    return tensors | {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+
 def test_engines_refuse_what_they_do_not_compute(bundle: Bundle, own_pipe: StableDiffusionPipeline) -> None:
     pipe = own_pipe
     helper = FastCacheHelper(pipe, engines=bundle)
-    for plan in (CachePlan((None, 0), unguided_steps=(1,)), CachePlan((None, 0), forecast=Forecast())):
-        with pytest.raises(ValueError, match=r"run it with fastcache\.load, or use FastCacheHelper without engines"):
-            helper.set_params(plan=plan)
     with pytest.raises(ValueError, match=r"expected kernels or engines, got both; .*--kernels\)$"):
         FastCacheHelper(pipe, engines=bundle, kernels=True)
     helper.set_params(cache_branch_id=1)
@@ -102,3 +149,7 @@ def test_engines_of_several_depths_and_sizes(tiny_model: Path, tmp_path: Path) -
         assert agreement_db(engine, eager) >= 50
     plain = draw(pipe, "abc")
     assert agreement_db(drawn[0], plain) < 50
+    several = replace(plan, unguided_steps=(3, 6, 7), forecast=Forecast())
+    both = [planned(pipe, engines, several, "abc") for engines in (bundle, None)]
+    assert agreement_db(*both) >= 50
+    assert agreement_db(both[0], drawn[0]) < 50

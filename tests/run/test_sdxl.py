@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from torch import Tensor
 
 import fastcache
 from fastcache import FastCachePipeline
+from fastcache.cli import main
 from fastcache.run.scheduler import make_scheduler
 from fastcache.study.quality import psnr_db
 from tiny_model import save_once, save_tiny_sdxl
@@ -138,3 +141,24 @@ def test_the_base_hands_over_to_the_refiner(sampler: str, base: Both, refiner: B
     assert psnr_db(drawn, expected) >= 50
     cached = images(base[0], denoising_end=0.75, output_type="latent", cache_interval=3, **given, **names)
     assert not torch.allclose(cached, handed)
+
+
+def test_generate_hands_over_to_a_refiner(
+    base: Both, refiner: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "out.png"
+    flags = ["--prompt", PROMPT, "--prompt-2", "a cat", "--steps", 12, "--sampler", "euler", "--guidance-scale", 5]
+    flags += ["--original-size", 64, 48, "--aesthetic-score", 7, "--cache-interval", 2, "--denoising-end", 0.75]
+    engines = ["--engines", base[0].bundle.path, "--refiner", refiner[0].bundle.path]
+    monkeypatch.setattr(sys, "argv", ["fastcache", "generate", *map(str, engines + flags), "--output", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    given: dict[str, Any] = {"num_inference_steps": 12, "cache_interval": 2, "prompt_2": "a cat"}
+    given |= {"original_size": (64, 48), "aesthetic_score": 7.0}
+    generator = torch.Generator().manual_seed(0)
+    handed = images(base[0], **given, denoising_end=0.75, output_type="latent", generator=[generator])
+    drawn = images(refiner[0], **given, image=handed, denoising_start=0.75, output_type="pil", generator=[generator])
+    with Image.open(file) as found:
+        assert found.tobytes() == drawn[0].tobytes()
+        assert found.info["refiner"] == refiner[0].bundle.manifest.bundle_sha256

@@ -9,17 +9,22 @@ import json
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import fastcache
-from fastcache import Bundle, CachePlan
+from fastcache import Bundle, CachePlan, FastCachePipeline
+from fastcache.run.plan import Forecast
 from fastcache.run.scheduler import SAMPLERS
 from fastcache.serve.limits import Limits
+from fastcache.study.quality import psnr_db
 from serve.malformed import malformed_bodies, malformed_requests
 from serve.serving import GENERATE, Running, running, schemathesis_command
 
@@ -91,6 +96,47 @@ def test_a_plan_is_followed_and_counted(tiny: Running) -> None:
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 3]
     all_full = tiny.draw(num_inference_steps=6).json()["data"]
     assert by_plan.json()["data"] != all_full
+
+
+def test_plans_with_forecasts_are_the_pipelines_alone_and_in_company(tiny: Running, tiny_bundle: Bundle) -> None:
+    """And with steps without guidance, among plain ones: of 10 to 13 steps, so at different ones."""
+    forecasts = [None, Forecast(1), Forecast(2, 0.5), Forecast(1, by="sigma")]
+    plans = [replace(CachePlan.uniform(10 + k, 4), forecast=forecast) for k, forecast in enumerate(forecasts)]
+    plans[2] = replace(plans[2], unguided_steps=tuple(range(6, 12)))
+    bodies = [
+        {"prompt": "abc", "seed": k, "num_inference_steps": plan.num_steps, "plan": json.loads(plan.to_json())}
+        for k, plan in enumerate(plans)
+    ]
+    alone = [tiny.draw(**body) for body in bodies]
+    before = steps_and_calls(tiny)
+    with ThreadPoolExecutor(8) as pool:
+        company = list(pool.map(lambda body: tiny.draw(**body), bodies * 2))
+    steps, calls = (after - then for after, then in zip(steps_and_calls(tiny), before, strict=True))
+    assert steps == 2 * sum(plan.num_steps for plan in plans)
+    assert calls < 0.8 * steps
+    pipe = fastcache.load(tiny_bundle.path, threads=1)
+    for k, answers in enumerate(zip(alone, company[:4], company[4:], strict=True)):
+        expected = drawn_by(pipe, k, plans[k])
+        for answer in answers:
+            assert answer.status_code == 200
+            assert psnr_db(pixels(picture(answer.json()["data"][0]["b64_json"])), expected) > 60
+        if plans[k].forecast is not None:
+            assert psnr_db(drawn_by(pipe, k, replace(plans[k], forecast=None)), expected) < 60
+
+
+def steps_and_calls(served: Running) -> list[float]:
+    """U-Net steps of images, and engine calls: fewer where images shared them."""
+    kinds = ("full", "shallow")
+    return [sum(served.metric(f'unet_{what}_total{{kind="{kind}"}}') for kind in kinds) for what in ("steps", "calls")]
+
+
+def drawn_by(pipe: FastCachePipeline, seed: int, plan: CachePlan) -> torch.Tensor:
+    generator = [torch.Generator().manual_seed(seed)]
+    return pixels(pipe(["abc"], num_inference_steps=plan.num_steps, plan=plan, generator=generator).images[0])
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
 
 
 def events(response: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -177,6 +223,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, int]] = [
     ({"plan": json.loads(CachePlan.uniform(4, 2, branch_id=1).to_json())}, "plan", 400),
     ({"plan": json.loads(CachePlan.uniform(4, 2).to_json()), "cache_interval": 2}, "plan", 400),
     ({"plan": {**json.loads(CachePlan.uniform(4, 2).to_json()), "forecast": {"order": 1, "damping": 1}}}, "plan", 400),
+    (
+        {
+            "plan": json.loads(replace(CachePlan.uniform(5, 2), forecast=Forecast(1)).to_json()),
+            "num_inference_steps": 4,
+        },
+        "plan",
+        400,
+    ),
     ({"plan": {**json.loads(CachePlan.uniform(4, 2).to_json()), "unguided_steps": [0]}}, "plan", 400),
     ({"timeout": 0}, "timeout", 400),
     ({"timeout": 301}, "timeout", 400),

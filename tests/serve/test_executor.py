@@ -16,6 +16,8 @@ from torch import Tensor
 import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.recipe import Size
+from fastcache.run.forecast import moves
+from fastcache.run.plan import Forecast
 from fastcache.run.sampler import compile_sampler
 from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.serve.executor import Drawing, Executor, is_out_of_memory
@@ -59,11 +61,12 @@ def wish(k: int, **changes: Any) -> dict[str, Any]:
 def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     fields = wish(k, **changes)
     interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
+    forecast = fields.pop("forecast", None)
     table = executor.table(fields["sampler"], fields["num_inference_steps"])
     plan = CachePlan.uniform(len(table.timesteps), interval, executor.pipe.bundle.manifest.branch_id)
     size = executor.pipe.bundle.manifest.sizes[0]
-    plan = replace(plan, unguided_steps=tuple(range(*unguided)))
-    drawing = Drawing(**fields, size=size, table=table)
+    plan = replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
+    drawing = Drawing(**fields, size=size, table=table, moves=moves(plan, table.sigmas))
     return Job(f"{k}", 0, str(size), plan, fields["guidance_scale"] > 1, 1, 1e9, drawing)
 
 
@@ -103,8 +106,8 @@ def run(executor: Executor, batch: Batch) -> None:
     executor.run(steps, branch=batch.kind.branch, guided=batch.kind.guided)
 
 
-def from_pipeline(pipe: FastCachePipeline, k: int, plan: CachePlan | None = None) -> Tensor:
-    fields = wish(k)
+def from_pipeline(pipe: FastCachePipeline, k: int, plan: CachePlan | None = None, **changes: Any) -> Tensor:
+    fields = wish(k, **changes)
     output = pipe(
         fields["prompt"],
         negative_prompt=fields["negative_prompt"],
@@ -141,6 +144,39 @@ def test_steps_without_guidance_share_calls_too(executor: Executor, pipe: FastCa
         assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan)) >= 100
         if k != 1:
             assert psnr_db(together[job.id], from_pipeline(pipe, k)) < 60
+
+
+FORECASTS = [None, Forecast(1), Forecast(2), Forecast(1, 0.5), Forecast(1, by="sigma"), Forecast(2, by="sigma")]
+
+
+@pytest.mark.parametrize("apart", [0, 2])
+def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, pipe: FastCachePipeline) -> None:
+    """Guided and not, at different steps; images 4 and 5 go over to steps without guidance between two that store."""
+    own: dict[str, Any] = {"num_inference_steps": 10, "sampler": "ddim"}
+    jobs = [
+        job_of(executor, k, **own, interval=2 + k % 3, unguided=(5, 10) if k in (4, 6) else (0, 0), forecast=forecast)
+        for k, forecast in enumerate([*FORECASTS, Forecast(2)])
+    ]
+    together = drawn(executor, jobs, apart=apart)
+    for job in jobs:
+        k = int(job.id)
+        assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan, **own)) >= 90
+        if job.plan.forecast is not None:
+            assert psnr_db(together[job.id], from_pipeline(pipe, k, replace(job.plan, forecast=None), **own)) < 70
+
+
+def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
+    """Forecasts included, whatever plans come: of the highest order in all slots it is the bound, and no more."""
+    executor = Executor(pipe, 3, threads=1)
+    slots = executor.slots(pipe.bundle.manifest.sizes[0])
+    before = slots.held_bytes
+    drawn(executor, [job_of(executor, k, interval=2) for k in range(3)])
+    plain = slots.held_bytes
+    assert before < plain < slots.most_bytes
+    for order in (1, 2, 1, 2):
+        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(6)])
+        assert plain < executor.held_bytes <= slots.most_bytes
+    assert executor.held_bytes == slots.most_bytes
 
 
 def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
@@ -239,13 +275,19 @@ def test_sdxl_in_two_sizes_and_of_two_branches(tmp_path: Path) -> None:
     save_tiny_sdxl(tmp_path / "model")
     fastcache.build_engines(tmp_path / "model", tmp_path / "bundle", sizes=("32x32", "48x32"), branch_id=(0, 2))
     pipe = fastcache.load(tmp_path / "bundle", threads=1)
-    executor, plans = Executor(pipe, 4), [(None, 0, 2, 0, None, 2), (None, 2, 0, None, 0, 0), (None,) * 6]
+    executor, forecast = Executor(pipe, 4), Forecast(2, by="sigma")
+    plans = [
+        CachePlan((None, 0, 2, 0, None, 2)),
+        CachePlan((None, 2, 0, None, 0, 0), forecast=forecast, unguided_steps=(4, 5)),
+        CachePlan((None,) * 6),
+    ]
     sizes = pipe.bundle.manifest.sizes
     jobs = list[Job]()
     for k in range(12):
         size, table = sizes[k % 2], executor.table("ddim", 6)
-        content = Drawing("abc", None if k % 3 else "z", 5.0, k, "ddim", 6, size, table)
-        jobs.append(Job(f"{k}", 0, str(size), CachePlan(plans[k // 2 % 3]), True, 1, 1e9, content))
+        plan, negative = plans[k // 2 % 3], None if k % 3 else "z"
+        content = Drawing("abc", negative, 5.0, k, "ddim", 6, size, table, moves(plan, table.sigmas))
+        jobs.append(Job(f"{k}", 0, str(size), plan, True, 1, 1e9, content))
     together = drawn(executor, jobs, apart=1)
     for k, job in enumerate(jobs):
         size, content = sizes[k % 2], job.content

@@ -67,6 +67,7 @@ def steps_of(served: Running) -> float:
 
 
 def test_a_client_that_leaves_takes_its_job_with_it(tiny: Running) -> None:
+    at_hand = tiny.metric("unet_steps_abandoned_total")
     for _ in range(5):
         with tiny.client.stream("POST", GENERATE, json={**LONG, "stream": True, "stream_steps": True}) as response:
             for line in response.iter_lines():
@@ -79,6 +80,7 @@ def test_a_client_that_leaves_takes_its_job_with_it(tiny: Running) -> None:
     steps = steps_of(tiny)
     assert tiny.draw(num_inference_steps=7).status_code == 200
     assert steps_of(tiny) - steps - 7 in (0, 1)  # the step at hand, and nothing after it
+    assert tiny.metric("unet_steps_abandoned_total") - at_hand <= 6
 
 
 def test_a_cancel_ends_the_named_job_only(tiny: Running) -> None:

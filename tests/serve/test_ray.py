@@ -70,6 +70,7 @@ def test_settings_are_checked(tiny_bundle: Bundle) -> None:
         ({"max_replica": 2}, "max_replica"),
         ({"min_replicas": 3, "max_replicas": 2}, "expected max_replicas of 3 or more, got 2"),
         ({"queue": 0}, "queue"),
+        ({"upscale_delay_s": -1}, "upscale_delay_s"),
     ):
         with pytest.raises(ValueError, match=says):
             application({"engines": tiny_bundle.path, **wrong})

@@ -21,13 +21,14 @@ from fastcache.compile.models import find_model
 from fastcache.errors import BackendUnavailable, PartitionError
 from fastcache.study import chart
 from fastcache.study.arms import Arm, BenchSettings, Defaults, parse_arm, parse_arms
-from fastcache.study.bench import document, make_inputs, run_bench
+from fastcache.study.bench import document, make_inputs, run_bench, summary
 from fastcache.study.lineup import Wishes, build_bundles, line_up, of_bundle, of_model
-from fastcache.study.loops import CallClock, Task
+from fastcache.study.loops import CallClock, EngineArms, Task
 from fastcache.study.machine import available_bytes, environment, parse_gpus
 from fastcache.study.work import empty_unet, geometry, multiply_adds
 from fastcache.study.workers import ArmFailed, Job, Workers
 from fastcache_engines import Support
+from list_recorder import ListRecorder
 
 COMMON: dict[str, Any] = {
     "cache_interval": 2,
@@ -58,6 +59,8 @@ def settings_for(model: object, **changes: Any) -> BenchSettings:
         ("engine+cache:onnxruntime", ("engine+cache", "onnxruntime", "bf16", 5, 2)),
         ("engine+cache:tensorrt-rtx:fp16", ("engine+cache", "tensorrt-rtx", "fp16", 5, 2)),
         ("engine:auto:fp16", ("engine", "auto", "fp16", 1, 2)),
+        ("engine+graph:tensorrt:fp16", ("engine+graph", "tensorrt", "fp16", 1, 2)),
+        ("engine+cache+graph", ("engine+cache+graph", "openvino", "bf16", 5, 2)),
     ],
 )
 def test_an_arm_is_what_its_name_says(name: str, expected: tuple[object, ...]) -> None:
@@ -113,7 +116,7 @@ def test_without_fast_bf16_nothing_is_tried_in_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = "deepcache,engine:tensorrt,engine+cache:onnxruntime:bf16,engine:auto:fp16"
+    names = "deepcache,engine:tensorrt,engine+cache:onnxruntime:bf16,engine:auto:fp16,engine+cache+graph:inductor"
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "DeepCache" else find_spec(name))
     found = line_up(names, Defaults(), "cpu")
@@ -122,6 +125,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPa
     assert reasons["engine:tensorrt"] == fastcache_engines.backend("tensorrt").support("cpu").reason
     assert "bf16" in reasons["engine+cache:onnxruntime:bf16"]
     assert "no backend for fp16" in reasons["engine:auto:fp16"]
+    assert reasons["engine+cache+graph:inductor"] == "a CUDA graph runs on a GPU only, not on cpu"
 
 
 def test_a_bundle_brings_its_own_backend_and_refuses_another(tiny_bundle: Bundle) -> None:
@@ -140,6 +144,28 @@ def test_a_bundle_brings_its_own_backend_and_refuses_another(tiny_bundle: Bundle
     ):
         with pytest.raises(ValueError, match=says):
             of_bundle(tiny_bundle.path, wishes, COMMON)
+
+
+def test_a_graph_arm_draws_what_the_others_draw_and_times_the_loop_alone(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, found, _ = of_bundle(tiny_bundle.path, Wishes(arms="engine+cache,engine+cache+graph"), COMMON)
+    plain, graph = found.arms
+    assert found.skipped == {graph: "a CUDA graph runs on a GPU only, not on cpu"}
+    inputs = make_inputs(find_model(settings.model), settings)
+    arms = EngineArms(Task(settings, inputs, "fp32", str(tiny_bundle.path)), str(tiny_bundle.path))
+    expected = arms(plain)
+    monkeypatch.setattr(arms, "whole", True)
+    monkeypatch.setattr(arms.pipe.runtime, "_recorder", ListRecorder(anything=True))
+    times = arms(graph)
+    torch.testing.assert_close(times.latents, expected.latents, rtol=1e-4, atol=1e-4)
+    assert not times.call_ms
+    result = summary(graph, [times])
+    assert result.loop_ms_p50 is not None
+    assert (result.full_step_ms_p50, result.shallow_step_ms_p50, result.overhead_ms_per_step) == (None, None, None)
+    task = Task(replace(settings, guided_rows=3), inputs, "fp32", str(tiny_bundle.path), cuda_graph=True)
+    with pytest.raises(ValueError, match="got three"):
+        EngineArms(task, str(tiny_bundle.path))
 
 
 @pytest.mark.parametrize(
@@ -398,3 +424,16 @@ def test_torch_arms_run_on_a_gpu(tiny_model: Path) -> None:
     measured = run_bench(settings, found, {}, lambda _: None)
     assert all(result.skipped is None and result.peak_bytes for result in measured.results)
     assert document(settings, {}, measured)["environment"]["gpus"]["after"][0]["power_limit_w"] > 0
+
+
+@pytest.mark.gpu
+def test_a_loop_in_one_graph_draws_what_the_launches_draw(tmp_path: Path) -> None:
+    wishes = Wishes(arms="eager,engine:inductor,engine+graph:inductor,engine+cache+graph:inductor", device="cuda")
+    settings, found = of_model("demo", False, wishes, COMMON)
+    bundles, found = build_bundles(found, settings, tmp_path, lambda _: None)
+    results = {result.name: result for result in run_bench(settings, found, bundles, lambda _: None).results}
+    assert all(result.skipped is None for result in results.values())
+    launched, graph = results["engine:inductor"], results["engine+graph:inductor"]
+    assert graph.latents_error_vs_eager == pytest.approx(launched.latents_error_vs_eager, abs=1e-3)
+    assert graph.full_step_ms_p50 is None
+    assert (results["engine+cache+graph:inductor"].latents_error_vs_eager or 0) > 0

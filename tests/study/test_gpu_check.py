@@ -151,17 +151,31 @@ def test_check_says_in_one_line_that_there_is_no_gpu(gpu_check: Any, tmp_path: P
 def test_check_covers_every_backend_and_interval(gpu_check: Any) -> None:
     work = gpu_check.check_pieces(["sd15", "sdxl"], 50, 3)
     names = [piece.name for piece in work]
-    assert names[:2] == ["gpu tests", "kernels"]
-    assert len(set(names)) == len(names) == 2 + 2 * (3 + len(fastcache_engines.BACKENDS))
-    for piece in work[2:]:
+    assert names[:3] == ["gpu tests", "kernels", "loop"]
+    graphs = {"tensorrt", "tensorrt-rtx", "inductor"}
+    assert len(set(names)) == len(names) == 3 + 2 * (3 + len(fastcache_engines.BACKENDS) + len(graphs))
+    for piece in work[3:]:
         task = piece.description
         assert (task["size"], task["dtype"]) == ({"sd15": 512, "sdxl": 1024}[task["model"]], "fp16")
-        if piece.name.split(" ")[1] in fastcache_engines.BACKENDS:
+        backend, _, graph = piece.name.split(" ")[1].partition("+")
+        if backend in fastcache_engines.BACKENDS:
             assert [interval for _, interval, _ in task["arms"]] == [1, 1, 2, 3, 5]
+            assert all(bool(graph) == ("+graph" in name) for name, *_ in task["arms"][1:])
+            assert not graph or backend in graphs
     if not torch.cuda.is_available():
         reasons = {piece.name: piece.obstacle for piece in work}
         assert reasons["sd15 tensorrt"] == fastcache_engines.backend("tensorrt").support("cuda").reason
         assert reasons["sd15 torch"] is None
+
+
+def test_the_loop_is_timed_without_a_unet(gpu_check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = gpu_check.run_loop(gpu_check.Task("loop", steps=3, repeats=1, device="cpu"), tmp_path)
+    assert len(found["rows"]) == 8
+    assert all(row["run_us"] > 0 and row["run_us_diffusers"] > 0 for row in found["rows"])
+    gpu_check.show_check({"loop": found})
+    assert "microseconds a step" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="ended with code 2"):
+        gpu_check.run_loop(gpu_check.Task("loop", device="tpu"), tmp_path)
 
 
 def test_the_table_sets_ceilings_and_published_figures_beside_the_measured(gpu_check: Any) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 import fastcache
 from fastcache import BackendUnavailable, BundleError
-from fastcache.bundle import MANIFEST, Bundle, FileEntry, read_manifest, sha256_of
+from fastcache.bundle import MANIFEST, Bundle, read_manifest
+from fastcache.files import sha256_of
+from fastcache.manifest import FileEntry
 from fastcache.study.verify import engine_facts, verify_bundle
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcache.bundle import write_whole
 from fastcache.errors import BackendUnavailable
+from fastcache.files import write_whole
 from fastcache.study.analysis.experiments import GuidedInterval, PromptSwitch
 from fastcache.study.analysis.measure import Analysis, change_numbers, numbers, rounded, similarity_numbers
 from fastcache.study.analysis.probes import Probes

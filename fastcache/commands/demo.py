@@ -1,0 +1,71 @@
+"""`demo`: the bundled model's engines, and what caching gains on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastcache.commands.options import Json, OutputFolder
+from fastcache.console import figure, print_json, print_table, progress
+
+
+def demo(
+    output: OutputFolder = Path("demo-output"),
+    cache_interval: Annotated[int, typer.Option(min=1, help="A further interval beside 2, 3 and 5.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    json_: Json = False,
+) -> None:
+    """Build the bundled model's engines, draw cached beside uncached pictures, print the speed-up.
+
+    Example: fastcache demo --output demo-output
+    """
+    import fastcache
+    from fastcache.files import write_whole
+    from fastcache.run.pipeline import FastCachePipeline
+    from fastcache.study.demo import report, run_demo
+
+    output.mkdir(parents=True, exist_ok=True)
+    with progress() as say:
+        bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
+        pipe = FastCachePipeline(bundle)
+        intervals = sorted({2, 3, 5, cache_interval} - {1})
+        rows = run_demo(pipe, intervals, steps, output, say)
+    result = report(pipe, rows, steps)
+    write_whole(output / "report.json", json.dumps(result, indent=1).encode())
+    if json_:
+        print_json(result)
+        return
+    print_table(
+        f"The bundled model, {len(result['prompts'])} pictures at once, {steps} steps, {bundle.manifest.backend}",
+        ["plan", "time", "speed-up", "PSNR to uncached"],
+        [
+            [
+                row.plan,
+                figure(row.time_ms, ".0f", " ms"),
+                figure(row.speedup_vs_uncached, ".2f", "x"),
+                figure(row.psnr_db, ".1f", " dB"),
+            ]
+            for row in rows
+        ],
+    )
+    typer.echo(f"pictures: {output / 'grid.png'}\nreport:   {output / 'report.json'}\nengines:  {bundle.path}")
+
+
+def _is_stale(folder: Path) -> bool:
+    """Whether the demo's own folder holds an older version's bundle, which the demo may replace."""
+    from fastcache.bundle import MANIFEST
+
+    if not (folder / MANIFEST).is_file():
+        return False
+    from fastcache.bundle import read_manifest
+    from fastcache.compile.builder import resolve
+    from fastcache.errors import BundleError
+    from fastcache.recipe import recipe_from
+
+    try:
+        return read_manifest(folder).key != resolve(recipe_from({})).key
+    except BundleError:
+        return True

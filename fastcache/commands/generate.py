@@ -1,0 +1,282 @@
+"""`generate`: flags and files -> pictures from a bundle's engines, and how each was made, written into it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from fastcache.commands.options import EnginesOption, Json, Sampler, read_plan
+from fastcache.console import notes, print_json
+
+if TYPE_CHECKING:
+    from fastcache.run.pipeline import FastCachePipeline, PipelineOutput
+
+_BEGIN, _STEER, _TOLD = "Begin with a picture", "Steer by a picture", "SDXL"
+# Flags that are the pipeline's arguments of the same name: for base and refiner, and for the base alone.
+_FOR_BOTH = (
+    *("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "clip_skip", "sampler", "eta"),
+    *("guidance_scale", "guidance_rescale", "original_size", "crops_coords_top_left", "target_size"),
+    *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
+    *("aesthetic_score", "negative_aesthetic_score"),
+)
+_FOR_BASE = (
+    *("height", "width", "strength", "image_guidance_scale"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("adapter_conditioning_scale", "ip_adapter_scale"),
+)
+_PICTURES = {
+    "init_image": "image",
+    "mask": "mask_image",
+    "control_image": "control_image",
+    "adapter_image": "adapter_image",
+    "ip_adapter_image": "ip_adapter_image",
+}
+_REPEATED = ("image", "mask_image")  # so that each picture draws its own sample of what it begins with
+_EMBEDS = (
+    *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "ip_adapter_image_embeds",
+)
+_HAND_OVER = 0.8  # arXiv 2307.01952, section 2.5: the refiner is for the last fifth of the noise levels
+_Count = Annotated[
+    float | None, typer.Option(help="How much that picture counts; 1 if left out.", rich_help_panel=_STEER)
+]
+_Pair = Annotated[
+    tuple[int, int] | None,
+    typer.Option(metavar="HEIGHT WIDTH", help="Told to the model; the size drawn if left out.", rich_help_panel=_TOLD),
+]
+_Corner = Annotated[
+    tuple[int, int] | None,
+    typer.Option(metavar="TOP LEFT", help="Told to the model; 0 0 if left out.", rich_help_panel=_TOLD),
+]
+
+
+def generate(
+    ctx: typer.Context,
+    engines: EnginesOption,
+    output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
+    prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    sampler: Sampler = "ddim",
+    eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
+    guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure by guidance, 0 to 1.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
+    cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
+    embeds: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors file of prompt_embeds, negative_prompt_embeds, ..., one row each."),
+    ] = None,
+    init_image: Annotated[
+        Path | None, typer.Option(help="A picture to begin with, or to edit.", rich_help_panel=_BEGIN)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --init-image to draw anew, 0 to 1.", rich_help_panel=_BEGIN)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture, white where to draw on --init-image.", rich_help_panel=_BEGIN)
+    ] = None,
+    image_guidance_scale: Annotated[
+        float | None, typer.Option(help="InstructPix2Pix's, towards --init-image.", rich_help_panel=_BEGIN)
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture for the bundle's ControlNet; of several, once for each.", rich_help_panel=_STEER),
+    ] = None,
+    controlnet_conditioning_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How much that picture counts; 1 if left out. Once for all, or each.", rich_help_panel=_STEER
+        ),
+    ] = None,
+    control_guidance_start: Annotated[
+        list[float] | None, typer.Option(help="The share of steps before the ControlNet.", rich_help_panel=_STEER)
+    ] = None,
+    control_guidance_end: Annotated[
+        list[float] | None, typer.Option(help="The share of steps at which it ends, 0 to 1.", rich_help_panel=_STEER)
+    ] = None,
+    adapter_image: Annotated[
+        Path | None, typer.Option(help="A picture for the bundle's T2I-Adapter.", rich_help_panel=_STEER)
+    ] = None,
+    adapter_conditioning_scale: _Count = None,
+    ip_adapter_image: Annotated[
+        Path | None, typer.Option(help="A picture for the bundle's IP-Adapter.", rich_help_panel=_STEER)
+    ] = None,
+    ip_adapter_scale: _Count = None,
+    prompt_2: Annotated[str | None, typer.Option(help="For the second encoder.", rich_help_panel=_TOLD)] = None,
+    negative_prompt_2: Annotated[str | None, typer.Option(help="For the second.", rich_help_panel=_TOLD)] = None,
+    original_size: _Pair = None,
+    target_size: _Pair = None,
+    crops_coords_top_left: _Corner = None,
+    negative_original_size: _Pair = None,
+    negative_target_size: _Pair = None,
+    negative_crops_coords_top_left: _Corner = None,
+    refiner: Annotated[Path | None, typer.Option(help="A refiner's bundle, to finish.", rich_help_panel=_TOLD)] = None,
+    denoising_end: Annotated[
+        float | None, typer.Option(help="Where the refiner takes over, 0 to 1; 0.8.", rich_help_panel=_TOLD)
+    ] = None,
+    aesthetic_score: Annotated[float | None, typer.Option(help="The refiner's; 6.", rich_help_panel=_TOLD)] = None,
+    negative_aesthetic_score: Annotated[float | None, typer.Option(help="2.5.", rich_help_panel=_TOLD)] = None,
+    json_: Json = False,
+) -> None:
+    """Draw images with a bundle's engines.
+
+    Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
+    """
+    from rich.progress import Progress
+
+    from fastcache.bundle import open_bundle
+    from fastcache.files import write_whole
+    from fastcache.run.images import png_bytes
+    from fastcache.run.pipeline import FastCachePipeline
+
+    given = {name: _unwrapped(value) for name, value in ctx.params.items() if value not in (None, (), [])}
+    _check(output, num_images, given)
+    arguments, pictures = _arguments(given), _read_pictures(given)
+    base = FastCachePipeline(open_bundle(engines))
+    _check_controls(base, pictures.get("control_image"))
+    last = None if refiner is None else FastCachePipeline(open_bundle(refiner))
+    said = _said(given) | ({} if last is None else {"refiner": last.bundle.manifest.bundle_sha256})
+    start, images, used = time.perf_counter(), list[dict[str, Any]](), dict[str, object]()
+    (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
+    most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("drawing", total=None)
+        for first in range(0, num_images, most):
+            seeds = [seed + k for k in range(first, min(first + most, num_images))]
+            every = arguments | _batch(seeds, lambda *_: bar.advance(task))
+            result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
+            used = base.provenance(result.plan)
+            for own, image in zip(seeds, result.images, strict=True):
+                path = output if output.suffix else output / f"{own:05d}.png"
+                write_whole(path, png_bytes(image, used | said | {"seed": own}))
+                images.append({"path": str(path), "seed": own})
+    if json_:
+        print_json(
+            {
+                "images": images,
+                "plan": json.loads(str(used["plan"])),
+                "bundle_sha256": used["bundle_sha256"],
+                "time_ms": round((time.perf_counter() - start) * 1e3, 1),
+            }
+        )
+    else:
+        typer.echo("\n".join(image["path"] for image in images))
+
+
+def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
+    """Raises: `ValueError` for flags that do not go together."""
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
+    if output.suffix and num_images > 1:
+        raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
+    if {"plan", "cache_interval"} <= given.keys():
+        raise ValueError("expected --cache-interval or --plan, got both")
+    if {"plan", "refiner"} <= given.keys():
+        raise ValueError("expected --cache-interval with --refiner, whose steps no plan file counts, got --plan")
+    if "denoising_end" in given and "refiner" not in given:
+        raise ValueError("expected --refiner with --denoising-end, got none, and the picture would not be finished")
+
+
+def _unwrapped(value: Any) -> Any:
+    """Of a flag that may be repeated, and was not, what was given."""
+    return value[0] if isinstance(value, list | tuple) and len(cast("list[Any]", value)) == 1 else value
+
+
+def _check_controls(pipe: FastCachePipeline, images: Any) -> None:
+    """Raises: `ValueError` for more or fewer pictures than ControlNets; the pipeline would give one to each image."""
+    count = sum(entry.kind == "controlnet" for entry in pipe.bundle.manifest.model.controls)
+    if isinstance(images, list) and len(images) != count:
+        raise ValueError(f"expected --control-image once for each of {count} ControlNets, got it {len(images)} times")
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments but for pictures and what counts by them."""
+    arguments = {name: given[name] for name in (*_FOR_BOTH, *_FOR_BASE) if name in given}
+    arguments |= {"num_inference_steps": given["steps"], "cache_interval": given.get("cache_interval", 1)}
+    if "plan" in given:
+        arguments["plan"] = read_plan(Path(given["plan"]))
+    if "embeds" in given:
+        arguments |= _read_embeds(given["embeds"])
+    return arguments
+
+
+def _read_embeds(file: str) -> dict[str, Any]:
+    """Embeddings, by the pipeline's names. Raises: `ValueError` for a file of something else, or of several prompts."""
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except Exception as error:  # safetensors' own, which says too little
+        raise ValueError(f"expected a .safetensors file of embeddings, got {file}: {error}") from None
+    if others := sorted(found.keys() - _EMBEDS):
+        raise ValueError(f"expected {', '.join(_EMBEDS)} in {file}, got {', '.join(others)}")
+    shown = {name: [rows] for name, rows in found.items() if name.startswith("ip_adapter")}
+    for name in found.keys() - shown.keys():
+        if len(found[name]) != 1:
+            raise ValueError(f"expected one row in {name} of {file}, got {len(found[name])}; draw them one by one")
+    return found | shown
+
+
+def _read_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures in those of the files that are given, by the pipeline's names."""
+    from fastcache.run.images import read_image
+
+    pictures: dict[str, Any] = {}
+    for flag, name in _PICTURES.items():
+        if flag in given:
+            files = given[flag]
+            pictures[name] = (
+                [read_image(f) for f in files] if isinstance(files, list | tuple) else read_image(Path(files))
+            )
+    return pictures
+
+
+def _said(given: Mapping[str, Any]) -> dict[str, object]:
+    """What a picture's file says of its making: every flag that was given, files by their names."""
+    files = (*_PICTURES, "embeds")
+    unsaid = ("engines", "output", "num_images", "seed", "cache_interval", "plan", "refiner", "json_")
+    said = {name: _named(value) if name in files else value for name, value in given.items() if name not in unsaid}
+    return {"negative_prompt": "", **said}
+
+
+def _named(files: Any) -> object:
+    return [Path(file).name for file in files] if isinstance(files, list | tuple) else Path(files).name
+
+
+def _batch(seeds: Sequence[int], on_step: Callable[..., None]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "num_images_per_prompt": len(seeds),
+        "generator": [torch.Generator().manual_seed(own) for own in seeds],
+        "callback_on_step_end": on_step,
+    }
+
+
+def _draw(
+    base: FastCachePipeline,
+    refiner: FastCachePipeline | None,
+    arguments: Mapping[str, Any],
+    pictures: Mapping[str, Any],
+    hand_over: float,
+) -> PipelineOutput:
+    """A batch of pictures, which the refiner finishes where there is one; the plan is the base's."""
+    count = arguments["num_images_per_prompt"]
+    shown = {name: [picture] * count if name in _REPEATED else picture for name, picture in pictures.items()}
+    if refiner is None:
+        return base(**arguments, **shown)
+    begun = base(**arguments, **shown, denoising_end=hand_over, output_type="latent")
+    shared = {name: value for name, value in arguments.items() if name not in (*_FOR_BASE, *_EMBEDS)}
+    return replace(refiner(**shared, image=begun.images, denoising_start=hand_over), plan=begun.plan)
