@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -107,8 +108,12 @@ def until(true: Any) -> None:
 
 def replicas() -> list[int]:
     """The processes that draw, of this test's own Ray."""
-    own = psutil.Process().children(recursive=True)
-    return [process.pid for process in own if ":Generator" in "".join(process.cmdline())]
+    found = list[int]()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's own come and go
+            if ":Generator" in "".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def kill_replicas(cluster: httpx.Client) -> None:
