@@ -23,7 +23,7 @@ from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.prompts import Prompt, Sizes
 from fastcache.run.recursion import MAX_WINDOW
 from fastcache.run.sampler import SamplerTable
-from fastcache.serve.slots import Place, RingTable, Slots
+from fastcache.serve.slots import Lane, Place, RingTable, Slots
 from fastcache.serve.streams import load_streams
 from fastcache_kernels import reference as kernels
 
@@ -166,8 +166,7 @@ class Executor:
         for place, (slot, step) in zip(places, steps, strict=True):
             drawing, _ = self._drawings[slot]
             table = drawing.table
-            latents = slots.latents[slot].view(slots.latent_shape).expand(halves, *slots.latent_shape[1:])
-            kernels.duplicate(latents, table.input_scale[step], place.sample)
+            kernels.duplicate(slots.lane(slot, halves).repeated, table.input_scale[step], place.sample)
             place.timestep.fill_(table.timesteps[step])
             if branch is not None and branch in drawing.moves and step in drawing.moves[branch].makes:
                 slots.make(branch, slot, halves, *drawing.moves[branch].makes[step])
@@ -176,23 +175,22 @@ class Executor:
             for stored, moves in self._drawings[slot][0].moves.items():
                 if step in moves.keeps:
                     slots.keep(stored, slot, halves, moves.keeps[step])
-            self._update(slots, place, slot, step)
+            self._update(slots.lane(slot, halves), place, slot, step)
         self._pace()
 
-    def _update(self, slots: Slots, place: Place, slot: int, step: int) -> None:
+    def _update(self, lane: Lane, place: Place, slot: int, step: int) -> None:
         drawing, generator = self._drawings[slot]
-        history, latents, shape = slots.history[slot], slots.latents[slot], slots.latent_shape
         row = 3 * (step % MAX_WINDOW)
-        guided = history[row + 1].view(shape)
+        guided = lane.rows[row + 1]
         if len(place.noise_pred) == 2:
-            conditional, unconditional = place.noise_pred.split(1)
+            conditional, unconditional = place.noise_pred
             kernels.guide(unconditional, conditional, drawing.guidance_scale, 0.0, guided)
         else:
-            guided.copy_(place.noise_pred)
+            guided.copy_(place.noise_pred[0])
         if drawing.table.draws_noise[step]:
-            draw(history[row + 2].view(shape), [generator])
-        kernels.combine(history, drawing.table.weights[step : step + 1], latents)
-        history[3 * ((step + 1) % MAX_WINDOW)].copy_(latents[0])
+            draw(lane.rows[row + 2], [generator])
+        kernels.combine(lane.history, drawing.table.weights[step], lane.latents)
+        lane.rows[3 * ((step + 1) % MAX_WINDOW)].copy_(lane.repeated[:1])
 
     def _pace(self) -> None:
         """Keep one step ahead of a GPU and no more, so that a cancelled image is gone within a step."""

@@ -36,12 +36,12 @@ class RingTable:
     `weights[i]` are the update's after call i, over the rows x, e, z of each call j at 3 * (j % MAX_WINDOW);
     `clean[i]` those of x and e of call i in the picture without noise that it foretells.
 
-    Shapes: weights (calls, 3 * MAX_WINDOW), float32.
+    Shapes: each of weights (1, 3 * MAX_WINDOW), float32.
     """
 
     timesteps: Sequence[float]
     input_scale: Sequence[Tensor]
-    weights: Tensor
+    weights: Sequence[Tensor]
     draws_noise: Sequence[bool]
     init_noise_sigma: float
     clean: Sequence[tuple[float, float]]
@@ -59,7 +59,7 @@ class RingTable:
         return cls(
             table.timesteps.tolist(),
             table.input_scale.float().to(device).unbind(),
-            weights.flatten(1).to(device),
+            weights.flatten(1).to(device).split(1),
             [table.draws_noise(call) for call in range(table.num_calls)],
             table.init_noise_sigma,
             _clean_weights(table, prediction_type),
@@ -85,11 +85,28 @@ def _clean_weights(table: SamplerTable, prediction_type: str) -> list[tuple[floa
 
 @dataclass(frozen=True)
 class Place:
-    """Where one image's rows of an engine call lie, the conditional one first. Shapes: both (halves, C, H, W)."""
+    """Where one image's rows of an engine call lie, the conditional one first.
+
+    Shapes: `sample` (halves, C, H, W); `noise_pred`, one for each half, (1, C, H, W).
+    """
 
     sample: Tensor
     timestep: Tensor
-    noise_pred: Tensor
+    noise_pred: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One image's latents and history, in the shapes in which a step takes them: views, made once.
+
+    Shapes: `latents` (1, C * H * W); `repeated`, the same, (halves, C, H, W); `history` (rows, C * H * W); each of
+    `rows`, the same, (1, C, H, W).
+    """
+
+    latents: Tensor
+    repeated: Tensor
+    history: Tensor
+    rows: Sequence[Tensor]
 
 
 class Slots:
@@ -122,6 +139,7 @@ class Slots:
         self._bindings: dict[tuple[int | None, int, int, int], Binding] = {}
         self._apart = lru_cache(maxsize=None)(self._bind_apart)
         self._place = lru_cache(maxsize=None)(self._make_place)
+        self.lane = lru_cache(maxsize=None)(self._make_lane)
         self._index = lru_cache(maxsize=256)(self._make_index)
         self._kept: dict[tuple[str, int], list[Tensor]] = {}  # earlier features, by name and slot
         self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
@@ -287,7 +305,12 @@ class Slots:
             of = {name: self.own[name][slot, :halves] for name in _WRITTEN}
         else:
             of = {name: self._shared[name][which * halves : (which + 1) * halves] for name in _WRITTEN}
-        return Place(of["sample"], of["timestep"], of["noise_pred"])
+        return Place(of["sample"], of["timestep"], of["noise_pred"].split(1))
+
+    def _make_lane(self, slot: int, halves: int) -> Lane:
+        latents, history, shape = self.latents[slot], self.history[slot], self.latent_shape
+        rows = [row.view(shape) for row in history.unbind()]
+        return Lane(latents, latents.view(shape).expand(halves, *shape[1:]), history, rows)
 
     def _make_index(self, slots: tuple[int, ...]) -> Tensor:
         return torch.tensor(slots, device=self.device)

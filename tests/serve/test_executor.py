@@ -196,12 +196,12 @@ def test_the_ring_is_the_table(name: str, steps: int, pipe: FastCachePipeline) -
     ring_table, generator = RingTable.of(table, "cpu"), torch.Generator().manual_seed(0)
     calls = table.num_calls
     x, eps, noise = (torch.randn(n, 5, generator=generator) for n in (1, calls, calls))
-    ring = torch.zeros(ring_table.weights.shape[1], 5)
+    ring = torch.zeros(ring_table.weights[0].shape[1], 5)
     ring[0] = x[0]
     for call in range(calls):
         row = 3 * (call % (len(ring) // 3))
         ring[row + 1], ring[row + 2] = eps[call], noise[call]
-        following = ring_table.weights[call] @ ring
+        following = (ring_table.weights[call] @ ring)[0]
         ring[(row + 3) % len(ring)] = following
         expected = table.x[call] * x[0] + table.eps[call].float() @ eps + table.noise[call].float() @ noise
         torch.testing.assert_close(following, expected.float(), rtol=2e-4, atol=2e-4)
