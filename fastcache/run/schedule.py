@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -152,10 +151,10 @@ def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:
 def step_arguments(scheduler: Any, eta: float, generator: Any = None) -> dict[str, Any]:
     """What of eta and generator this scheduler's `step` takes.
 
-    Raises: `ValueError` for an eta that is not finite.
+    Raises: `ValueError` for an eta that is not from 0 to 1.
     """
-    if not math.isfinite(eta):
-        raise ValueError(f"expected a finite eta, got {eta}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"expected eta from 0 to 1, got {eta}")
     accepted = inspect.signature(scheduler.step).parameters
     arguments = {"eta": eta, "generator": generator}
     return {name: value for name, value in arguments.items() if name in accepted and value}

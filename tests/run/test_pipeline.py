@@ -323,7 +323,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"height": 128}, "64x64, which this bundle was built for, got 64x128; build another with --sizes"),
     ({"height": 0}, "got 64x0"),
     ({"clip_skip": 9}, "clip_skip from 0 to"),
-    ({"eta": float("nan")}, "a finite eta"),
+    ({"eta": float("nan")}, "eta from 0 to 1, got nan"),
+    ({"eta": 5.0}, "eta from 0 to 1, got 5"),
 ]
 
 
