@@ -126,7 +126,11 @@ class EnginePasses:
             raise ValueError(f"expected cache_branch_id in {built}, as the engines were built, got {branch_ids}")
         self._adapters = AdapterWatch(unet).state()
         self._features, self._keeps = Features(forecast), forecast is not None
-        self._cached = {spec.name for spec in self._runtime.full.outputs} - {"noise_pred"}
+        engines: dict[int | None, Engine] = {FULL: self._runtime.full, **self._runtime.shallow_engines}
+        self._engines, cached = engines, {spec.name for spec in engines[FULL].outputs} - {"noise_pred"}
+        # What each engine takes of what is cached, and what it caches.
+        self._taken = {branch: cached & {spec.name for spec in own.inputs} for branch, own in engines.items()}
+        self._made = {branch: cached & {spec.name for spec in own.outputs} for branch, own in engines.items()}
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._bound = lru_cache(maxsize=4)(self._bind)
         self._check_model()
@@ -141,7 +145,7 @@ class EnginePasses:
             )
 
     def serves(self, branch_id: int, halved: bool) -> bool:
-        return all(self._features.serves(name, halved) for name in self._taken(branch_id))
+        return all(self._features.serves(name, halved) for name in self._taken[branch_id])
 
     def halve(self) -> bool:
         self._features.halve()
@@ -158,28 +162,17 @@ class EnginePasses:
         tensors, bindings = self._bound(self._sizes(values))
         for name, value in values.items():
             tensors[name].copy_(value)
-        for name in self._taken(branch):
+        for name in self._taken[branch]:
             feature = self._features.at(name, call.step, call.halved, call.sigmas, out=tensors[name])
             if feature.data_ptr() != tensors[name].data_ptr():
                 tensors[name].copy_(feature)
         bindings[branch].run()
-        made = {name: tensors[name] for name in self._made(branch)}
+        made = {name: tensors[name] for name in self._made[branch]}
         if self._keeps:
             made = {name: feature.clone() for name, feature in made.items()}
         self._features.store(call.step, made, call.halved)
         # A copy: without guidance, a multistep scheduler keeps the prediction itself over the next step.
         return tensors["noise_pred"].clone()
-
-    def _taken(self, branch: int | None) -> set[str]:
-        """What an engine takes of what is cached."""
-        return {spec.name for spec in self._engine(branch).inputs} & self._cached
-
-    def _made(self, branch: int | None) -> set[str]:
-        """What an engine caches."""
-        return {spec.name for spec in self._engine(branch).outputs} & self._cached
-
-    def _engine(self, branch: int | None) -> Engine:
-        return self._runtime.full if branch is None else self._runtime.shallow_engines[branch]
 
     def _values(self, arguments: Arguments) -> dict[str, Tensor]:
         """A call's arguments by the engines' names."""
@@ -232,15 +225,14 @@ class EnginePasses:
             )
 
     def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[int | None, Binding]]:
-        engines: dict[int | None, Engine] = {FULL: self._runtime.full, **self._runtime.shallow_engines}
         tensors = {
             spec.name: torch.zeros(
                 shape_of(spec, dict(sizes)), dtype=getattr(torch, spec.dtype), device=self._runtime.device
             )
-            for engine in engines.values()
+            for engine in self._engines.values()
             for spec in (*engine.inputs, *engine.outputs)
         }
-        return tensors, {branch: engine.bind(tensors) for branch, engine in engines.items()}
+        return tensors, {branch: engine.bind(tensors) for branch, engine in self._engines.items()}
 
     def _check_model(self) -> None:
         """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
