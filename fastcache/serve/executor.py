@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class Drawing:
     conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
+@dataclass(eq=False)
+class _Made:
+    """A sampler's table, once a thread has made it; the others wait for that one."""
+
+    sampler: str
+    num_steps: int
+    table: RingTable | None = None
+    making: Lock = field(default_factory=Lock)
+
+
 class Executor:
     """A bundle's engines, and slots for at most `most` images in flight, for each size that is drawn.
 
@@ -78,13 +89,24 @@ class Executor:
             pipe.bundle.engine_path(role)
         self.count, self.device = min(most, profile.max), pipe.runtime.device
         self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
-        self.table = lru_cache(maxsize=128)(self._table)
+        self._tables = lru_cache(maxsize=128)(_Made)
+        self._asking = Lock()
         self._slots: dict[Size, Slots] = {}
         self._drawings: dict[int, tuple[Drawing, torch.Generator]] = {}
         self._paced: Any = None
 
-    def _table(self, sampler: str, num_steps: int) -> RingTable:
-        """Raises: `ValueError` for steps that the sampler cannot take."""
+    def table(self, sampler: str, num_steps: int) -> RingTable:
+        """A sampler's table, made once, however many threads ask for it at the same time.
+
+        Raises: `ValueError` for steps that the sampler cannot take.
+        """
+        with self._asking:
+            made = self._tables(sampler, num_steps)
+        with made.making:
+            made.table = made.table or self._make_table(sampler, num_steps)
+        return made.table
+
+    def _make_table(self, sampler: str, num_steps: int) -> RingTable:
         table = self.pipe.schedule(sampler, num_steps).sampler
         if not isinstance(table, SamplerTable):
             raise ValueError(f"expected a sampler that is a table, got {sampler}, which runs its own step here")

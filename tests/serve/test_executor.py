@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,15 @@ def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
     executor.fill(0, job_of(executor, 0).content, 0)
     executor.run([(0, 0)], branch=0, guided=True)
     assert latents_of(executor, 0).isnan().any()
+
+
+def test_a_table_is_made_once_for_all_who_ask(executor: Executor) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(lambda _: executor.table("ddim", 60), range(8)))
+    assert len(set(map(id, tables))) == 1
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        executor.table("ddim", 0)
+    assert executor.table("ddim", 60) is tables[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 30])

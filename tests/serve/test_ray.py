@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -78,7 +79,14 @@ def test_settings_are_checked(tiny_bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_bundle: Bundle) -> Iterator[httpx.Client]:
+def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny model at a size where a step takes tens of milliseconds, so that a job lasts until others have begun."""
+    folder = tmp_path_factory.mktemp("larger") / "bundle"
+    return fastcache.build_engines(tiny_model, output=folder, height=128, width=128)
+
+
+@pytest.fixture(scope="module")
+def cluster(bundle: Bundle) -> Iterator[httpx.Client]:
     """Ray Serve with two replicas of the tiny model, and a client."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache[ray]'")
     serve: Any = pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache[ray]'")
@@ -90,7 +98,7 @@ def cluster(tiny_bundle: Bundle) -> Iterator[httpx.Client]:
     ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application({"engines": tiny_bundle.path, **SETTINGS}), name="fastcache")
+        serve.run(application({"engines": bundle.path, **SETTINGS}), name="fastcache")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             yield client
     finally:
@@ -129,14 +137,14 @@ def running(cluster: httpx.Client) -> int:
 
 
 @pytest.mark.slow
-def test_the_same_application_answers(cluster: httpx.Client, tiny_bundle: Bundle) -> None:
+def test_the_same_application_answers(cluster: httpx.Client, bundle: Bundle) -> None:
     body = {"prompt": "abc", "seed": 5, "num_inference_steps": 4, "cache_interval": 2}
     answer = cluster.post(GENERATE, json=body)
     assert answer.status_code == 200
     with Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as got:
         drawn = np.asarray(got).astype(int)
     generator = torch.Generator().manual_seed(5)
-    pipe = fastcache.load(tiny_bundle.path, threads=1)
+    pipe = fastcache.load(bundle.path, threads=1)
     alone = pipe(["abc"], num_inference_steps=4, cache_interval=2, generator=[generator]).images[0]
     assert np.abs(drawn - np.asarray(alone).astype(int)).max() <= 1
 
@@ -171,7 +179,7 @@ def test_a_cancel_finds_its_replica_and_a_leaver_takes_the_job_along(cluster: ht
 @pytest.mark.slow
 def test_more_than_fits_is_told_to_come_again(cluster: httpx.Client) -> None:
     with ThreadPoolExecutor(40) as pool:
-        body = {"prompt": "a", "num_inference_steps": 200}
+        body = {"prompt": "a", "num_inference_steps": 30}
         answers = list(pool.map(lambda _: cluster.post(GENERATE, json=body), range(40)))
     assert {answer.status_code for answer in answers} == {200, 429}
     for answer in answers:
@@ -183,8 +191,8 @@ def test_more_than_fits_is_told_to_come_again(cluster: httpx.Client) -> None:
 @pytest.mark.slow
 def test_a_request_outlives_its_replica_and_a_stream_is_told(cluster: httpx.Client) -> None:
     with ThreadPoolExecutor() as pool:
-        lost = pool.submit(cluster.post, GENERATE, json={"prompt": "a", "num_inference_steps": 900, "seed": 1})
-        stream = {"prompt": "a", "num_inference_steps": 900, "stream": True, "stream_steps": True}
+        lost = pool.submit(cluster.post, GENERATE, json={"prompt": "a", "num_inference_steps": 200, "seed": 1})
+        stream = {"prompt": "a", "num_inference_steps": 200, "stream": True, "stream_steps": True}
         streamed = pool.submit(cluster.post, GENERATE, json=stream)
         until(lambda: running(cluster) == 2)
         kill_replicas(cluster)
