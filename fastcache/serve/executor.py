@@ -18,15 +18,14 @@ from torch import Tensor
 
 from fastcache.errors import BundleError
 from fastcache.recipe import Size
-from fastcache.run.between import draw
+from fastcache.run.between import Around
 from fastcache.run.forecast import Moves
 from fastcache.run.pipeline import FastCachePipeline
 from fastcache.run.prompts import Prompt, Sizes
-from fastcache.run.recursion import MAX_WINDOW
 from fastcache.run.sampler import SamplerTable
-from fastcache.serve.slots import Lane, Place, RingTable, Slots
+from fastcache.serve.slots import Slots
+from fastcache.serve.steps import Place, RingTable, Steps
 from fastcache.serve.streams import load_streams
-from fastcache_kernels import reference as kernels
 
 
 class DeviceBroken(RuntimeError):
@@ -50,6 +49,20 @@ class Drawing:
     table: RingTable
     moves: Mapping[int, Moves] = field(default_factory=dict[int, Moves])
     conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class _InFlight:
+    """A drawing in its slot: its steps, and what each does where the image runs alone, in its own `place`."""
+
+    drawing: Drawing
+    slots: Slots
+    steps: Steps
+    place: Place
+    alone: Sequence[Around]
+
+    def around(self, step: int, place: Place) -> Around:
+        return self.alone[step] if place is self.place else self.steps.around(step, place)
 
 
 @dataclass(eq=False)
@@ -91,8 +104,10 @@ class Executor:
         self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
         self._tables = lru_cache(maxsize=128)(_Made)
         self._asking = Lock()
+        # People ask for a prompt again and again, and for the empty negative one always.
+        self._embeds = lru_cache(maxsize=32)(lambda text: pipe.prompts.encode([text]))
         self._slots: dict[Size, Slots] = {}
-        self._drawings: dict[int, tuple[Drawing, torch.Generator]] = {}
+        self._in_flight: dict[int, _InFlight] = {}
         self._paced: Any = None
 
     def table(self, sampler: str, num_steps: int) -> RingTable:
@@ -132,7 +147,6 @@ class Executor:
         """What the images in flight take now, of all sizes."""
         return sum(slots.held_bytes for slots in list(self._slots.values()))
 
-    @torch.no_grad()
     def warm_up(self) -> None:
         """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
         manifest = self.pipe.bundle.manifest
@@ -148,26 +162,26 @@ class Executor:
         self.pictures([0])
         self.clear(0)
 
-    @torch.no_grad()
     def fill(self, slot: int, drawing: Drawing, index: int) -> None:
         """Encode the text, unless an image of the same job did, and draw the noise of image `index`."""
         if drawing.conditioning is None:
             drawing.conditioning = self._condition(drawing)
-        slots = self.slots(drawing.size)
+        slots, guidance = self.slots(drawing.size), drawing.guidance_scale
         slots.fill(slot, drawing.conditioning)
         slots.make_room(slot, {branch: moves.count for branch, moves in drawing.moves.items()})
-        generator = torch.Generator().manual_seed(drawing.seed + index)
-        noise = slots.latents[slot].view(slots.latent_shape)
-        draw(noise, [generator])
-        noise.mul_(drawing.table.init_noise_sigma)
-        slots.history[slot, 0].copy_(slots.latents[slot, 0])
-        self._drawings[slot] = drawing, generator
+        steps = Steps(slots.history[slot], slots.latent_shape, drawing.table, guidance, drawing.seed + index)
+        (place,) = slots.places([slot], 1 + (guidance > 1))
+        alone = [steps.around(step, place) for step in range(len(drawing.table.timesteps))]
+        self._in_flight[slot] = _InFlight(drawing, slots, steps, place, alone)
 
     def _condition(self, drawing: Drawing) -> dict[str, Tensor]:
         """What the U-Net takes besides latents, the conditional row first. Shapes: (halves, ...)."""
-        guided, num_ids = drawing.guidance_scale > 1, self.pipe.bundle.manifest.model.time_ids
-        prompts = Prompt("prompt", drawing.prompt), Prompt("negative_prompt", drawing.negative_prompt)
-        embeds = self.pipe.prompts.condition(*prompts, count=1, guided=guided)
+        model = self.pipe.bundle.manifest.model
+        guided, num_ids, unwanted = drawing.guidance_scale > 1, model.time_ids, drawing.negative_prompt
+        negative = Prompt("negative_prompt")
+        if guided and not (unwanted is None and model.zero_negative):
+            negative = self._encoded("negative_prompt", unwanted or "")
+        embeds = self.pipe.prompts.condition(self._encoded("prompt", drawing.prompt), negative, count=1, guided=guided)
         found = {"encoder_hidden_states": embeds.hidden}
         if num_ids is not None and embeds.pooled is not None:
             size = drawing.size.height, drawing.size.width
@@ -175,44 +189,36 @@ class Executor:
             found |= {"text_embeds": embeds.pooled, "time_ids": ids}
         return {name: value.flip(0) for name, value in found.items()}
 
+    def _encoded(self, name: str, text: str) -> Prompt:
+        embeds = self._embeds(text)
+        return Prompt(name, embeds=embeds.hidden, pooled=embeds.pooled)
+
     def clear(self, slot: int) -> None:
         """Let go of a slot's drawing. Its tensors stay for the next."""
-        self._drawings.pop(slot, None)
+        self._in_flight.pop(slot, None)
 
-    @torch.no_grad()
     def run(self, steps: Sequence[tuple[int, int]], *, branch: int | None, guided: bool) -> None:
         """One U-Net call for these (slot, step) of one size, and their updates. If it raises, nothing has moved."""
         numbers, halves = [slot for slot, _ in steps], 1 + guided
-        slots = self.slots(self._drawings[numbers[0]][0].size)
-        places = slots.places(numbers, halves)
-        for place, (slot, step) in zip(places, steps, strict=True):
-            drawing, _ = self._drawings[slot]
-            table = drawing.table
-            kernels.duplicate(slots.lane(slot, halves).repeated, table.input_scale[step], place.sample)
-            place.timestep.fill_(table.timesteps[step])
-            if branch is not None and branch in drawing.moves and step in drawing.moves[branch].makes:
-                slots.make(branch, slot, halves, *drawing.moves[branch].makes[step])
+        slots = self._in_flight[numbers[0]].slots
+        turns = [
+            (self._in_flight[slot], slot, step, self._in_flight[slot].around(step, place))
+            for (slot, step), place in zip(steps, slots.places(numbers, halves), strict=True)
+        ]
+        for image, slot, step, around in turns:
+            for call in around.before:
+                call()
+            if branch is not None and branch in image.drawing.moves and step in image.drawing.moves[branch].makes:
+                slots.make(branch, slot, halves, *image.drawing.moves[branch].makes[step])
         slots.run(branch, numbers, halves)
-        for place, (slot, step) in zip(places, steps, strict=True):
-            for stored, moves in self._drawings[slot][0].moves.items():
+        for image, slot, step, around in turns:
+            for stored, moves in image.drawing.moves.items():
                 if step in moves.keeps:
                     slots.keep(stored, slot, halves, moves.keeps[step])
-            self._update(slots.lane(slot, halves), place, slot, step)
+            for call in around.after:
+                call()
+            image.steps.latents = around.latents
         self._pace()
-
-    def _update(self, lane: Lane, place: Place, slot: int, step: int) -> None:
-        drawing, generator = self._drawings[slot]
-        row = 3 * (step % MAX_WINDOW)
-        guided = lane.rows[row + 1]
-        if len(place.noise_pred) == 2:
-            conditional, unconditional = place.noise_pred
-            kernels.guide(unconditional, conditional, drawing.guidance_scale, 0.0, guided)
-        else:
-            guided.copy_(place.noise_pred[0])
-        if drawing.table.draws_noise[step]:
-            draw(lane.rows[row + 2], [generator])
-        kernels.combine(lane.history, drawing.table.weights[step], lane.latents)
-        lane.rows[3 * ((step + 1) % MAX_WINDOW)].copy_(lane.repeated[:1])
 
     def _pace(self) -> None:
         """Keep one step ahead of a GPU and no more, so that a cancelled image is gone within a step."""
@@ -224,26 +230,22 @@ class Executor:
             self._paced.synchronize()
         self._paced = event
 
-    @torch.no_grad()
+    def latents(self, slot: int) -> Tensor:
+        """An image's latents, as the last step left them. Shapes: returns (1, C, H, W)."""
+        return self._in_flight[slot].steps.latents
+
     def pictures(self, slots: Sequence[int]) -> list[Pillow.Image]:
         """The pictures of the latents in these slots, of one size, as they are now."""
-        of = self.slots(self._drawings[slots[0]][0].size)
-        return self.pipe.decode(torch.cat([of.latents[slot].view(of.latent_shape) for slot in slots]))
+        return self.pipe.decode(torch.cat([self.latents(slot) for slot in slots]))
 
-    @torch.no_grad()
     def preview(self, slot: int, step: int) -> Pillow.Image:
         """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
-        shape = self.slots(self._drawings[slot][0].size).latent_shape
-        (picture,) = self.pipe.decode(self.foretold(slot, step).view(shape))
+        (picture,) = self.pipe.decode(self.foretold(slot, step))
         return picture
 
     def foretold(self, slot: int, step: int) -> Tensor:
-        """The latents without noise that the step just taken foretells. Shapes: returns (1, C * H * W)."""
-        drawing, _ = self._drawings[slot]
-        row = 3 * (step % MAX_WINDOW)
-        sample, noise_pred = self.slots(drawing.size).history[slot, row : row + 2].split(1)
-        of_sample, of_noise = drawing.table.clean[step]
-        return of_sample * sample + of_noise * noise_pred
+        """The latents without noise that the step just taken foretells. Shapes: returns (1, C, H, W)."""
+        return self._in_flight[slot].steps.foretold(step)
 
     def check_device(self) -> None:
         """Raises: `DeviceBroken` if the device fails at what cannot fail."""

@@ -26,7 +26,7 @@ from fastcache.serve.executor import Drawing, Executor
 from fastcache.serve.limits import Limits
 from fastcache.serve.scheduler import Job
 from fastcache.serve.schema import ImageRequest
-from fastcache.serve.slots import RingTable
+from fastcache.serve.steps import RingTable
 from fastcache.serve.worker import Order
 
 

@@ -74,8 +74,7 @@ class Job:
         return any(image.slot is not None or image.step for image in self.images)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Images that take their next step together: in one engine call, or on a CPU in one each at once."""
 
     kind: Kind
@@ -168,6 +167,8 @@ class Scheduler:
         """The group to run now: shallow before full, for it is cheap and full steps gather; none waits for ever."""
         if not self.running:
             return None
+        if len(self.running) == 1:
+            return Batch(self.running[0].kind, tuple(self.running))
         groups: dict[Kind, list[Image]] = {}
         for image in sorted(self.running, key=lambda image: -image.waited):
             groups.setdefault(image.kind, []).append(image)
@@ -188,9 +189,9 @@ class Scheduler:
         self._most[batch.kind.bundle] = len(batch.images) - half
         return Batch(batch.kind, batch.images[:-half]), Batch(batch.kind, batch.images[-half:])
 
-    def advance(self, batch: Batch) -> list[Image]:
-        """The batch has run. Returns the images that took a step; a finished one keeps its slot until `finish`."""
-        moved = [image for image in batch.images if image.slot is not None]
+    def advance(self, images: Sequence[Image]) -> list[Image]:
+        """These have run. Returns those that took a step; a finished one keeps its slot until `finish`."""
+        moved = [image for image in images if image.slot is not None]
         for image in moved:
             image.step, image.waited = image.step + 1, 0
         return moved

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from fastcache.run.buffers import shape_of
 from fastcache.run.forecast import extrapolate
 from fastcache.run.recursion import MAX_WINDOW
-from fastcache.run.sampler import SamplerTable
+from fastcache.serve.steps import Place
 from fastcache.serve.streams import Streams
 from fastcache_engines import Binding, Engine, TensorSpec
 
@@ -29,88 +28,8 @@ _MOST_KEPT: Final = 3  # features that a forecast of order 2 goes through
 _ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled engines may count on
 
 
-@dataclass(frozen=True, eq=False)
-class RingTable:
-    """A sampler's table over a history that keeps the last MAX_WINDOW calls only, however many steps there are.
-
-    `weights[i]` are the update's after call i, over the rows x, e, z of each call j at 3 * (j % MAX_WINDOW);
-    `clean[i]` those of x and e of call i in the picture without noise that it foretells.
-
-    Shapes: each of weights (1, 3 * MAX_WINDOW), float32.
-    """
-
-    timesteps: Sequence[float]
-    input_scale: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    draws_noise: Sequence[bool]
-    init_noise_sigma: float
-    clean: Sequence[tuple[float, float]]
-    sigmas: Sequence[float] | None = None
-
-    @classmethod
-    def of(cls, table: SamplerTable, device: str, prediction_type: str = "epsilon") -> RingTable:
-        """Raises: `ValueError` for a sampler that looks back further than the ring reaches."""
-        if table.widest_window > MAX_WINDOW:
-            raise ValueError(f"expected a sampler that looks back {MAX_WINDOW} calls, got {table.widest_window}")
-        weights = torch.zeros(table.num_calls, MAX_WINDOW, 3)
-        for call, rule in enumerate(table.recursion()):
-            for j, of_call in enumerate(torch.tensor(rule.weights).view(-1, 3)):
-                weights[call, (rule.first + j) % MAX_WINDOW] = of_call
-        return cls(
-            table.timesteps.tolist(),
-            table.input_scale.float().to(device).unbind(),
-            weights.flatten(1).to(device).split(1),
-            [table.draws_noise(call) for call in range(table.num_calls)],
-            table.init_noise_sigma,
-            _clean_weights(table, prediction_type),
-            table.sigmas,
-        )
-
-
-def _clean_weights(table: SamplerTable, prediction_type: str) -> list[tuple[float, float]]:
-    """What x and e of each call count in the picture that it foretells; x alone where no noise levels are known.
-
-    Source: arXiv 2010.02502, equation 9, for noise; arXiv 2202.00512, section 4, for v.
-    """
-    if table.sigmas is None:
-        return [(1.0, 0.0)] * table.num_calls
-    if prediction_type == "sample":
-        return [(0.0, 1.0)] * table.num_calls
-    scales = zip(table.sigmas, table.input_scale.tolist(), strict=True)
-    signals = [(sigma, scale, 1 / math.hypot(1, sigma)) for sigma, scale in scales]
-    if prediction_type == "v_prediction":
-        return [(scale * signal, -sigma * signal) for sigma, scale, signal in signals]
-    return [(scale / signal, -sigma) for sigma, scale, signal in signals]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one image's rows of an engine call lie, the conditional one first.
-
-    Shapes: `sample` (halves, C, H, W); `noise_pred`, one for each half, (1, C, H, W).
-    """
-
-    sample: Tensor
-    timestep: Tensor
-    noise_pred: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One image's latents and history, in the shapes in which a step takes them: views, made once.
-
-    Shapes: `latents` (1, C * H * W); `repeated`, the same, (halves, C, H, W); `history` (rows, C * H * W); each of
-    `rows`, the same, (1, C, H, W).
-    """
-
-    latents: Tensor
-    repeated: Tensor
-    history: Tensor
-    rows: Sequence[Tensor]
-
-
 class Slots:
-    """The tensors of `count` images in flight. `history[slot]` has the rows x, e, z of the last MAX_WINDOW calls.
+    """The tensors of `count` images in flight. `history[slot]` is for the rows that `Steps` keeps.
 
     `engines` are the full one (None) and the shallow ones by branch; `sizes` what else than the rows is free in their
     shapes. An image has two rows everywhere, conditional and unconditional; where guidance is off, the first one runs.
@@ -131,15 +50,15 @@ class Slots:
         self._shapes = {name: shape_of(s, {**sizes, "batch": 1})[1:] for name, s in self._specs.items()}
         self.cached = tuple(spec.name for spec in engines[None].outputs if spec.name != "noise_pred")
         self.conditioning = tuple(n for n in self._specs if n not in (*_WRITTEN, *self.cached))
+        self._takes = {branch: _others(engine.inputs) for branch, engine in engines.items()}
+        self._stores = {branch: _others(engine.outputs) for branch, engine in engines.items()}
         self.own = {name: self._aligned(name) for name in self._specs}
         self.latent_shape = (1, channels, *self._shapes["sample"][1:])
         size = math.prod(self.latent_shape)
-        self.history = torch.zeros(count, 3 * MAX_WINDOW, size, device=device)
-        self.latents = torch.zeros(count, 1, size, device=device)
+        self.history = torch.zeros(count, 3 * MAX_WINDOW + 1, size, device=device)
         self._bindings: dict[tuple[int | None, int, int, int], Binding] = {}
         self._apart = lru_cache(maxsize=None)(self._bind_apart)
         self._place = lru_cache(maxsize=None)(self._make_place)
-        self.lane = lru_cache(maxsize=None)(self._make_lane)
         self._index = lru_cache(maxsize=256)(self._make_index)
         self._kept: dict[tuple[str, int], list[Tensor]] = {}  # earlier features, by name and slot
         self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
@@ -151,7 +70,7 @@ class Slots:
         """What the tensors take now."""
         shared: dict[str, Tensor] = self.__dict__.get("_shared", {})
         kept = [tensor for tensors in list(self._kept.values()) for tensor in tensors]
-        tensors = [self.history, self.latents, *self.own.values(), *shared.values(), *kept]
+        tensors = [self.history, *self.own.values(), *shared.values(), *kept]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     @property
@@ -159,7 +78,7 @@ class Slots:
         """What they take at most: where every image's plan forecasts each of its features, in the highest order."""
         own = {name: self.own[name][0].nbytes * self.count for name in self.own}
         shared = 0 if self.count == 1 or self._streams is not None else sum(own.values())
-        fixed = [self.history, self.latents, *self.own.values()]
+        fixed = [self.history, *self.own.values()]
         kept = _MOST_KEPT * sum(own[name] for name in self.cached)
         return sum(tensor.untyped_storage().nbytes() for tensor in fixed) + shared + kept
 
@@ -201,7 +120,7 @@ class Slots:
     def make_room(self, slot: int, features: Mapping[int, int]) -> None:
         """Room for so many earlier features of each branch, with nothing in it. It stays for the images to come."""
         for branch, count in features.items():
-            for name in self._taken(branch):
+            for name in self._features(branch):
                 kept = self._kept.setdefault((name, slot), [])
                 kept += [torch.empty_like(self.own[name][slot]) for _ in range(count - len(kept))]
                 for feature in kept:
@@ -209,18 +128,18 @@ class Slots:
 
     def keep(self, branch: int, slot: int, halves: int, place: int) -> None:
         """Copy a branch's feature, as the slot holds it, to one of its places."""
-        for name in self._taken(branch):
+        for name in self._features(branch):
             self._kept[name, slot][place][:halves].copy_(self.own[name][slot, :halves])
 
     def make(self, branch: int, slot: int, halves: int, places: Sequence[int], weights: Sequence[float]) -> None:
         """Make a slot's feature the sum of those kept at these places, by their weights."""
-        for name in self._taken(branch):
+        for name in self._features(branch):
             kept = self._kept[name, slot]
             extrapolate([kept[place][:halves] for place in places], weights, self.own[name][slot, :halves])
             self._mark([name], [slot])
 
-    def _taken(self, branch: int) -> list[str]:
-        return [spec.name for spec in self._engines[branch].inputs if spec.name in self.cached]
+    def _features(self, branch: int) -> list[str]:
+        return [name for name in self._takes[branch] if name in self.cached]
 
     def places(self, slots: Sequence[int], halves: int) -> list[Place]:
         """Where these images' rows of an engine call lie, in order."""
@@ -230,19 +149,16 @@ class Slots:
 
     def run(self, branch: int | None, slots: Sequence[int], halves: int) -> None:
         """One engine call for these images, or one each, with their samples and timesteps in their places."""
-        if len(slots) > 1 and self._streams is not None:
+        if len(slots) == 1:
+            self._binding(branch, halves, 1, slots[0]).run()
+            self._mark(self._stores[branch], slots)
+        elif self._streams is not None:
             self._streams.run([self._apart(branch, halves, slot) for slot in slots])
-            return
-        engine = self._engines[branch]
-        taken = [spec.name for spec in engine.inputs if spec.name not in _WRITTEN]
-        stored = [spec.name for spec in engine.outputs if spec.name not in _WRITTEN]
-        alone = len(slots) == 1
-        if not alone:
-            self._gather(taken, slots, halves)
-        self._binding(branch, halves, len(slots), slots[0] if alone else -1).run()
-        self._mark(stored, slots)
-        if not alone:
-            self._scatter(stored, slots, halves)
+        else:
+            self._gather(self._takes[branch], slots, halves)
+            self._binding(branch, halves, len(slots), -1).run()
+            self._mark(self._stores[branch], slots)
+            self._scatter(self._stores[branch], slots, halves)
 
     def _gather(self, names: Sequence[str], slots: Sequence[int], halves: int) -> None:
         """Bring what the slots hold to the shared rows, unless it is there from the call before."""
@@ -305,15 +221,15 @@ class Slots:
             of = {name: self.own[name][slot, :halves] for name in _WRITTEN}
         else:
             of = {name: self._shared[name][which * halves : (which + 1) * halves] for name in _WRITTEN}
-        return Place(of["sample"], of["timestep"], of["noise_pred"].split(1))
-
-    def _make_lane(self, slot: int, halves: int) -> Lane:
-        latents, history, shape = self.latents[slot], self.history[slot], self.latent_shape
-        rows = [row.view(shape) for row in history.unbind()]
-        return Lane(latents, latents.view(shape).expand(halves, *shape[1:]), history, rows)
+        return Place(**of, parts=of["noise_pred"].split(1))
 
     def _make_index(self, slots: tuple[int, ...]) -> Tensor:
         return torch.tensor(slots, device=self.device)
+
+
+def _others(specs: Sequence[TensorSpec]) -> list[str]:
+    """The tensors that a loop does not write or read at every step."""
+    return [spec.name for spec in specs if spec.name not in _WRITTEN]
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from fastcache.run.plan import FULL
 from fastcache.serve.events import Done, Drawn, Event, Failure, Preview, Stepped
@@ -221,7 +221,6 @@ class Worker:
         if not steps or executor is None:
             return
         full, start = batch.kind.branch is FULL, time.monotonic()
-        kind: Literal["full", "shallow"] = "full" if full else "shallow"
         try:
             executor.run(steps, branch=batch.kind.branch, guided=batch.kind.guided)
         except Exception as error:
@@ -230,15 +229,18 @@ class Worker:
             self._blame(error, executor, images)
             return
         self._failures = 0
-        self._metrics.stages.labels(f"{kind}_step").observe(time.monotonic() - start)
-        self._metrics.calls.labels(kind).inc()
-        self._metrics.steps.labels(kind).inc(len(steps))
+        figures = self._metrics.unet["full" if full else "shallow"]
+        figures.seconds.observe(time.monotonic() - start)
+        figures.calls.inc()
+        figures.steps.inc(len(steps))
         with self._changed:
-            moved = self._scheduler.advance(Batch(batch.kind, images))
-        self._metrics.abandoned.inc(len(images) - len(moved))
+            moved = self._scheduler.advance(images)
+        if len(moved) < len(images):
+            self._metrics.abandoned.inc(len(images) - len(moved))
         try:
             self._tell(moved, full, executor)
-            self._draw([image for image in moved if image.is_finished], executor)
+            if finished := [image for image in moved if image.is_finished]:
+                self._draw(finished, executor)
         except Exception as error:
             self._blame(error, executor, moved)
 

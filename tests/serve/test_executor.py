@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
+import cpu_library
 import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
-from fastcache.recipe import Size
 from fastcache.run.forecast import moves
 from fastcache.run.plan import Forecast
 from fastcache.run.sampler import compile_sampler
 from fastcache.run.scheduler import SAMPLERS, make_scheduler
 from fastcache.serve.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.scheduler import Batch, Image, Job, Scheduler
-from fastcache.serve.slots import RingTable
+from fastcache.serve.steps import RingTable
 from fastcache.serve.streams import Streams
 from fastcache.study.quality import psnr_db
+from fastcache_kernels.launch import KernelError
 from tiny_model import save_tiny_sdxl
 
 # numpy's word to diffusers, not to us
@@ -43,6 +44,16 @@ def pipe(tiny_bundle: Bundle) -> FastCachePipeline:
 def executor(pipe: FastCachePipeline, request: pytest.FixtureRequest) -> Executor:
     """Images in company share an engine call, or each has one of its own, two at once."""
     return Executor(pipe, 4, threads=request.param)
+
+
+@pytest.fixture(params=["compiled", "composed"])
+def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's own work in compiled C, and in PyTorch's operations."""
+    if request.param == "compiled":
+        found = cpu_library.build(_shared_folder / "cpu-library")
+    else:
+        found = KernelError("not to be used")
+    monkeypatch.setattr("fastcache.serve.steps.found_library", lambda: found)
 
 
 def wish(k: int, **changes: Any) -> dict[str, Any]:
@@ -86,15 +97,11 @@ def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[st
         if batch is None:
             continue
         run(executor, batch)
-        for image in scheduler.advance(batch):
+        for image in scheduler.advance(batch.images):
             if image.is_finished:
-                latents[image.job.id] = latents_of(executor, slot_of(image), image.job.content.size).clone()
+                latents[image.job.id] = executor.latents(slot_of(image)).clone().flatten(1)
                 scheduler.finish(image)
     return latents
-
-
-def latents_of(executor: Executor, slot: int, size: Size | None = None) -> Tensor:
-    return executor.slots(size or executor.pipe.bundle.manifest.sizes[0]).latents[slot]
 
 
 def slot_of(image: Image) -> int:
@@ -123,6 +130,7 @@ def from_pipeline(pipe: FastCachePipeline, k: int, plan: CachePlan | None = None
     return output.images.clone().view(1, -1)
 
 
+@pytest.mark.usefixtures("own_work")
 @pytest.mark.parametrize("apart", [0, 1, 3])
 def test_an_image_is_the_same_alone_in_company_and_from_the_pipeline(
     apart: int, executor: Executor, pipe: FastCachePipeline
@@ -136,6 +144,7 @@ def test_an_image_is_the_same_alone_in_company_and_from_the_pipeline(
     assert psnr_db(together["0"], together["8"]) < 40
 
 
+@pytest.mark.usefixtures("own_work")
 def test_steps_without_guidance_share_calls_too(executor: Executor, pipe: FastCachePipeline) -> None:
     """The last steps of two guided images run with those of one that has no guidance at all."""
     jobs = [job_of(executor, k, interval=1, unguided=(0, 0) if k == 1 else (2, 3)) for k in (0, 1, 6)]
@@ -150,6 +159,7 @@ def test_steps_without_guidance_share_calls_too(executor: Executor, pipe: FastCa
 FORECASTS = [None, Forecast(1), Forecast(2), Forecast(1, 0.5), Forecast(1, by="sigma"), Forecast(2, by="sigma")]
 
 
+@pytest.mark.usefixtures("own_work")
 @pytest.mark.parametrize("apart", [0, 2])
 def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, pipe: FastCachePipeline) -> None:
     """Guided and not, at different steps; images 4 and 5 go over to steps without guidance between two that store."""
@@ -187,7 +197,7 @@ def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
     assert torch.equal(drawn(executor, [job_of(executor, 3)])["3"], expected)
     executor.fill(0, job_of(executor, 0).content, 0)
     executor.run([(0, 0)], branch=0, guided=True)
-    assert latents_of(executor, 0).isnan().any()
+    assert executor.latents(0).isnan().any()
 
 
 def test_a_table_is_made_once_for_all_who_ask(executor: Executor) -> None:
@@ -265,7 +275,7 @@ def test_the_last_step_foretells_the_picture(executor: Executor) -> None:
     off = list[float]()
     for step in range(8):
         executor.run([(0, step)], branch=None, guided=True)
-        off.append(psnr_db(executor.foretold(0, step), latents_of(executor, 0)))
+        off.append(psnr_db(executor.foretold(0, step), executor.latents(0)))
     assert off[-1] > max(off[:-1])
     assert off[-1] > 25
     assert executor.preview(0, 7).size == executor.pictures([0])[0].size

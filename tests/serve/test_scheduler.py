@@ -43,7 +43,7 @@ def tick(scheduler: Scheduler) -> tuple[list[str], bool] | None:
     batch = scheduler.next_batch()
     if batch is None:
         return None
-    for image in scheduler.advance(batch):
+    for image in scheduler.advance(batch.images):
         if image.is_finished:
             scheduler.finish(image)
     return [image.job.id for image in batch.images], batch.kind.branch is None
@@ -116,7 +116,7 @@ def test_every_job_ends_once_and_no_slot_is_shared(seed: int, slots: int, queue:
         assert {image.kind for image in batch.images} == {batch.kind}
         if scheduler.jobs and rng.random() < 0.05:
             scheduler.drop(rng.choice(batch.images).job)  # while it runs
-        for image in scheduler.advance(batch):
+        for image in scheduler.advance(batch.images):
             steps[image.job.id] = steps.get(image.job.id, 0) + 1
             if image.is_finished:
                 assert image.slot is not None
@@ -170,6 +170,6 @@ def test_after_a_split_no_batch_is_larger() -> None:
     assert [len(half.images) for half in halves] == [3, 2]
     assert [*halves[0].images, *halves[1].images] == list(batch.images)
     for half in halves:
-        scheduler.advance(half)
+        scheduler.advance(half.images)
     while (turn := tick(scheduler)) is not None:
         assert len(turn[0]) <= 3
