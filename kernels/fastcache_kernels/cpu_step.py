@@ -1,7 +1,7 @@
 """A run's steps on a CPU -> two calls of compiled C for each, one before its engine and one after it.
 
-The C is `cpu_step.c`, a shared library beside this file where the ahead-of-time kernels are built. A step's addresses
-and numbers are laid out here, once, so that a call passes one address. Knows tensors and nothing else.
+The C is `cpu_step.c`, a shared library beside this file where CMake was there when fastcache was installed. A step's
+addresses and numbers are laid out here, once, so that a call passes one address. Knows tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Library:
     def __init__(self, folder: Path) -> None:
         file = folder / LIBRARY
         if not file.is_file():
-            raise KernelError(f"no {LIBRARY} in fastcache_kernels; install with FASTCACHE_AOT=1 to have one")
+            raise KernelError(f"no {LIBRARY} in fastcache_kernels; install again with CMake and a C compiler")
         try:
             library = ctypes.CDLL(str(file))
             stamp: Any = library.fastcache_cpu_source_sha256

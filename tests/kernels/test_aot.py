@@ -302,6 +302,21 @@ def test_a_wheel_carries_the_library_where_it_is_asked_to(tmp_path: Path) -> Non
     assert (tmp_path / "wheel" / "fastcache_kernels" / cpu_step.SOURCE).is_file()  # what the library is held against
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("cc")), reason="needs cmake and a C compiler")
+@pytest.mark.skipif(importlib.util.find_spec("scikit_build_core") is None, reason="needs scikit-build-core")
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_a_plain_wheel_is_built_with_a_compiler_and_without(compiler: str, tmp_path: Path) -> None:
+    """The loop's C, and nothing for GPUs; or Python alone."""
+    build = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
+    run(*build, CC=compiler)
+    (wheel,) = tmp_path.glob("fastcache-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+    assert libraries == ([f"fastcache_kernels/{cpu_step.LIBRARY}"] if compiler == "cc" else [])
+    assert ("linux" in wheel.name, "any" in wheel.name) == (compiler == "cc", compiler != "cc")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
