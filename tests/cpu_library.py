@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from fastcache_kernels.cpu_step import Library
+from fastcache_kernels.launch import KernelError
 
 ROOT = Path(__file__).resolve().parents[1]
 LACKING = [name for name in ("cmake", "cc") if shutil.which(name) is None]
@@ -30,6 +31,12 @@ def build(folder: Path) -> Library:
             _run("cmake", "--build", folder / "build")
             _run("cmake", "--install", folder / "build", "--prefix", folder / "installed")
         return Library(installed)
+
+
+def choose(which: str, folder: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Have a module's steps do their own work in compiled C ("compiled"), or in PyTorch's operations."""
+    found = build(folder / "cpu-library") if which == "compiled" else KernelError("not to be used")
+    monkeypatch.setattr(f"{module}.found_library", lambda: found)
 
 
 def _run(*command: str | Path) -> str:

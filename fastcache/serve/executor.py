@@ -153,7 +153,7 @@ class Executor:
         with ThreadPoolExecutor(1) as beside:
             # Native code works, while Python spends 4 s on importing the tokenizer's and the sampler's packages.
             loading = beside.submit(lambda: self.slots(manifest.sizes[0]).bind())
-            drawing = Drawing("", None, 2.0, 0, "ddim", 2, manifest.sizes[0], self.table("ddim", 2))
+            drawing = Drawing("", None, 2.0, 0, "ddim", 50, manifest.sizes[0], self.table("ddim", 50))
             self.pipe.encode_prompt([""])
             loading.result()
         self.fill(0, drawing, 0)

@@ -20,7 +20,6 @@ from fastcache.run.buffers import BufferPool
 from fastcache.run.denoise import Step, denoise
 from fastcache.run.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
-from fastcache_kernels.launch import KernelError
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -36,11 +35,7 @@ STEPS = 12
 @pytest.fixture(autouse=True, params=["compiled", "composed"])
 def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop's own work in compiled C, and in PyTorch's operations."""
-    if request.param == "compiled":
-        found = cpu_library.build(_shared_folder / "cpu-library")
-    else:
-        found = KernelError("not to be used")
-    monkeypatch.setattr("fastcache.run.between.found_library", lambda: found)
+    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.run.between")
 
 
 class FakeEngine:

@@ -26,7 +26,6 @@ from fastcache.serve.scheduler import Batch, Image, Job, Scheduler
 from fastcache.serve.steps import RingTable
 from fastcache.serve.streams import Streams
 from fastcache.study.quality import psnr_db
-from fastcache_kernels.launch import KernelError
 from tiny_model import save_tiny_sdxl
 
 # numpy's word to diffusers, not to us
@@ -49,11 +48,7 @@ def executor(pipe: FastCachePipeline, request: pytest.FixtureRequest) -> Executo
 @pytest.fixture(params=["compiled", "composed"])
 def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's own work in compiled C, and in PyTorch's operations."""
-    if request.param == "compiled":
-        found = cpu_library.build(_shared_folder / "cpu-library")
-    else:
-        found = KernelError("not to be used")
-    monkeypatch.setattr("fastcache.serve.steps.found_library", lambda: found)
+    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.serve.steps")
 
 
 def wish(k: int, **changes: Any) -> dict[str, Any]:
