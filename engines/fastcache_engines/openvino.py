@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES: Mapping[str, str] = {"f32": "float32", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
+_TELEMETRY: Final = "openvino_telemetry"
+
+
 def version() -> str:
     """The installed version.
 
@@ -75,8 +79,14 @@ def version() -> str:
 def _openvino() -> Any:
     if importlib.util.find_spec("openvino") is None:
         raise BackendUnavailable("OpenVINO is not installed; run: pip install 'fastcache[openvino]'")
+    modules: dict[str, Any] = sys.modules
+    if "openvino" not in modules:
+        # It takes this for not installed, and so tells nobody of being imported, for which it would fork this process.
+        modules.setdefault(_TELEMETRY, None)
     import openvino
 
+    if modules.get(_TELEMETRY, openvino) is None:
+        modules.pop(_TELEMETRY, None)
     return openvino
 
 

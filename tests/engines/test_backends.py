@@ -180,6 +180,15 @@ def test_auto_picks_what_is_there_and_says_why(monkeypatch: pytest.MonkeyPatch) 
         fastcache_engines.choose("cpu", "fp16")
 
 
+def test_openvino_tells_nobody_of_being_used() -> None:
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'fastcache[openvino]'")
+    code = (
+        "import sys; from fastcache_engines import openvino; openvino.version(); "
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry')]; import openvino_telemetry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_auto_passes_over_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcache_engines import openvino
 
