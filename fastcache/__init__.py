@@ -9,34 +9,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcache.bundle import Bundle
+    from fastcache.bundle.bundle import Bundle
+    from fastcache.bundle.recipe import Recipe
     from fastcache.compile.builder import build_engines
     from fastcache.cut.partition import Cut, partition_unet
     from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
-    from fastcache.recipe import Recipe
-    from fastcache.run.helper import FastCacheHelper
-    from fastcache.run.pipeline import FastCachePipeline, load
-    from fastcache.run.plan import CachePlan, Forecast
-    from fastcache.run.sampler import SamplerTable, compile_sampler
+    from fastcache.helper.helper import FastCacheHelper
+    from fastcache.loop.plan import CachePlan, Forecast
+    from fastcache.loop.table import SamplerTable, compile_sampler
+    from fastcache.pipeline.pipeline import FastCachePipeline, load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BackendUnavailable": "fastcache.errors",
     "BuildError": "fastcache.errors",
-    "Bundle": "fastcache.bundle",
+    "Bundle": "fastcache.bundle.bundle",
     "BundleError": "fastcache.errors",
-    "CachePlan": "fastcache.run.plan",
+    "CachePlan": "fastcache.loop.plan",
     "Cut": "fastcache.cut.partition",
-    "FastCacheHelper": "fastcache.run.helper",
-    "FastCachePipeline": "fastcache.run.pipeline",
-    "Forecast": "fastcache.run.plan",
+    "FastCacheHelper": "fastcache.helper.helper",
+    "FastCachePipeline": "fastcache.pipeline.pipeline",
+    "Forecast": "fastcache.loop.plan",
     "PartitionError": "fastcache.errors",
-    "Recipe": "fastcache.recipe",
-    "SamplerTable": "fastcache.run.sampler",
+    "Recipe": "fastcache.bundle.recipe",
+    "SamplerTable": "fastcache.loop.table",
     "build_engines": "fastcache.compile.builder",
-    "compile_sampler": "fastcache.run.sampler",
-    "load": "fastcache.run.pipeline",
+    "compile_sampler": "fastcache.loop.table",
+    "load": "fastcache.pipeline.pipeline",
     "partition_unet": "fastcache.cut.partition",
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcache.cut.partition import Cuts, partition_branches
-from fastcache.run.buffers import BufferPool
+from fastcache.loop.buffers import BufferPool
 from fastcache_engines import TensorSpec
 from small_unets import small_unet
 

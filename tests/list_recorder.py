@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastcache.run.between import Call
+from fastcache.loop.between import Call
 
 
 class ListRecorder:

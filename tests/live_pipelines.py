@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcache import FastCacheHelper
-from fastcache.study.quality import psnr_db
+from fastcache.evaluate.quality import psnr_db
 
 PROMPT = "a large red circle at the left on a white background"
 STEPS = 8

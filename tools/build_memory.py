@@ -22,7 +22,7 @@ from typing import IO, Annotated, Any
 import psutil
 import typer
 
-from fastcache.study.machine import environment, load_average
+from fastcache.bench.machine import environment, load_average
 
 _INTERVAL_S = 0.1
 

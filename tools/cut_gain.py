@@ -21,13 +21,13 @@ import typer
 from torch import Tensor
 
 import fastcache_engines
+from fastcache.bench.machine import environment, load_average
+from fastcache.bundle.parity import relative_error
 from fastcache.compile import export, graph_passes, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
 from fastcache.files import write_whole
-from fastcache.parity import relative_error
-from fastcache.study.machine import environment, load_average
 from fastcache_engines import Binding, BuildOptions, LoadOptions
 
 CUTS = ("plain", "projected")

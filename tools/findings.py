@@ -24,18 +24,18 @@ import typer
 
 import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
-from fastcache.study import evaluate_judges as judges
-from fastcache.study.calibration import Calibration
-from fastcache.study.evaluate import Arm, arms_of, draw_batch, frechet_estimate
-from fastcache.study.planning import (
+from fastcache.evaluate import judges
+from fastcache.evaluate.evaluate import Arm, arms_of, draw_batch, frechet_estimate
+from fastcache.evaluate.quality import mean_of, psnr_db_each
+from fastcache.planning.calibration import Calibration
+from fastcache.planning.planning import (
     kept_calibration,
     latency_plan,
     measure_loop,
     optimal_plan,
     threshold_plan,
 )
-from fastcache.study.quality import mean_of, psnr_db_each
-from fastcache.study.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
+from fastcache.planning.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them

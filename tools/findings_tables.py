@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcache.study.quality import mean_of
+from fastcache.evaluate.quality import mean_of
 
 Rows = dict[str, Any]
 

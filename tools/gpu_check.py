@@ -24,17 +24,17 @@ import typer
 from pieces import Board, Piece, end_with_parent, run_pieces
 
 import fastcache_engines
+from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
+from fastcache.bench.bench import document, make_inputs, run_bench
+from fastcache.bench.kernels import KernelResult, bench_kernels
+from fastcache.bench.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
+from fastcache.bench.machine import environment, gpus
+from fastcache.bench.profiling import profile_eager, profile_engines
+from fastcache.bench.work import multiply_adds
 from fastcache.commands.bench import show_kernels
 from fastcache.compile.models import find_model
 from fastcache.console import figure, print_table
 from fastcache.files import write_whole
-from fastcache.study.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
-from fastcache.study.bench import document, make_inputs, run_bench
-from fastcache.study.kernels import KernelResult, bench_kernels
-from fastcache.study.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
-from fastcache.study.machine import environment, gpus
-from fastcache.study.profiling import profile_eager, profile_engines
-from fastcache.study.work import multiply_adds
 from fastcache_engines import BACKENDS, DType
 
 ROOT = Path(__file__).resolve().parents[1]

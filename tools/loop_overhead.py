@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastcache.run import between
-from fastcache.run.buffers import BufferPool
-from fastcache.run.capture import CudaRecorder, denoise_captured
-from fastcache.run.denoise import DenoiseOptions, denoise
-from fastcache.run.plan import CachePlan
-from fastcache.run.sampler import SamplerTable, compile_sampler
-from fastcache.run.scheduler import make_scheduler
+from fastcache.loop import between
+from fastcache.loop.buffers import BufferPool
+from fastcache.loop.denoise import DenoiseOptions, denoise
+from fastcache.loop.drivers.cudagraph import CudaRecorder, denoise_captured
+from fastcache.loop.plan import CachePlan
+from fastcache.loop.scheduler import make_scheduler
+from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache_engines import TensorSpec
 from fastcache_kernels import cpu_step
 from fastcache_kernels.launch import KernelError

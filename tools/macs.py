@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import typer
 
+from fastcache.bench.work import MultiplyAdds, unet_work
 from fastcache.compile.models import find_model
-from fastcache.study.work import MultiplyAdds, unet_work
 
 INTERVALS = (1, 2, 3, 5, 10, 20)
 TOLERANCE = 0.02

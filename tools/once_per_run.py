@@ -23,13 +23,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastcache_engines
+from fastcache.bench.machine import environment, load_average
+from fastcache.bench.work import empty_unet
 from fastcache.compile import export, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
 from fastcache.files import write_whole
-from fastcache.study.machine import environment, load_average
-from fastcache.study.work import empty_unet
 from fastcache_engines import Binding, LoadOptions, TensorSpec
 
 PARTS = ("time", "text")

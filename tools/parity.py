@@ -30,9 +30,9 @@ from rich.console import Console
 from torch import Tensor
 
 import fastcache
+from fastcache.bundle.parity import relative_error
+from fastcache.bundle.recipe import recipe_from
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.parity import relative_error
-from fastcache.recipe import recipe_from
 
 SETTINGS = ((2, 0), (3, 0), (3, 1), (5, 3))  # cache_interval and cache_branch_id
 

@@ -29,7 +29,7 @@ import httpx
 import psutil
 import typer
 
-from fastcache.study.machine import environment
+from fastcache.bench.machine import environment
 
 GENERATE = "/v1/images/generations"
 BODY = {"prompt": "a small blue ring at the top", "num_inference_steps": 10, "cache_interval": 3, "seed": 0}
@@ -81,7 +81,7 @@ def deployed(settings: dict[str, Any], connect: Callable[[], object]) -> Generat
     import ray
     from ray import serve
 
-    from fastcache.serve.ray import application
+    from fastcache.serve.cluster.ray import application
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -31,7 +31,7 @@ import typer
 from serve_check_server import PROMPTS, Server, client_of, served, wish
 from serve_check_speed import latency, throughput
 
-from fastcache.study.machine import environment
+from fastcache.bench.machine import environment
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from serve.malformed import malformed_bodies  # pyright: ignore[reportMissingImports]

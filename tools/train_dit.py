@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from train_demo import Log, encode_images, pictures, schedule, v_prediction_scheduler
 
+from fastcache.analysis.dit import LATENT_SHAPE, build_dit, class_of
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.demo.scenes import Scene, training_scenes
-from fastcache.study.analysis.dit import LATENT_SHAPE, build_dit, class_of
 
 
 def one_object_scenes(rng: np.random.Generator, count: int) -> list[Scene]:

@@ -63,8 +63,6 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by the inputs' names
 
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES: Mapping[str, str] = {"f32": "float32", "i64": "int64", "i32": "int32", "boolean": "bool"}
-
-
 _TELEMETRY: Final = "openvino_telemetry"
 
 

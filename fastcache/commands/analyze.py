@@ -11,7 +11,7 @@ from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sample
 from fastcache.console import print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.study.analysis.measure import Analysis
+    from fastcache.analysis.measure import Analysis
 
 
 def analyze(
@@ -49,13 +49,13 @@ def analyze(
 
     Example: fastcache analyze --model demo --steps 50 --sampler ddim --output build/analysis
     """
-    from fastcache.study.analysis.dit import study_dit
-    from fastcache.study.analysis.experiments import guide_in_intervals, switch_prompt
-    from fastcache.study.analysis.measure import Settings, analyse
-    from fastcache.study.analysis.probes import probe
-    from fastcache.study.analysis.report import check_drawable, document, write_report
-    from fastcache.study.analysis.sections import Experiments
-    from fastcache.study.analysis.subject import find_subject
+    from fastcache.analysis.dit import study_dit
+    from fastcache.analysis.experiments import guide_in_intervals, switch_prompt
+    from fastcache.analysis.measure import Settings, analyse
+    from fastcache.analysis.probes import probe
+    from fastcache.analysis.report import check_drawable, document, write_report
+    from fastcache.analysis.sections import Experiments
+    from fastcache.analysis.subject import find_subject
 
     check_drawable()
     intervals = [_interval(text) for text in guidance_interval or ()]
@@ -99,7 +99,7 @@ def _interval(text: str) -> tuple[int, int]:
 
 
 def _show(analysis: Analysis) -> None:
-    from fastcache.study.analysis.measure import ALIKE, SimilarityFacts
+    from fastcache.analysis.measure import ALIKE, SimilarityFacts
 
     weights = ", random weights: no conclusions" if analysis.subject.source.random_weights else ""
     facts = {name: SimilarityFacts.of(values) for name, values in analysis.recorded.similarity.items()}

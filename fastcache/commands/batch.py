@@ -40,7 +40,7 @@ def batch(
 
     Example: fastcache batch --engines demo-output/engines --prompts prompts.txt --output pictures --workers 2
     """
-    from fastcache.serve.ray_batch import INDEX, Cluster, draw_file, read_rows
+    from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file, read_rows
 
     if plan is not None and cache_interval is not None:
         raise ValueError("expected --cache-interval or --plan, got both")

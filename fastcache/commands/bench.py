@@ -13,9 +13,9 @@ from fastcache.commands.options import RandomWeights, Sampler
 from fastcache.console import figure, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.study.arms import BenchSettings
-    from fastcache.study.bench import ArmResult
-    from fastcache.study.kernels import KernelResult
+    from fastcache.bench.arms import BenchSettings
+    from fastcache.bench.bench import ArmResult
+    from fastcache.bench.kernels import KernelResult
 
 
 def bench(
@@ -67,9 +67,9 @@ def bench(
     import platformdirs
     import torch
 
-    from fastcache.study.bench import document, run_bench
-    from fastcache.study.chart import check_chartable, draw_chart
-    from fastcache.study.lineup import Wishes, build_bundles, no_arm_ran, of_bundle, of_model
+    from fastcache.bench.bench import document, run_bench
+    from fastcache.bench.chart import check_chartable, draw_chart
+    from fastcache.bench.lineup import Wishes, build_bundles, no_arm_ran, of_bundle, of_model
 
     if (engines is None) == (model is None):
         raise ValueError("expected either --engines or --model, got " + ("neither" if model is None else "both"))
@@ -121,8 +121,8 @@ def _write_json(result: dict[str, Any], file: Path | None) -> bool:
 
 def _bench_kernels(batch: int, dtype: str | None, repeats: int, branch_id: int, json_file: Path | None) -> None:
     """`bench --kernels`, in fp16 where no dtype is named: what GPUs run these models in."""
-    from fastcache.study.arms import parse_dtype
-    from fastcache.study.kernels import bench_kernels
+    from fastcache.bench.arms import parse_dtype
+    from fastcache.bench.kernels import bench_kernels
 
     with progress() as say:
         result, rows = bench_kernels(batch, parse_dtype(dtype or "fp16"), repeats, branch_id, say)

@@ -9,15 +9,15 @@ from fastcache.console import print_json, print_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastcache.manifest import WorkEntry
+    from fastcache.bundle.manifest import WorkEntry
 
 
 def show_model_branches(name: str, height: int | None, width: int | None, as_json: bool) -> None:
     """Count and print the multiply-adds of a model or a preset at each branch id; nothing of it is loaded."""
+    from fastcache.bench.work import geometry, unet_work
+    from fastcache.bundle.manifest import WorkEntry
     from fastcache.compile.models import find_model
     from fastcache.compile.presets import PRESETS
-    from fastcache.manifest import WorkEntry
-    from fastcache.study.work import geometry, unet_work
 
     model = find_model(name, random_weights=name in PRESETS)
     own = geometry(model)

@@ -12,10 +12,10 @@ from fastcache.commands.options import Json, OutputFolder, RandomWeights
 from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.bundle import Bundle
-    from fastcache.manifest import Manifest, Parity
-    from fastcache.recipe import Recipe
-    from fastcache.study.verify import Verification
+    from fastcache.bundle.bundle import Bundle
+    from fastcache.bundle.manifest import Manifest, Parity
+    from fastcache.bundle.recipe import Recipe
+    from fastcache.health.verify import Verification
 
 
 def doctor(json_: Json = False) -> None:
@@ -23,7 +23,7 @@ def doctor(json_: Json = False) -> None:
 
     Example: fastcache doctor
     """
-    from fastcache.study.doctor import examine
+    from fastcache.health.doctor import examine
 
     result = examine()
     if json_:
@@ -100,7 +100,7 @@ def build_engines(
     Example: fastcache build-engines --model demo --output engines/demo
     """
     import fastcache
-    from fastcache.recipe import find_recipe, recipe_from, recipe_from_toml
+    from fastcache.bundle.recipe import find_recipe, recipe_from, recipe_from_toml
 
     if (model is None) == (recipe is None):
         raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
@@ -166,9 +166,9 @@ def inspect(
 
     Example: fastcache inspect demo-output/engines, or fastcache inspect sd15 --branches
     """
-    from fastcache.bundle import MANIFEST, Bundle, read_manifest
+    from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
     from fastcache.commands.branches import branch_rows, show_branches, show_model_branches
-    from fastcache.study.verify import engine_facts
+    from fastcache.health.verify import engine_facts
 
     if branches and not (folder / MANIFEST).is_file():
         show_model_branches(str(folder), height, width, json_)
@@ -222,7 +222,7 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.
 
     Example: fastcache verify demo-output/engines
     """
-    from fastcache.study.verify import verify_bundle
+    from fastcache.health.verify import verify_bundle
 
     found = verify_bundle(folder)
     if json_:
@@ -237,7 +237,7 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.
 
 def _show_layers(folder: Path, manifest: Manifest) -> None:
     """On stderr: the first tensors that leave the tolerance, in the order in which they are computed."""
-    from fastcache.study.layers import compare_layers
+    from fastcache.health.layers import compare_layers
 
     wrong = [layer for layer in compare_layers(folder, manifest) if not layer.error <= manifest.parity.tolerance]
     if not wrong:

@@ -23,9 +23,9 @@ def demo(
     Example: fastcache demo --output demo-output
     """
     import fastcache
+    from fastcache.bench.demo import report, run_demo
     from fastcache.files import write_whole
-    from fastcache.run.pipeline import FastCachePipeline
-    from fastcache.study.demo import report, run_demo
+    from fastcache.pipeline.pipeline import FastCachePipeline
 
     output.mkdir(parents=True, exist_ok=True)
     with progress() as say:
@@ -56,14 +56,14 @@ def demo(
 
 def _is_stale(folder: Path) -> bool:
     """Whether the demo's own folder holds an older version's bundle, which the demo may replace."""
-    from fastcache.bundle import MANIFEST
+    from fastcache.bundle.bundle import MANIFEST
 
     if not (folder / MANIFEST).is_file():
         return False
-    from fastcache.bundle import read_manifest
+    from fastcache.bundle.bundle import read_manifest
+    from fastcache.bundle.recipe import recipe_from
     from fastcache.compile.builder import resolve
     from fastcache.errors import BundleError
-    from fastcache.recipe import recipe_from
 
     try:
         return read_manifest(folder).key != resolve(recipe_from({})).key

@@ -13,9 +13,9 @@ from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sample
 from fastcache.console import figure, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.run.plan import CachePlan
-    from fastcache.study.evaluate import Evaluation, FeaturesOf, Judge, Row
-    from fastcache.study.quality import Array
+    from fastcache.evaluate.evaluate import Evaluation, FeaturesOf, Judge, Row
+    from fastcache.evaluate.quality import Array
+    from fastcache.loop.plan import CachePlan
 
 
 def evaluate(
@@ -46,13 +46,13 @@ def evaluate(
 
     Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
     """
-    from fastcache.bundle import open_bundle
+    from fastcache.bench.demo import grid
+    from fastcache.bundle.bundle import open_bundle
+    from fastcache.evaluate.chart import draw_frontier
+    from fastcache.evaluate.evaluate import arms_of, usual_guidance
+    from fastcache.evaluate.evaluate import evaluate as run
     from fastcache.files import write_whole
-    from fastcache.run.pipeline import FastCachePipeline
-    from fastcache.study.demo import grid
-    from fastcache.study.evaluate import arms_of, usual_guidance
-    from fastcache.study.evaluate import evaluate as run
-    from fastcache.study.evaluate_chart import draw_frontier
+    from fastcache.pipeline.pipeline import FastCachePipeline
 
     plans = _read_plans(plan)
     if (inception is None) != (reference_images is None):
@@ -104,7 +104,7 @@ def _read_plans(files: Sequence[Path]) -> dict[str, CachePlan]:
 
 def _prompts(pipe: Any, file: Path | None, count: int | None) -> list[str]:
     """As many prompts as pictures; those of a file are taken again, with further seeds, where they are fewer."""
-    from fastcache.study.evaluate_judges import held_out_prompts
+    from fastcache.evaluate.judges import held_out_prompts
 
     if file is None:
         if pipe.bundle.manifest.model.name != "demo":
@@ -118,7 +118,7 @@ def _judges(
     prompts: Sequence[str], lpips: Path | None, clip: Path | None, inception: Path | None, pictures: Path | None
 ) -> tuple[dict[str, Judge], FeaturesOf | None, Array | None]:
     """What these prompts and files allow to judge, and for a distance the features and those of true pictures."""
-    from fastcache.study import evaluate_judges as known
+    from fastcache.evaluate import judges as known
 
     judges: dict[str, Judge] = {"psnr_db": known.psnr_db, "ssim": known.ssim}
     look: Callable[..., Any] | None = None
@@ -139,7 +139,7 @@ def _judges(
 def _document(pipe: Any, found: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from fastcache.study.evaluate import UNCACHED
+    from fastcache.evaluate.evaluate import UNCACHED
 
     manifest = pipe.bundle.manifest
     return {

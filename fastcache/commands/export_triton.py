@@ -20,7 +20,7 @@ def export_triton(
 
     Example: fastcache export-triton --engines demo-output/engines --output repository
     """
-    from fastcache.serve.triton import export_repository
+    from fastcache.serve.cluster.triton import export_repository
 
     model = export_repository(engines, output, name)
     files = sorted(str(path.relative_to(output)) for path in model.rglob("*") if path.is_file())

@@ -15,7 +15,7 @@ from fastcache.commands.options import EnginesOption, Json, Sampler, read_plan
 from fastcache.console import notes, print_json
 
 if TYPE_CHECKING:
-    from fastcache.run.pipeline import FastCachePipeline, PipelineOutput
+    from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
 
 _BEGIN, _STEER, _TOLD = "Begin with a picture", "Steer by a picture", "SDXL"
 # Flags that are the pipeline's arguments of the same name: for base and refiner, and for the base alone.
@@ -136,10 +136,10 @@ def generate(
     """
     from rich.progress import Progress
 
-    from fastcache.bundle import open_bundle
+    from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
-    from fastcache.run.images import png_bytes
-    from fastcache.run.pipeline import FastCachePipeline
+    from fastcache.pipeline.images import png_bytes
+    from fastcache.pipeline.pipeline import FastCachePipeline
 
     given = {name: _unwrapped(value) for name, value in ctx.params.items() if value not in (None, (), [])}
     _check(output, num_images, given)
@@ -231,7 +231,7 @@ def _read_embeds(file: str) -> dict[str, Any]:
 
 def _read_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
     """The pictures in those of the files that are given, by the pipeline's names."""
-    from fastcache.run.images import read_image
+    from fastcache.pipeline.images import read_image
 
     pictures: dict[str, Any] = {}
     for flag, name in _PICTURES.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fastcache.run.plan import CachePlan
+    from fastcache.loop.plan import CachePlan
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 EnginesOption = Annotated[Path, typer.Option("--engines", help="A bundle, as build-engines makes it.")]
@@ -19,7 +19,7 @@ OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to writ
 
 def read_plan(path: Path) -> CachePlan:
     """The plan in a file. Raises: `ValueError` naming the file."""
-    from fastcache.run.plan import CachePlan
+    from fastcache.loop.plan import CachePlan
 
     try:
         return CachePlan.from_json(path.read_text(encoding="utf-8"))

@@ -13,11 +13,11 @@ from fastcache.commands.options import EnginesOption, Json, Sampler, read_prompt
 from fastcache.console import print_json, progress
 
 if TYPE_CHECKING:
-    from fastcache.manifest import Manifest
-    from fastcache.run.pipeline import FastCachePipeline
-    from fastcache.run.plan import CachePlan
-    from fastcache.study.calibration import Calibration
-    from fastcache.study.ways import LoopTimes
+    from fastcache.bundle.manifest import Manifest
+    from fastcache.loop.plan import CachePlan
+    from fastcache.pipeline.pipeline import FastCachePipeline
+    from fastcache.planning.calibration import Calibration
+    from fastcache.planning.ways import LoopTimes
 
 
 def plan(
@@ -72,11 +72,11 @@ def plan(
 
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
-    from fastcache.bundle import open_bundle, read_manifest
+    from fastcache.bundle.bundle import open_bundle, read_manifest
+    from fastcache.evaluate.evaluate import num_calls, usual_guidance
     from fastcache.files import write_whole
-    from fastcache.run.pipeline import FastCachePipeline
-    from fastcache.study.evaluate import num_calls, usual_guidance
-    from fastcache.study.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
+    from fastcache.pipeline.pipeline import FastCachePipeline
+    from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
 
     wishes: dict[str, float | None] = {
         "--uniform": uniform,
@@ -168,9 +168,9 @@ def _by_formula(
     power: float | None,
     as_shipped: bool,
 ) -> CachePlan:
-    from fastcache.run.plan import CachePlan
-    from fastcache.run.sampler import compile_sampler
-    from fastcache.run.scheduler import make_scheduler
+    from fastcache.loop.plan import CachePlan
+    from fastcache.loop.scheduler import make_scheduler
+    from fastcache.loop.table import compile_sampler
 
     calls = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
     if uniform is not None:
@@ -185,7 +185,7 @@ def _extended(
     made: CachePlan, guidance_steps: str | None, order: int | None, by: str, damping: float | None
 ) -> CachePlan:
     """The plan with guidance in an interval and a forecast, where they are asked for."""
-    from fastcache.run.plan import Forecast
+    from fastcache.loop.plan import Forecast
 
     if order is None and (damping is not None or by != "step"):
         raise ValueError("expected --forecast-by and --damping only with --forecast, got one without")
@@ -200,7 +200,7 @@ def _extended(
 
 
 def _prompts(pipe: FastCachePipeline, file: Path | None, count: int) -> list[str]:
-    from fastcache.study.evaluate_judges import calibration_prompts
+    from fastcache.evaluate.judges import calibration_prompts
 
     if file is not None:
         return read_prompts(file)[:count]

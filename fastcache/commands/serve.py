@@ -31,14 +31,14 @@ def serve(
     import os
 
     try:
-        from fastcache.serve.server import serve as serve_bundle
+        from fastcache.serve.http.server import serve as serve_bundle
     except ImportError as error:
         from fastcache.errors import BackendUnavailable
 
         raise BackendUnavailable(
             f"expected the packages of serving ({error.name}); pip install 'fastcache[serve]'"
         ) from error
-    from fastcache.serve.limits import Limits
+    from fastcache.serve.http.limits import Limits
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("fastcache").setLevel(logging.INFO)

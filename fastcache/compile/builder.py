@@ -27,10 +27,10 @@ from filelock import FileLock
 
 import fastcache
 import fastcache_engines
-from fastcache.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
+from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
+from fastcache.bundle.recipe import Component, Device, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
-from fastcache.recipe import Component, Device, Recipe, recipe_from
 
 Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}

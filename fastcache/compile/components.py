@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from fastcache.bundle.manifest import Family
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lora import Part
-from fastcache.manifest import Family
 
 
 class _TextEncoder(nn.Module):

@@ -24,14 +24,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from fastcache.bundle.manifest import ControlEntry
+from fastcache.bundle.recipe import ControlKind
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import split_gates
 from fastcache.compile.sources import first_line, load, read_json, weight_files
 from fastcache.compile.steering import CONDITIONING_SCALE, EMBEDDING, IP_ADAPTER_INPUTS, RESIDUAL, Controls
 from fastcache.cut.unet import take_apart
 from fastcache.files import sha256_of
-from fastcache.manifest import ControlEntry
-from fastcache.recipe import ControlKind
 
 _CLASSES: dict[ControlKind, str] = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
 # What a ControlNet must have as its U-Net has it, for its residuals to fit.

@@ -13,13 +13,13 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from fastcache.bundle.manifest import ModelInfo, WorkEntry
+from fastcache.bundle.recipe import Profile, Recipe, Size
 from fastcache.compile.export import Free, Inputs
 from fastcache.compile.models import SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.work import count_work, empty_unet
-from fastcache.manifest import ModelInfo, WorkEntry
-from fastcache.recipe import Profile, Recipe, Size
 
 CLIP_TOKENS = 77
 

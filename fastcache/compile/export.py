@@ -20,9 +20,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
 from fastcache.errors import BuildError
-from fastcache.manifest import Role
 from fastcache_engines import TensorSpec
 
 OPSET = 20

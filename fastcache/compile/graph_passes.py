@@ -13,8 +13,8 @@ import torch
 from onnxscript import opset20
 from onnxscript.values import Op, Opset
 
+from fastcache.bundle.recipe import DType
 from fastcache.errors import BuildError
-from fastcache.recipe import DType
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from fastcache.bundle.manifest import Family, LoraEntry
+from fastcache.bundle.recipe import Lora
 from fastcache.errors import BackendUnavailable
 from fastcache.files import sha256_of
-from fastcache.manifest import Family, LoraEntry
-from fastcache.recipe import Lora
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 Model = TypeVar("Model", bound=nn.Module)

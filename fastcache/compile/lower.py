@@ -14,9 +14,9 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcache.bundle.recipe import DType
 from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import Cut
-from fastcache.recipe import DType
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

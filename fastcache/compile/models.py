@@ -18,14 +18,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from fastcache.bundle.manifest import Family, LoraEntry
+from fastcache.bundle.recipe import Component, ControlKind, Lora
 from fastcache.compile import lora
 from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
 from fastcache.compile.sources import first_line, load, read_json, weight_files
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.files import sha256_of
-from fastcache.manifest import Family, LoraEntry
-from fastcache.recipe import Component, ControlKind, Lora
 
 _PIPELINES: dict[str, Family] = {
     "StableDiffusionPipeline": "sd",

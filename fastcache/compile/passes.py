@@ -13,12 +13,12 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from fastcache.bundle.manifest import shallow_role
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import widened
 from fastcache.cut.partition import Cut, Cuts
 from fastcache.cut.unet import take_apart
 from fastcache.errors import BuildError
-from fastcache.manifest import shallow_role
 
 
 def call_unet(unet: nn.Module, inputs: Inputs) -> Any:

@@ -14,10 +14,10 @@ import torch
 from diffusers import MultiControlNetModel
 from torch import nn
 
+from fastcache.bundle.recipe import DType
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.cut.controlnet import partition_controlnet
-from fastcache.recipe import DType
 
 EMBEDDING = "controlnet_embedding"  # of several ControlNets the first's, the others numbered from 2
 CONDITIONING_SCALE = "conditioning_scale"

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import fastcache_engines
-from fastcache.bundle import seal
+from fastcache.bundle.bundle import seal
+from fastcache.bundle.manifest import SCHEMA
+from fastcache.bundle.recipe import Recipe
 from fastcache.compile import describe, lower
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
 from fastcache.errors import BackendUnavailable, BuildError
-from fastcache.manifest import SCHEMA
-from fastcache.recipe import Recipe
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 

@@ -18,7 +18,10 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import save
 
 import fastcache_engines
-from fastcache.bundle import REFERENCE
+from fastcache.bundle.bundle import REFERENCE
+from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, Role, WorkEntry, shallow_role
+from fastcache.bundle.parity import measure_parity, module_parity
+from fastcache.bundle.recipe import Device, DType
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
@@ -26,9 +29,6 @@ from fastcache.compile.models import TOKENIZERS, state_bytes
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache.manifest import EngineEntry, ModelInfo, Parity, Role, WorkEntry, shallow_role
-from fastcache.parity import measure_parity, module_parity
-from fastcache.recipe import Device, DType
 from fastcache_engines import BuildOptions, LoadOptions
 
 _LARGEST_FP16 = 65504.0

@@ -1,1 +1,1 @@
-"""Requests -> images over HTTP. `scheduler.py` decides, `executor.py` runs, `app.py` speaks HTTP."""
+"""Requests -> images: over HTTP (`http/`), on one machine (`engine/`) and on many (`cluster/`)."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 import fastcache
 from fastcache import BackendUnavailable, BuildError, Bundle, PartitionError, Recipe
-from fastcache.bundle import open_bundle
+from fastcache.bundle.bundle import open_bundle
 from fastcache.compile import worker
 from fastcache.compile.builder import _lines, resolve
 from fastcache.compile.models import find_model

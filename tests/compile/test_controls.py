@@ -14,6 +14,7 @@ from diffusers import ControlNetModel, MultiControlNetModel, T2IAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastcache.bundle.recipe import ControlKind, Recipe
 from fastcache.compile import export, passes
 from fastcache.compile.builder import resolve
 from fastcache.compile.controls import load_controls
@@ -21,7 +22,6 @@ from fastcache.compile.lower import prepare
 from fastcache.compile.models import find_model
 from fastcache.compile.steering import Controls
 from fastcache.cut.partition import partition_branches
-from fastcache.recipe import ControlKind, Recipe
 from tiny_controls import ip_adapter_weights, save_controlnet, save_ip_adapter, save_t2i_adapter
 from tiny_model import TOKENS, save_tiny_model, save_tiny_sdxl
 

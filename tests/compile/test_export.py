@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from fastcache import BuildError, partition_unet
+from fastcache.bundle.parity import relative_error
 from fastcache.compile import components, export, passes
 from fastcache.compile.graph_passes import NORMS_IN_FLOAT32
 from fastcache.cut.partition import Cut
-from fastcache.parity import relative_error
 from fastcache_engines import LoadOptions, onnxruntime, tensorrt_rtx
 from small_unets import small_unet
 from tensorrt_graphs import built, cuda, few_layers

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import fastcache
 from fastcache import BackendUnavailable, Bundle, FastCachePipeline
+from fastcache.bundle.recipe import Lora, Recipe
 from fastcache.compile.builder import resolve
 from fastcache.compile.models import find_model
+from fastcache.evaluate.quality import psnr_db
 from fastcache.files import sha256_of
-from fastcache.recipe import Lora, Recipe
-from fastcache.study.quality import psnr_db
 from tiny_model import save_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

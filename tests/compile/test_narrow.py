@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastcache.bundle.parity import relative_error
 from fastcache.compile import passes
 from fastcache.compile.lower import widened
 from fastcache.compile.models import find_model
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.partition import partition_branches
-from fastcache.parity import relative_error
 from small_presets import SMALL_PRESETS
 
 REFINER, LDM = "small-sdxl-refiner", "small-ldm4g"

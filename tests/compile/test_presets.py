@@ -13,19 +13,19 @@ from diffusers import DDIMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 import fastcache
-from fastcache.bundle import Bundle
+from fastcache.bench.bench import document, make_inputs, run_bench
+from fastcache.bench.lineup import Wishes, of_bundle, of_model
+from fastcache.bench.profiling import profile_eager, profile_engines
+from fastcache.bench.work import empty_unet
+from fastcache.bundle.bundle import Bundle
+from fastcache.bundle.recipe import recipe_from
 from fastcache.compile.describe import describe, shapes
 from fastcache.compile.models import find_model
 from fastcache.compile.presets import PRESETS
-from fastcache.recipe import recipe_from
-from fastcache.run.images import Start
-from fastcache.run.scheduler import make_scheduler
-from fastcache.study.bench import document, make_inputs, run_bench
-from fastcache.study.lineup import Wishes, of_bundle, of_model
-from fastcache.study.profiling import profile_eager, profile_engines
-from fastcache.study.quality import psnr_db
-from fastcache.study.verify import verify_bundle
-from fastcache.study.work import empty_unet
+from fastcache.evaluate.quality import psnr_db
+from fastcache.health.verify import verify_bundle
+from fastcache.loop.scheduler import make_scheduler
+from fastcache.pipeline.images import Start
 from small_presets import SMALL_PRESETS, python_path
 
 DDPM, LDM, REFINER, EDITS = "small-ddpm256", "small-ldm4g", "small-sdxl-refiner", "small-instruct-pix2pix"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import fastcache
 from fastcache import PartitionError, partition_unet
+from fastcache.bundle.parity import TOLERANCE, relative_error
 from fastcache.compile import export, lower, passes
 from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import Cut
 from fastcache.errors import BackendUnavailable
-from fastcache.parity import TOLERANCE, relative_error
 from fastcache_engines import BuildOptions, LoadOptions, inductor
 from small_unets import example, small_unet
 

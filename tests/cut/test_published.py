@@ -12,11 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcache import PartitionError
+from fastcache.bench import work
 from fastcache.compile.models import find_model
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.partition import partition_branches, partition_unet
 from fastcache.cut.work import count_work, empty_unet
-from fastcache.study import work
 from small_unets import any_small_unet, named_example
 
 PARAMETERS = {  # millions; published: 860, 866, 2567, 2.3 G (refiner), 1.5 G (SVD), 400 (LDM-4-G), 113.7 (DDPM)

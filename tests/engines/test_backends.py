@@ -19,9 +19,9 @@ from torch import Tensor
 import fastcache
 import fastcache_engines
 from fastcache import Bundle
+from fastcache.bundle.parity import TOLERANCE, relative_error
 from fastcache.errors import BackendUnavailable
-from fastcache.parity import TOLERANCE, relative_error
-from fastcache.study.quality import psnr_db
+from fastcache.evaluate.quality import psnr_db
 from fastcache_engines import LoadOptions
 
 Case = tuple[str, str, str]

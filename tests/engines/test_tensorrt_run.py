@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastcache import BackendUnavailable, partition_unet
+from fastcache.bundle.parity import relative_error
 from fastcache.compile import passes
 from fastcache.compile.lower import lower
-from fastcache.parity import relative_error
 from fastcache_engines import LoadOptions, Workspace, tensorrt, tensorrt_rtx
 from fastcache_engines._tensorrt import facts_path
 from tensorrt_graphs import (

@@ -14,10 +14,10 @@ from typing import Any
 
 import httpx
 
-from fastcache.serve.app import create_app
-from fastcache.serve.limits import Limits
-from fastcache.serve.server import Server, config_of, listen
-from fastcache.serve.service import Service
+from fastcache.serve.http.app import create_app
+from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.server import Server, config_of, listen
+from fastcache.serve.http.service import Service
 
 # No test can tell a limit of steps by waiting, so the tiny model may take as many as its scheduler has.
 LIMITS = Limits(max_batch=4, queue=64, max_steps=1000)

@@ -1,0 +1,1 @@
+"""How fast: loops of several kinds side by side in one run."""

@@ -1,0 +1,292 @@
+"""The kernels against PyTorch's own operations, on the shapes that models meet -> times and shares of a device copy.
+
+Every call is captured in CUDA graphs and replayed, as the loop does it, so what is timed is the GPU's work and not the
+launching. A call's bytes are the least that it must move: each input read once and each output written once. The copy
+beside it moves as many, of as large tensors, so that what a cache holds is held for both.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastcache.bench.machine import environment, gpus
+from fastcache.bench.work import empty_unet, geometry
+from fastcache.compile.lower import TORCH_DTYPES
+from fastcache.compile.models import find_model
+from fastcache.cut.partition import partition_unet
+from fastcache.errors import BackendUnavailable
+from fastcache_engines import DType
+from fastcache_kernels import launch, norm, reference
+from fastcache_kernels.feature import empty_feature, store_feature
+from fastcache_kernels.guidance import GuidanceStep
+from fastcache_kernels.values import QUANTISED, StoredFeature, step_tables
+
+MODELS, SIZES = ("sd15", "sdxl"), (512, 1024)
+GROUPS = 32
+CALLS = 20  # in one captured graph: a replay costs microseconds, as does a call
+REPLAYS = 10  # of each arm, in a repeat
+Shape = tuple[int, int, int, int]
+Call = Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one shape: what it launches, and the same by PyTorch's operations; both return what they wrote."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    run: Call
+    eager: Call
+    models: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """A case's medians, in microseconds, and what they say. `share_of_copy` is the copy's time over the kernel's."""
+
+    kernel: str
+    models: tuple[str, ...]
+    shape: tuple[int, ...]
+    num_bytes: int
+    kernel_us: float
+    eager_us: float
+    compile_us: float | None
+    copy_us: float
+    gb_per_s: float
+    share_of_copy: float
+    speedup_vs_eager: float
+    speedup_vs_compile: float | None
+    compile_skipped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_kernels(
+    batch: int, dtype: DType, repeats: int, branch_id: int, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[KernelResult]]:
+    """Time every kernel on the GPU at hand. Returns the document that `bench --kernels --json` writes, and its rows.
+
+    Raises: `BackendUnavailable` where there is nothing to time.
+    """
+    require_gpu()
+    before = gpus()
+    results = [_time_case(case, repeats, say) for case in kernel_cases(batch, dtype, "cuda", branch_id)]
+    settings = {"batch": batch, "dtype": dtype, "branch_id": branch_id, "repeats": repeats, "guided": True}
+    used, reason = launch.source()
+    document = {
+        "environment": environment(torch.get_num_threads()) | {"gpus": {"before": before, "after": gpus()}},
+        "settings": settings,
+        "source": {"used": used, "reason": reason},
+        "kernels": [result.to_json() for result in results],
+    }
+    return document, results
+
+
+def require_gpu() -> None:
+    """Raise `BackendUnavailable` where there is nothing to time: an interpreter's times would say nothing."""
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(
+            "expected a CUDA GPU that this build of PyTorch sees, for the kernels run on no other device, got none; "
+            "run this on a machine with one"
+        )
+    used, reason = launch.source()
+    if used == "reference":
+        raise BackendUnavailable(f"expected kernels to launch, got none: {reason}")
+
+
+def kernel_cases(batch: int, dtype: DType, device: str, branch_id: int = 0, sizes: Sequence[int] = SIZES) -> list[Case]:
+    """Every kernel on every shape that the models meet at these sizes under guidance, equal shapes once.
+
+    The first norm above the cut is there with the concat and, where there is one, as the projected cut has it.
+    """
+    cases: dict[tuple[str, tuple[int, ...]], Case] = {}
+    for name in MODELS:
+        model = find_model(name, random_weights=True)
+        cut, scale = partition_unet(empty_unet(model), branch_id), geometry(model).scale
+        consumer: Any = cut.shallow.up[0]
+        first, cached = consumer.layer.resnet.norm1, cut.feature_channels
+        for size in sizes:
+            side = size // scale // cut.feature_stride
+            shape = (2 * batch, first.num_channels, side, side)
+            found = [_concat_norm(shape, cached, first.num_groups, dtype, device)]
+            if first.num_groups * cached % first.num_channels == 0:
+                groups = first.num_groups * (first.num_channels - cached) // first.num_channels
+                found.append(_norm((2 * batch, first.num_channels - cached, side, side), groups, dtype, device))
+            found.append(_guidance(batch, size // scale, dtype, device))
+            found += [_store((2 * batch, cached, side, side), stored, dtype, device) for stored in QUANTISED]
+            for case in found:
+                cases.setdefault((case.kernel, case.shape), case).models.append(f"{name} {size}")
+    return list(cases.values())
+
+
+def summarise(case: Case, times: Mapping[str, Sequence[float]], compile_skipped: str | None = None) -> KernelResult:
+    """A case's result from each arm's times, in microseconds a call."""
+    us = {arm: statistics.median(values) for arm, values in times.items()}
+    compiled = us.get("compile")
+    return KernelResult(
+        kernel=case.kernel,
+        models=tuple(case.models),
+        shape=case.shape,
+        num_bytes=case.num_bytes,
+        kernel_us=round(us["kernel"], 3),
+        eager_us=round(us["eager"], 3),
+        compile_us=None if compiled is None else round(compiled, 3),
+        copy_us=round(us["copy"], 3),
+        gb_per_s=round(case.num_bytes / us["kernel"] / 1e3, 1),
+        share_of_copy=round(us["copy"] / us["kernel"], 3),
+        speedup_vs_eager=round(us["eager"] / us["kernel"], 3),
+        speedup_vs_compile=None if compiled is None else round(compiled / us["kernel"], 3),
+        compile_skipped=compile_skipped,
+    )
+
+
+def _time_case(case: Case, repeats: int, say: Callable[[str], None]) -> KernelResult:
+    say(f"timing {case.kernel} on {'x'.join(map(str, case.shape))}")
+    torch.compiler.reset()  # else it gives up on a function that it has compiled for eight shapes
+    source = torch.empty(case.num_bytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], object]] = {
+        "kernel": case.run,
+        "eager": case.eager,
+        "compile": torch.compile(case.eager, dynamic=False),
+        "copy": lambda: target.copy_(source),
+    }
+    graphs, skipped = dict[str, torch.cuda.CUDAGraph](), None
+    for arm, call in calls.items():
+        try:
+            graphs[arm] = _captured(call)
+        except Exception as error:  # inductor's and Triton's errors share no base class
+            if arm != "compile":
+                raise
+            skipped = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    times, order = {arm: list[float]() for arm in graphs}, list(graphs)
+    for _ in range(REPLAYS * repeats):
+        order.append(order.pop(0))
+        for arm in order:
+            times[arm].append(_replay_us(graphs[arm]))
+    return summarise(case, times, skipped)
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`CALLS` calls as one graph, after calls outside it, in which kernels are compiled and loaded."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    graph.replay()
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / CALLS
+
+
+def _concat_norm(shape: Shape, cached_channels: int, num_groups: int, dtype: DType, device: str) -> Case:
+    """The norm of the plain cut, with the concat that the shortcut takes."""
+    out, joined = (torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device) for _ in range(2))
+    cached, skip = (half.contiguous() for half in _random(out).tensor_split([cached_channels], 1))
+    weight, bias = (_random(out[0, :, 0, 0]) for _ in range(2))
+    bound = norm.bind(cached, skip, weight, bias, num_groups, out=out, joined=joined)
+
+    def run() -> Sequence[Tensor]:
+        bound()
+        return out, joined
+
+    def eager() -> Sequence[Tensor]:
+        both = torch.cat([cached, skip], 1)
+        return functional.silu(functional.group_norm(both, num_groups, weight, bias)), both
+
+    return Case("concat_groupnorm_silu", shape, _bytes(cached, skip, weight, bias, out, joined), run, eager)
+
+
+def _norm(shape: Shape, num_groups: int, dtype: DType, device: str) -> Case:
+    """What is left of that norm in the projected cut: the skip connection's half."""
+    out = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
+    x, weight, bias = _random(out), _random(out[0, :, 0, 0]), _random(out[0, :, 0, 0])
+    bound = norm.bind(out[:, :0].contiguous(), x, weight, bias, num_groups, out=out)
+
+    def run() -> Sequence[Tensor]:
+        bound()
+        return (out,)
+
+    def eager() -> Sequence[Tensor]:
+        return (functional.silu(functional.group_norm(x, num_groups, weight, bias)),)
+
+    return Case("groupnorm_silu", shape, _bytes(x, weight, bias, out), run, eager)
+
+
+def _guidance(batch: int, side: int, dtype: DType, device: str) -> Case:
+    """A step of a sampler that looks back one call, as DPM++ 2M does, under guidance."""
+    scale, model_input = 7.5, torch.empty(2 * batch, 4, side, side, dtype=TORCH_DTYPES[dtype], device=device)
+    noise_pred, timestep = _random(model_input), torch.empty(2 * batch, device=device)
+    ring = _random(torch.empty(2, 3, batch, 4, side, side, device=device))
+    later = [0.1, 0.05, 0.0, 0.8, -0.3, 0.0]
+    updates, times = [(0, [0.9, -0.2, 0.0]), (0, later), (1, later)], [999.0, 666.0, 333.0]
+    tables = step_tables(updates, input_scales=[1.0] * 3, timesteps=times, guidance=scale, device=device)
+    step = torch.ones(1, dtype=torch.int32, device=device)
+    bound = GuidanceStep(noise_pred, ring, tables, step, model_input, timestep)
+    rows, weights = ring.clone(), tables.weights[1].flatten()[None]
+    latents, next_input = torch.empty_like(ring[0, 0]), torch.empty_like(model_input)
+    halves, one = latents.expand(2, *latents.shape), torch.ones((), device=device)
+
+    def run() -> Sequence[Tensor]:
+        bound.run()  # the next x takes the place of the oldest
+        return ring[0, 0], ring[1, 1], model_input
+
+    def eager() -> Sequence[Tensor]:  # what the loop does where there are no kernels
+        unconditional, conditional = noise_pred.float().chunk(2)
+        reference.guide(unconditional, conditional, scale, 0.0, rows[1, 1])
+        reference.combine(rows.view(6, -1), weights, latents.view(1, -1))
+        reference.duplicate(halves, one, next_input.view(halves.shape))
+        return latents, rows[1, 1], next_input
+
+    moved = _bytes(noise_pred, model_input, timestep) + 5 * _bytes(latents)  # x twice and e are read, x and e written
+    return Case("guidance_step", tuple(noise_pred.shape), moved, run, eager)
+
+
+def _store(shape: Shape, stored: torch.dtype, dtype: DType, device: str) -> Case:
+    """A feature into its slot in one byte a value, a scale for each of 32 groups of channels."""
+    feature = _random(torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device))
+    own, other = (empty_feature(shape, stored, groups=GROUPS, device=device) for _ in range(2))
+
+    def write(store: Callable[[Tensor, StoredFeature], None], to: StoredFeature) -> Sequence[Tensor]:
+        store(feature, to)
+        return (to.values,) if to.scales is None else (to.values, to.scales)
+
+    num_bytes = _bytes(feature, own.values) + 4 * shape[0] * GROUPS
+    name = f"store_feature {'int8' if stored == torch.int8 else 'fp8'}"
+    return Case(
+        name,
+        shape,
+        num_bytes,
+        run=lambda: write(store_feature, own),
+        eager=lambda: write(reference.store_feature, other),
+    )
+
+
+def _random(like: Tensor) -> Tensor:
+    numbers = torch.randn(like.shape, generator=torch.Generator().manual_seed(like.ndim))
+    return numbers.to(like.device, like.dtype)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

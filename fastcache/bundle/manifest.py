@@ -1,0 +1,183 @@
+"""What a bundle's manifest says: the model, how it was built, its engines, and what each of its bytes must be.
+
+Values only; knows nothing about files on a disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastcache.bundle.recipe import Component, ControlKind, Device, DType, Profile, Recipe, Size
+from fastcache_engines import TensorSpec
+
+SCHEMA = "fastcache.bundle/3"
+
+Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
+# An engine's part in the bundle. `shallow` is the primary branch's; one at another branch b is `shallow_b`.
+# `controlnet_embedding`, `t2i_adapter` and `ip_adapter` make what the passes take of a picture that steers them.
+Role = Annotated[
+    str,
+    Field(
+        pattern=r"^(full|shallow(_\d+)?|text_encoder(_2)?|vae_(en|de)coder"
+        r"|controlnet_embedding(_\d+)?|t2i_adapter|ip_adapter|image_encoder)$"
+    ),
+]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(_Value):
+    """One file of a bundle, by its path inside it (forward slashes)."""
+
+    name: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class EngineEntry(_Value):
+    """An engine: the file a backend loads, the arithmetic it runs in, and what it takes and gives."""
+
+    file: str
+    dtype: DType
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class LoraEntry(_Value):
+    """A LoRA that was merged into the weights: its file's name and hash, and how much of it."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    weight: float
+
+
+class ControlEntry(_Value):
+    """A network beside the U-Net, by the name of its folder or file, and the hash of what it was made from."""
+
+    kind: ControlKind
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ModelInfo(_Value):
+    """What the loop around the engines must know of the model.
+
+    `time_ids` is how many sizes and scores a U-Net of SDXL's kind is told (6; 5 the refiner), and `zero_negative`
+    whether it takes zeros for a negative prompt that is not given, as `force_zeros_for_empty_prompt` in diffusers.
+    `tokens` is 0 for a U-Net that reads no text; one that takes nothing but the sample and the timestep is
+    `unconditional`.
+    """
+
+    name: str
+    family: Family
+    random_weights: bool
+    in_channels: int
+    latent_channels: int
+    vae_scale_factor: int
+    tokens: int | None
+    time_ids: int | None
+    zero_negative: bool
+    scheduler: dict[str, Any]
+    loras: tuple[LoraEntry, ...]
+    unconditional: bool = False
+    controls: tuple[ControlEntry, ...] = ()
+
+    @property
+    def edits(self) -> bool:
+        """Whether the U-Net takes an image to edit beside the latents, as InstructPix2Pix has it."""
+        return self.in_channels == 2 * self.latent_channels
+
+    @property
+    def guided_rows(self) -> int:
+        """How many rows of the U-Net an image takes under guidance: with and without text, and without the image.
+
+        One of a model that has nothing to guide by.
+        """
+        if self.unconditional:
+            return 1
+        return 3 if self.edits else 2
+
+
+class WorkEntry(_Value):
+    """The multiply-adds of one U-Net call for one image: of the shallow pass at `branch_id`, or of the full pass.
+
+    `layers` are those of convolutions and linear layers, `attention` those of attention's own two products.
+    """
+
+    branch_id: int | None
+    layers: int
+    attention: int
+
+
+class Parity(_Value):
+    """Largest errors relative to the largest reference value, as measured when the bundle was built.
+
+    `measured_on` is what computed: the engines themselves (the backend's name), or their ONNX graphs on another
+    backend where the engines cannot run on the machine that built them.
+    """
+
+    measured_on: str
+    full_vs_model: float
+    shallow_vs_full: float
+    tolerance: float
+
+
+class Manifest(_Value):
+    """What a bundle is and what each of its bytes must be."""
+
+    schema_: Literal["fastcache.bundle/3"] = Field(SCHEMA, alias="schema")
+    key: str
+    model: ModelInfo
+    weights_sha256: str
+    branch_id: int
+    branches: tuple[int, ...]
+    num_branches: int
+    cut: Literal["plain", "projected"]
+    backend: str
+    dtype: DType
+    height: int
+    width: int
+    sizes: tuple[Size, ...]
+    components: tuple[Component, ...]
+    profiles: dict[str, Profile]
+    versions: dict[str, str]
+    device: str
+    engines: dict[Role, EngineEntry]
+    parity: Parity
+    recipe: Recipe
+    weights_bytes: int
+    duplicated_bytes: int
+    work: tuple[WorkEntry, ...] = ()
+    created: str
+    build_seconds: float
+    files: tuple[FileEntry, ...]
+    bundle_sha256: str = ""
+
+    @property
+    def shallow_roles(self) -> dict[int, Role]:
+        """The role of each branch's shallow engine, the primary one first."""
+        return {branch: shallow_role(branch, self.branch_id) for branch in self.branches}
+
+    @property
+    def device_type(self) -> Device:
+        """The kind of device of `device`, which names the machine: `cpu-x86_64`, `cuda-sm90`."""
+        return "cuda" if self.device.startswith("cuda") else "cpu"
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    def digest(self) -> str:
+        """The hash over everything in the manifest but itself: the bundle's identity."""
+        content = self.to_json() | {"bundle_sha256": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def shallow_role(branch_id: int, primary: int) -> Role:
+    """The role of a branch's shallow engine in a bundle with this primary branch."""
+    return "shallow" if branch_id == primary else f"shallow_{branch_id}"

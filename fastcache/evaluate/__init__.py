@@ -1,0 +1,1 @@
+"""How good: pictures of several plans beside those without caching."""

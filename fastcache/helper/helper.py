@@ -1,0 +1,143 @@
+"""A live diffusers pipeline -> the same pipeline, its U-Net's calls FULL or SHALLOW after a plan.
+
+The pipeline's U-Net, and its ControlNet where there is one, are exchanged for objects that stand for them, and put
+back. Which call is FULL is `helper_caching.py`'s business, how it is computed `helper_passes.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from torch import nn
+
+from fastcache.bundle.bundle import Bundle, open_bundle
+from fastcache.expect import at_least
+from fastcache.helper.caching import Caching, ControlCaching, Schedule, can_cut
+from fastcache.helper.passes import EagerPasses, EnginePasses, Passes
+from fastcache.helper.standin import check_free, dismiss, stand_in
+from fastcache.loop.plan import CachePlan
+
+
+class _Exchange(NamedTuple):
+    """A component of the pipeline, by its name, and the object that stands for it."""
+
+    name: str
+    own: nn.Module
+    twin: nn.Module
+
+
+class FastCacheHelper:
+    """Drop-in for DeepCache's `DeepCacheSDHelper`: caching on a diffusers pipeline that is used as before.
+
+    Without `engines` the passes are torch modules over the pipeline's own weights and nothing has to be built. With
+    `engines`, a bundle or its folder, the bundle's engines compute in the U-Net's place.
+
+        helper = FastCacheHelper(pipe)
+        helper.set_params(cache_interval=3, cache_branch_id=0)
+        helper.enable()
+        image = pipe("a large red circle").images[0]
+        helper.disable()
+
+    Steps are counted from each run's first U-Net call, whatever the sampler. A change of batch, size, prompt, LoRA,
+    IP-Adapter or ControlNet between two calls makes the second FULL; where guidance was switched off between them, the
+    run goes on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what these
+    use of it. Not for several threads at once.
+
+    With `kernels` the torch modules' first norm above the cut is fastcache's own operator: kernels on a GPU, the same
+    arithmetic in another order elsewhere. Whether that is faster there has not been measured.
+    Source: DeepCache, arXiv 2312.00858.
+    """
+
+    def __init__(
+        self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None, *, kernels: bool = False
+    ) -> None:
+        if kernels and engines is not None:
+            raise ValueError(
+                "expected kernels or engines, got both; an engine's kernels are chosen when it is built (--kernels)"
+            )
+        if not isinstance(getattr(pipe, "unet", None), nn.Module):
+            raise ValueError(f"expected a diffusers pipeline with a U-Net, got a {type(pipe).__name__} without `unet`")
+        self.pipe = pipe
+        self._bundle = engines if engines is None or isinstance(engines, Bundle) else open_bundle(engines)
+        self._kernels = kernels
+        self._schedule = Schedule(1, 0 if self._bundle is None else self._bundle.manifest.branch_id)
+        self._caching: Caching | None = None  # while enabled
+        self._exchanged: list[_Exchange] = []
+
+    @property
+    def enabled(self) -> bool:
+        return any(exchange.name == "unet" and self.pipe.unet is exchange.twin for exchange in self._exchanged)
+
+    def set_params(
+        self,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
+        skip_mode: str = "uniform",
+        *,
+        plan: CachePlan | None = None,
+    ) -> None:
+        """A FULL step every `cache_interval` calls (1: no caching), or `plan` step by step.
+
+        `cache_branch_id` names the skip connection of the cut, 0 the shallowest; a plan names its own, one or several.
+        At a plan's unguided steps the U-Net runs on the conditional half alone, and the pipeline's guidance, between
+        two equal halves, changes nothing. Where the helper is enabled, this holds from the next call on, which is FULL.
+
+        Raises: `ValueError` for arguments out of range.
+        """
+        if skip_mode != "uniform":
+            raise ValueError(f'expected skip_mode "uniform", got {skip_mode!r}; give plan= for any other schedule')
+        if plan is not None and cache_interval != 1:
+            raise ValueError("expected cache_interval or plan, got both")
+        at_least(1, cache_interval=cache_interval)
+        schedule = Schedule(cache_interval, cache_branch_id, plan)
+        if self._caching is not None:
+            before = self._schedule
+            same_passes = (schedule.branch_ids, schedule.forecast) == (before.branch_ids, before.forecast)
+            self._caching.change(schedule, None if same_passes else self._passes(self._exchanged[0].own, schedule))
+        self._schedule = schedule
+
+    def enable(self) -> None:
+        """Exchange the pipeline's U-Net and ControlNet. Does nothing where that is done.
+
+        Raises: `PartitionError` for a U-Net or branch id that cannot be cut; `ValueError` for a U-Net that is compiled
+        or that another helper holds, or engines of another model; `BackendUnavailable`.
+        """
+        if self.enabled:
+            return
+        self.disable()  # of a U-Net that the pipeline has no more
+        unet, control_net = self.pipe.unet, getattr(self.pipe, "controlnet", None)
+        for module in filter(None, (unet, control_net)):
+            check_free(module)
+        caching = Caching(self.pipe, unet, self._passes(unet, self._schedule), self._schedule)
+        self._caching, self._exchanged = caching, [_Exchange("unet", unet, stand_in(unet, caching.forward))]
+        if can_cut(control_net):
+            twin = stand_in(control_net, ControlCaching(control_net, caching).forward)
+            self._exchanged.append(_Exchange("controlnet", control_net, twin))
+        for exchange in self._exchanged:
+            setattr(self.pipe, exchange.name, exchange.twin)
+
+    def disable(self) -> None:
+        """Put the very objects back that were there before. Does nothing where that is done."""
+        for name, own, twin in self._exchanged:
+            if getattr(self.pipe, name, None) is twin:
+                setattr(self.pipe, name, own)
+            dismiss(twin, own)
+        if self._caching is not None:
+            self._caching.stop()
+        self._caching, self._exchanged = None, []
+
+    def _passes(self, unet: nn.Module, schedule: Schedule) -> Passes:
+        if self._bundle is None:
+            return EagerPasses(unet, schedule.branch_ids, schedule.forecast, self._kernels)
+        return EnginePasses(unet, schedule.branch_ids, self._bundle, schedule.forecast)
+
+    def __enter__(self) -> Self:
+        self.enable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()

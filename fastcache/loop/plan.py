@@ -1,0 +1,321 @@
+"""Turn a wish ("a refresh every third step") into a cache plan: for each step, FULL or SHALLOW.
+
+Besides the branch of each step a plan says where guidance is off, and whether the cached feature is reused as it was
+stored or forecast. Pure Python: knows nothing about tensors, engines, schedulers or timestep values. A step is the
+index of a U-Net call.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, takewhile
+from typing import Any, Final, Literal, cast
+
+from fastcache.expect import at_least, expected, is_int, is_number
+from fastcache.loop.spacing import power_spaced
+
+FULL: Final = None
+SCHEMA: Final = "fastcache.plan/1"
+
+_KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "branches"}
+_OPTIONAL_KEYS: Final = {"unguided_steps", "forecast"}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Extrapolate the cached feature from those stored last, in place of reusing the last one as it is.
+
+    A polynomial of `order` 1 or 2 through the last `order + 1` stored features; through fewer while fewer are stored.
+    It runs `by` the index of the U-Net call (`step`), or by the calls' noise levels (`sigma`), which the sampler has:
+    of two calls at the same one the later counts. `damping` is how much of what it adds to the last feature counts,
+    from 0, plain reuse, to 1.
+
+    Raises: ValueError for another order, damping or coordinate.
+    Source: the idea is TaylorSeer's, arXiv 2503.06923; the polynomial is Lagrange's, for unequal distances.
+    """
+
+    order: int = 1
+    damping: float = 1.0
+    by: Literal["step", "sigma"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("step", "sigma"):
+            raise expected("a forecast by step or sigma", self.by, "choose one of these")
+        if not is_int(self.order) or self.order not in (1, 2):
+            raise expected("a forecast of order 1 or 2", self.order, "leave the forecast out for plain reuse")
+        if not is_number(self.damping) or not 0 <= self.damping <= 1:
+            raise expected("a damping from 0 to 1", self.damping, "0 is plain reuse, 1 the whole extrapolation")
+
+    def weights(self, stored: Sequence[int], step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
+        """What the features stored at these steps, ascending, count at a later one, if anything. They sum to 1.
+
+        Raises: ValueError for a forecast by sigma without the calls' sigmas.
+        """
+        if self.by == "sigma" and sigmas is None:
+            raise expected("the sampler's noise levels with a forecast by sigma", None, "forecast by step")
+        place = sigmas if self.by == "sigma" and sigmas is not None else range(step + 1)
+        apart = {place[own]: own for own in stored}  # of two at one place the later
+        weights: dict[int, float] = {}
+        for x, own in apart.items():
+            whole = math.prod((place[step] - other) / (x - other) for other in apart if other != x)
+            weight = self.damping * whole + (1 - self.damping) * (own == stored[-1])
+            weights |= {own: weight} if weight else {}
+        return weights
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which engine each step runs.
+
+    `branches[step]` is `FULL` (None) where the step runs the full engine and stores the cached feature, else
+    the branch_id of the shallow engine that reuses it. A SHALLOW step stores anew the features of all lower branch
+    ids, which lie above its own. The first step is FULL: nothing is cached across requests. At `unguided_steps`,
+    ascending, classifier-free guidance is off: they run on the conditional half alone, and store no other.
+
+    Raises: ValueError if the plan is empty, starts SHALLOW, names something that is not a branch_id or a step, or has
+        a guided SHALLOW step reuse what an unguided one stored.
+    Source: DeepCache, arXiv 2312.00858, section 3.3; guidance in an interval: arXiv 2404.07724, section 3.
+    """
+
+    branches: tuple[int | None, ...]
+    model: str | None = None
+    sampler: str | None = None
+    made_by: str = "given"
+    unguided_steps: tuple[int, ...] = ()
+    forecast: Forecast | None = None
+
+    def __post_init__(self) -> None:
+        _check_branches(self.branches)
+        for name, value in (("model", self.model), ("sampler", self.sampler)):
+            if not (value is None or isinstance(value, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise expected(f"{name} to be a string or None", value, f"name the {name} or leave it out")
+        if not isinstance(self.made_by, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("made_by to be a string", self.made_by, "say which constructor made the plan")
+        if not (self.forecast is None or isinstance(self.forecast, Forecast)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
+        _check_unguided(self.unguided_steps, self.num_steps)
+        for step in range(self.num_steps):
+            if not self.is_full(step) and self.is_guided(step):
+                self._check_source(step, next(self.stores_before(step)))
+
+    def _check_source(self, step: int, source: int) -> None:
+        if not self.is_guided(source):
+            raise ValueError(
+                f"expected the guided SHALLOW step {step} to reuse a guided step's feature, got one that the "
+                f"unguided step {source} stored; make step {step} FULL or step {source} guided"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.branches)
+
+    @property
+    def refresh_steps(self) -> tuple[int, ...]:
+        """The steps that run the full engine, ascending."""
+        return tuple(step for step, branch in enumerate(self.branches) if branch is FULL)
+
+    @property
+    def branch_ids(self) -> tuple[int, ...]:
+        """The branches that SHALLOW steps name, ascending."""
+        return tuple(sorted({branch for branch in self.branches if branch is not None}))
+
+    def is_full(self, step: int) -> bool:
+        return self.branches[step] is FULL
+
+    def is_guided(self, step: int) -> bool:
+        """Whether guidance is on at a step of a guided run."""
+        return step not in self.unguided_steps
+
+    def stores(self, step: int, branch_id: int) -> bool:
+        """Whether a step stores a branch's feature: FULL steps all, SHALLOW ones those of lower ids than their own."""
+        branch = self.branches[step]
+        return branch is None or branch > branch_id
+
+    def stores_before(self, step: int) -> Iterator[int]:
+        """The steps that stored what a SHALLOW step reuses, the latest first."""
+        branch_id = cast(int, self.branches[step])
+        return (earlier for earlier in range(step - 1, -1, -1) if self.stores(earlier, branch_id))
+
+    def feature_weights(self, step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
+        """Out of which steps' stored features a SHALLOW step makes its own, oldest first, and what each counts.
+
+        A guided step's forecast goes back to the last unguided one that stored, and no further. `sigmas` are the
+        calls' noise levels.
+
+        Raises: ValueError for a forecast by sigma without them.
+        """
+        latest = self.stores_before(step)
+        if self.forecast is None:
+            return {next(latest): 1.0}
+        if self.is_guided(step):
+            latest = takewhile(self.is_guided, latest)
+        stored = sorted(islice(latest, self.forecast.order + 1))
+        return self.forecast.weights(stored, step, sigmas)
+
+    def guided_within(self, first: int, end: int) -> CachePlan:
+        """The same plan with guidance at the steps first..end-1 only.
+
+        Raises: ValueError if these are no steps of the plan, or step `first` is SHALLOW and guidance was off before.
+        """
+        if not (is_int(first) and is_int(end) and 0 <= first < end <= self.num_steps):
+            raise expected(
+                f"guidance from a step to a later one, up to {self.num_steps}", (first, end), "steps count from 0"
+            )
+        return replace(self, unguided_steps=(*range(first), *range(end, self.num_steps)))
+
+    @classmethod
+    def all_full(cls, num_steps: int) -> CachePlan:
+        """No caching: every step runs the full engine."""
+        return cls((FULL,) * at_least(1, num_steps=num_steps), made_by="all_full()")
+
+    @classmethod
+    def uniform(cls, num_steps: int, interval: int, branch_id: int = 0) -> CachePlan:
+        """A refresh at steps 0, interval, 2 * interval, ...
+
+        Raises: ValueError if num_steps or interval is below 1 or branch_id below 0.
+        Source: DeepCache, arXiv 2312.00858, section 3.3 ("uniform 1:N").
+        """
+        at_least(1, num_steps=num_steps)
+        refreshes = range(0, num_steps, at_least(1, interval=interval))
+        return cls(_branches(num_steps, refreshes, branch_id), made_by=f"uniform(interval={interval})")
+
+    @classmethod
+    def nonuniform(
+        cls,
+        num_steps: int,
+        interval: int,
+        center: float,
+        power: float,
+        branch_id: int = 0,
+        as_shipped: bool = False,
+    ) -> CachePlan:
+        """As many refreshes as `uniform`, dense around step `center`, thinning out as a power of distance.
+
+        By default the power keeps the sign of the distance, as the paper's formula means it. With
+        `as_shipped=True` negative distances take their complex power, whose imaginary part is dropped, as in
+        the published code.
+        Where the refreshes collide, the power is lowered in steps of 0.02 until all are distinct.
+
+        Raises: ValueError if center is not a step, power not above 1, or no power in (1, power] fits.
+        Source: DeepCache, arXiv 2312.00858, section 3.3, and `sample_from_quad_center` in its code.
+        """
+        count = math.ceil(at_least(1, num_steps=num_steps) / at_least(1, interval=interval))
+        if not 0 <= center < num_steps:
+            raise expected(f"center in [0, {num_steps})", center, "give the step to refresh most around")
+        if not 1 < power < math.inf:
+            raise expected("a finite power above 1", power, "use 1.2 to 1.5, or CachePlan.uniform")
+        options = ", as_shipped=True" if as_shipped else ""
+        refreshes = power_spaced(num_steps, count, center, power, as_shipped)
+        return cls(
+            _branches(num_steps, refreshes, branch_id),
+            made_by=f"nonuniform(interval={interval}, center={center}, power={power}{options})",
+        )
+
+    @classmethod
+    def from_refresh_steps(cls, num_steps: int, refresh_steps: Iterable[int], branch_id: int = 0) -> CachePlan:
+        """FULL at the steps given, in any order, SHALLOW elsewhere.
+
+        Raises: ValueError if step 0 is missing, or a step is repeated, no integer or outside the plan.
+        """
+        at_least(1, num_steps=num_steps)
+        return cls(_branches(num_steps, refresh_steps, branch_id), made_by="from_refresh_steps()")
+
+    def to_json(self) -> str:
+        """The plan as a one-line JSON document that `from_json` reads back unchanged."""
+        fields: dict[str, object] = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "sampler": self.sampler,
+            "made_by": self.made_by,
+            "num_steps": self.num_steps,
+            "branches": self.branches,
+        }
+        if self.unguided_steps:
+            fields["unguided_steps"] = self.unguided_steps
+        if self.forecast is not None:
+            fields["forecast"] = asdict(self.forecast)
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> CachePlan:
+        """The plan that `to_json` wrote.
+
+        Raises: ValueError, in one line, if the text is not JSON, of another schema, or not a valid plan.
+        """
+        remedy = "write plans with CachePlan.to_json"
+        try:
+            parsed = cast(object, json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {remedy}") from error
+        if not isinstance(parsed, dict):
+            raise expected("a JSON object", parsed, remedy)
+        fields = cast("dict[str, object]", parsed)
+        if fields.get("schema") != SCHEMA:
+            raise expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
+        if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
+            raise ValueError(
+                f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
+                f"{reprlib.repr(sorted(fields))}; {remedy}"
+            )
+        branches, unguided_steps = fields["branches"], fields.get("unguided_steps", [])
+        for name, value in (("branches", branches), ("unguided_steps", unguided_steps)):
+            if not isinstance(value, list):
+                raise expected(f"{name} to be a list", value, remedy)
+        plan = cls(  # __post_init__ checks the types
+            tuple(cast("list[int | None]", branches)),
+            cast("str | None", fields["model"]),
+            cast("str | None", fields["sampler"]),
+            cast(str, fields["made_by"]),
+            tuple(cast("list[int]", unguided_steps)),
+            _read_forecast(fields.get("forecast"), remedy),
+        )
+        if not is_int(fields["num_steps"]) or fields["num_steps"] != plan.num_steps:
+            raise expected(f"num_steps {plan.num_steps}, one a branch", fields["num_steps"], remedy)
+        return plan
+
+
+def _read_forecast(value: object, remedy: str) -> Forecast | None:
+    if value is None:
+        return None
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if fields.keys() != {"order", "damping", "by"}:
+        raise expected("forecast to have the keys order, damping and by", cast(object, value), remedy)
+    return Forecast(**fields)
+
+
+def _branches(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[int | None, ...]:
+    at_least(0, branch_id=branch_id)
+    refreshes = list(refresh_steps)
+    for step in refreshes:
+        if not is_int(step) or not 0 <= step < num_steps:
+            raise expected(f"refresh steps in 0..{num_steps - 1}", step, "steps count U-Net calls from 0")
+    if len(set(refreshes)) != len(refreshes):
+        raise expected("each refresh step once", refreshes, "drop the repeats")
+    if 0 not in refreshes:
+        raise expected("a refresh at step 0", refreshes, "add 0: nothing is cached across requests")
+    chosen = set(refreshes)
+    return tuple(FULL if step in chosen else branch_id for step in range(num_steps))
+
+
+def _check_branches(branches: Sequence[object]) -> None:
+    if not isinstance(branches, tuple) or not branches:
+        raise expected("branches to be a tuple with an entry a step", branches, "give at least one step")
+    for step, branch in enumerate(branches):
+        if branch is not FULL and not (is_int(branch) and branch >= 0):
+            raise expected(f"branches[{step}] to be None or an integer >= 0", branch, "None is a FULL step")
+    if branches[0] is not FULL:
+        raise expected("the first step to be FULL (None)", branches[0], "nothing is cached across requests")
+
+
+def _check_unguided(steps: Sequence[object], num_steps: int) -> None:
+    if not isinstance(steps, tuple):
+        raise expected("unguided_steps to be a tuple of steps", steps, "give () for guidance throughout")
+    known = [step for step in steps if is_int(step) and 0 <= step < num_steps]
+    if len(known) != len(steps):
+        raise expected(f"unguided_steps in 0..{num_steps - 1}", steps, "steps count U-Net calls from 0")
+    if sorted(set(known)) != known:
+        raise expected("unguided_steps in ascending order, each once", steps, "sort them and drop the repeats")

@@ -1,0 +1,203 @@
+"""Prompts, or embeddings of them -> what the U-Net attends to, one row an image, by a bundle's text encoders.
+
+Does for Stable Diffusion and SDXL what `encode_prompt` does in diffusers. Knows tokens and embeddings; knows nothing
+about steps or images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcache.bundle.bundle import Bundle
+from fastcache.bundle.manifest import Role
+from fastcache.loop.runtime import Runtime
+
+Texts = str | Sequence[str] | None
+
+_TOKENIZERS: dict[Role, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Shapes: `hidden` (N, tokens, width), `pooled` (N, width) where the model has it."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def zeros(self) -> Embeds:
+        return Embeds(torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled))
+
+    def repeat(self, times: int) -> Embeds:
+        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
+        return Embeds(self.hidden.repeat_interleave(times, dim=0), pooled)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One side of guidance, as diffusers' arguments give it: texts, or embeddings of them."""
+
+    name: str
+    text: Texts = None
+    text_2: Texts = None
+    embeds: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+class Prompts:
+    """A bundle's tokenizers and text encoders."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        self._bundle, self._runtime, self._info = bundle, runtime, bundle.manifest.model
+
+    @cached_property
+    def roles(self) -> list[Role]:
+        """The text encoders of the bundle. Raises: `BundleError` where there is none."""
+        roles = [role for role in _TOKENIZERS if role in self._bundle.manifest.engines]
+        if not roles:
+            self._bundle.engine_path("text_encoder")  # says what is missing
+        return roles
+
+    @cached_property
+    def tokenizers(self) -> dict[Role, Any]:
+        from transformers import CLIPTokenizer
+
+        return {
+            role: CLIPTokenizer.from_pretrained(self._bundle.file(_TOKENIZERS[role]), local_files_only=True)
+            for role in self.roles
+        }
+
+    def condition(
+        self, positive: Prompt, negative: Prompt, *, count: int, guided: bool, clip_skip: int | None = None
+    ) -> Embeds:
+        """One row an image, `count` images a prompt; under guidance the unconditional rows first.
+
+        Raises: `ValueError` for prompts and embeddings that do not go together; `BundleError` without text encoders.
+        """
+        if (positive.text is None) == (positive.embeds is None):
+            raise ValueError(
+                "expected either prompt or prompt_embeds, got " + ("neither" if positive.text is None else "both")
+            )
+        if count < 1:
+            raise ValueError(f"expected num_images_per_prompt of 1 or more, got {count}")
+        wanted = self._given(positive) or self.encode(
+            _texts("prompt", positive.text), _optional("prompt_2", positive.text_2), clip_skip
+        )
+        if not guided:
+            return wanted.repeat(count)
+        unwanted = self._negative(negative, wanted)
+        if unwanted.hidden.shape != wanted.hidden.shape:
+            raise ValueError(
+                f"expected negative_prompt_embeds of shape {list(wanted.hidden.shape)}, "
+                f"got {list(unwanted.hidden.shape)}"
+            )
+        first, second = unwanted.repeat(count), wanted.repeat(count)
+        if first.pooled is None or second.pooled is None:
+            return Embeds(torch.cat([first.hidden, second.hidden]))
+        return Embeds(torch.cat([first.hidden, second.hidden]), torch.cat([first.pooled, second.pooled]))
+
+    def _given(self, prompt: Prompt) -> Embeds | None:
+        """The embeddings that were passed in; SDXL's need the pooled ones with them."""
+        if prompt.embeds is None:
+            return None
+        if self._info.time_ids is not None and prompt.pooled is None:
+            name = prompt.name.removesuffix("prompt")
+            raise ValueError(f"expected {name}pooled_prompt_embeds with {prompt.name}_embeds for {self._info.name}")
+        return Embeds(prompt.embeds, prompt.pooled)
+
+    def _negative(self, negative: Prompt, wanted: Embeds) -> Embeds:
+        given = self._given(negative)
+        if given is not None:
+            return given
+        if negative.text is None and self._info.zero_negative:
+            return wanted.zeros()
+        rows = wanted.hidden.shape[0]
+        texts = _texts("negative_prompt", "" if negative.text is None else negative.text)
+        texts_2 = _optional("negative_prompt_2", negative.text_2)
+        for name, found in (("negative_prompt", texts), ("negative_prompt_2", texts_2)):
+            if found is not None and len(found) not in (1, rows):
+                raise ValueError(f"expected one {name}, or one for each of {rows} prompts, got {len(found)}")
+        spread = [found if found is None or len(found) == rows else found * rows for found in (texts, texts_2)]
+        return self.encode(spread[0] or [], spread[1])
+
+    def encode(self, texts: list[str], texts_2: list[str] | None = None, clip_skip: int | None = None) -> Embeds:
+        """Text -> embeddings; words past the encoders' length are left out, with a warning.
+
+        `texts_2` go to the second encoder, `clip_skip` is how many of the encoders' last layers to leave out.
+
+        Raises: `ValueError` for a clip_skip that the encoders do not have, or as many texts_2 as there are not texts.
+        """
+        if texts_2 is not None and len(texts_2) not in (1, len(texts)):
+            raise ValueError(f"expected one prompt_2, or one for each of {len(texts)} prompts, got {len(texts_2)}")
+        second = texts if texts_2 is None else texts_2 * (len(texts) // len(texts_2))
+        hidden, pooled = list[Tensor](), None
+        for role in self.roles:
+            found = self._encode(role, second if role == "text_encoder_2" else texts)
+            depth = found["hidden_states"].shape[1]
+            if not 0 <= (clip_skip or 0) < depth:
+                raise ValueError(f"expected clip_skip from 0 to {depth - 1}, got {clip_skip}")
+            hidden.append(found["hidden_states"][:, clip_skip or 0])
+            pooled = found.get("text_embeds", pooled)
+        return Embeds(torch.cat(hidden, dim=-1), pooled)
+
+    def _encode(self, role: Role, texts: list[str]) -> dict[str, Tensor]:
+        tokenizer, most = self.tokenizers[role], self._bundle.manifest.profiles["batch"].max
+        length = tokenizer.model_max_length
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for text in texts:
+            if len(tokenizer(text).input_ids) > length:
+                warnings.warn(f"only the first {length} tokens of the prompt count: {text!r}", stacklevel=6)
+        found = [self._runtime.once(role, {"input_ids": ids}) for ids in tokens.input_ids.split(most)]
+        return {name: torch.cat([some[name] for some in found]) for name in found[0]}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What SDXL is told of an image's making: sizes as (height, width), and the refiner how beautiful it should be.
+
+    Source: arXiv 2307.01952, section 2.2; `_get_add_time_ids` of diffusers' pipelines.
+    """
+
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+
+    def time_ids(self, size: tuple[int, int], *, num_ids: int, rows: int, guided: bool, from_image: bool) -> Tensor:
+        """Shapes: returns (rows, num_ids), the first half of the rows unconditional under guidance."""
+        original, target = self.original_size or size, self.target_size or size
+        told = [*original, *self.crops_coords_top_left, *target]
+        untold = told
+        if from_image or (self.negative_original_size and self.negative_target_size):
+            no_original = self.negative_original_size or original
+            no_target = self.negative_target_size or target
+            # As diffusers has it: image to image without a score keeps the crop of the positive side.
+            crop = self.crops_coords_top_left if from_image else self.negative_crops_coords_top_left
+            untold = [*no_original, *crop, *no_target]
+        if num_ids == 5:
+            no_original = self.negative_original_size or original
+            told = [*original, *self.crops_coords_top_left, self.aesthetic_score]
+            untold = [*no_original, *self.negative_crops_coords_top_left, self.negative_aesthetic_score]
+        ids = torch.tensor([untold, told] if guided else [told], dtype=torch.float32)
+        return ids.repeat_interleave(rows // len(ids), dim=0)
+
+
+def _texts(name: str, value: Texts) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected {name} to be a string or a list of strings, got {value!r}")
+    return texts
+
+
+def _optional(name: str, value: Texts) -> list[str] | None:
+    return None if value is None else _texts(name, value)

@@ -1,0 +1,160 @@
+"""A sampler's name or scheduler, a number of steps, and where among them to begin and end -> the U-Net calls to make.
+
+Also what the scheduler makes of an image and noise before each of those calls, which image to image starts from and
+inpainting comes back to. Knows schedulers; knows nothing about images, engines or plans.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcache.loop.between import Generators, ScheduledSampler
+from fastcache.loop.scheduler import Scheduler
+from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which part of the denoising to do, in diffusers' terms: by `strength`, or from one fraction of it to another.
+
+    Raises: `ValueError` for a strength outside [0, 1], or fractions that are not in (0, 1) or in order.
+    """
+
+    strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(f"expected a strength from 0 to 1, got {self.strength}")
+        start, end = self.denoising_start, self.denoising_end
+        for name, fraction in (("denoising_start", start), ("denoising_end", end)):
+            if fraction is not None and not 0 < fraction < 1:
+                raise ValueError(f"expected {name} between 0 and 1, got {fraction}")
+        if start is not None and end is not None and start >= end:
+            raise ValueError(f"expected denoising_start below denoising_end, got {start} and {end}")
+
+    def of(self, scheduler: Any, num_steps: int) -> tuple[int, int]:
+        """The first of a prepared scheduler's calls, and the one after the last.
+
+        Raises: `ValueError` where none are left.
+        Source: `get_timesteps` of diffusers' image to image pipelines, and `denoising_end` of SDXL's.
+        """
+        timesteps, trained, order = scheduler.timesteps, scheduler.config.num_train_timesteps, scheduler.order
+        begin, end = 0, len(timesteps)
+        if self.denoising_start is not None:
+            left = int((timesteps < round(trained - self.denoising_start * trained)).sum())
+            begin = end - (left + 1 if order == 2 and left % 2 == 0 else left)  # both calls of a step, or neither
+        elif self.strength is not None:
+            begin = max(num_steps - min(int(num_steps * self.strength), num_steps), 0) * order
+        if self.denoising_end is not None:
+            end = begin + int((timesteps[begin:] >= round(trained - self.denoising_end * trained)).sum())
+        if begin >= end:
+            raise ValueError(f"expected a part of {num_steps} steps with a step in it, got {self._text()}; take more")
+        return begin, end
+
+    def _text(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return " and ".join(f"{name} {value}" for name, value in given.items())
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The calls to make, and the scheduler they are of, its timesteps set."""
+
+    sampler: SamplerTable | ScheduledSampler
+    scheduler: Any
+
+    @property
+    def takes_new_latents(self) -> bool:
+        """Whether its updates hold where someone has put other latents in place; UniPC's table keeps its own."""
+        return isinstance(self.sampler, ScheduledSampler) or self.sampler.recursion() is self.sampler.stepwise
+
+    @cached_property
+    def noised(self) -> Tensor:
+        """Before call i an image x under noise z is `noised[i, 0] * x + noised[i, 1] * z`; after the last, x.
+
+        Shapes: (calls + 1, 2), float32.
+        """
+        scheduler, rows = copy.deepcopy(self.scheduler), list[list[float]]()
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        extra = step_arguments(scheduler, 0.0, torch.Generator())
+        timesteps = torch.as_tensor(self.sampler.timesteps).to(scheduler.timesteps.dtype)
+        for t in timesteps:
+            rows.append([scheduler.add_noise(x, z, t[None]).item() for x, z in ((one, zero), (zero, one))])
+            scheduler.step(zero, t, scheduler.scale_model_input(zero, t), **extra)
+        return torch.tensor([*rows, [1.0, 0.0]])
+
+
+def make_schedule(
+    scheduler: Scheduler, num_steps: int, eta: float, span: Span, generator: Generators = None, *, own: bool = False
+) -> Schedule:
+    """A table where the scheduler has one, and else, with a warning, the scheduler itself; `own` asks for the latter.
+
+    Raises: `ValueError` for steps that the scheduler cannot make, or a span without any.
+    """
+    if num_steps < 1:
+        raise ValueError(f"expected num_inference_steps of 1 or more, got {num_steps}")
+    prepared = copy.deepcopy(scheduler)
+    whole = span == WHOLE
+    if not whole:
+        prepared.set_timesteps(num_steps)
+    begin, end = (0, None) if whole else span.of(prepared, num_steps)
+    if not own:
+        try:
+            table = compile_sampler(scheduler, num_steps, begin_index=begin, **step_arguments(scheduler, eta))
+            return Schedule(_first(table, end, begin), _begun(prepared, num_steps, begin))
+        except NonlinearSamplerError as error:
+            warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=5)
+    one = list(generator) if isinstance(generator, Sequence) else generator
+    begun = _begun(prepared, num_steps, begin)
+    return Schedule(ScheduledSampler(begun, step_arguments(begun, eta, one), begin, end), copy.deepcopy(begun))
+
+
+def _begun(scheduler: Any, num_steps: int, begin: int) -> Any:
+    scheduler.set_timesteps(num_steps)
+    if begin and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return scheduler
+
+
+def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:
+    """A table's calls before `end`, which is counted from the scheduler's first."""
+    calls = table.num_calls if end is None else end - begin
+    if calls == table.num_calls:
+        return table
+    return replace(
+        table,
+        timesteps=table.timesteps[:calls],
+        input_scale=table.input_scale[:calls],
+        x=table.x[:calls],
+        eps=table.eps[:calls, :calls],
+        noise=table.noise[:calls, :calls],
+        noise_drawn=table.noise_drawn[:calls],
+        stepwise=table.stepwise[:calls],
+        sigmas=None if table.sigmas is None else table.sigmas[:calls],
+    )
+
+
+def step_arguments(scheduler: Any, eta: float, generator: Any = None) -> dict[str, Any]:
+    """What of eta and generator this scheduler's `step` takes.
+
+    Raises: `ValueError` for an eta that is not from 0 to 1.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"expected eta from 0 to 1, got {eta}")
+    accepted = inspect.signature(scheduler.step).parameters
+    arguments = {"eta": eta, "generator": generator}
+    return {name: value for name, value in arguments.items() if name in accepted and value}

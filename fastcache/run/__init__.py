@@ -1,1 +1,0 @@
-"""Bundle to images: plans, samplers, buffers and the loop that runs the engines."""

@@ -1,0 +1,1 @@
+"""Many machines: Ray Serve, Ray Data and Triton Inference Server."""

@@ -1,0 +1,250 @@
+"""A file of prompts and a bundle -> a folder of pictures, drawn by workers of Ray Data on one machine or on many.
+
+A row's picture is one file, written whole, that says what it was drawn from: a row whose file stands is done, so a job
+that was killed is started again and draws what is left. Knows files and Ray; `rows.py` knows how rows are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image as Pillow
+from pydantic import ValidationError
+
+from fastcache.bundle.bundle import open_bundle
+from fastcache.bundle.manifest import Manifest
+from fastcache.errors import BackendUnavailable
+from fastcache.files import write_whole
+from fastcache.pipeline.images import png_bytes
+from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.serve.cluster.rows import Row, draw_rows, made_by, seed_of
+
+INDEX: Final = "index.jsonl"
+_DIGEST: Final = "row_sha256"
+_OBJECT_STORE_BYTES: Final = 200 * 2**20  # rows are text: Ray's own choice, 30% of the memory, is for tables
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to draw: `address` of a running cluster, or None for workers of this machine that end with the job.
+
+    `cpus` and `gpus` are each worker's; None for this machine's cores shared out (one on a cluster), and for a GPU if
+    the bundle needs one.
+    """
+
+    workers: int = 1
+    cpus: int | None = None
+    gpus: float | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A job's end: how many rows were drawn now, how many stood already, and the entries of the index."""
+
+    drawn: int
+    skipped: int
+    entries: Sequence[dict[str, Any]]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if "error" in entry]
+
+
+def read_rows(path: Path, seed: int, defaults: dict[str, Any]) -> list[Row]:
+    """The rows of a file: of `.jsonl` one JSON object a line, with the fields of `Row`; of any other one prompt a line.
+
+    A row without an id has its line's number, six digits from 000001; without a seed that of `seed_of`.
+
+    Raises: `ValueError` naming the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a file of prompts, got {path}: {error}") from None
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = _row(_fields(line, path.suffix == ".jsonl"), number, seed, defaults)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the row"
+            raise ValueError(f"{path}, line {number}: {where}: {first['msg']}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if row.id in rows:
+            raise ValueError(f"{path}, line {number}: expected ids that differ, got {row.id} again")
+        rows[row.id] = row
+    if not rows:
+        raise ValueError(f"expected a file of prompts, one a line, got {path} without any")
+    return list(rows.values())
+
+
+def _fields(line: str, is_json: bool) -> dict[str, Any]:
+    if not is_json:
+        return {"prompt": line.strip()}
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _row(given: dict[str, Any], number: int, seed: int, defaults: dict[str, Any]) -> Row:
+    # A row's own interval takes the place of the job's plan, and the other way round.
+    other = {"cache_interval": "plan", "plan": "cache_interval"}
+    replaced = {other[name] for name in other.keys() & given.keys()}
+    kept = {name: value for name, value in defaults.items() if name not in replaced}
+    fields = {"id": f"{number:06d}", **kept, **given}
+    if "seed" not in fields:
+        fields["seed"] = seed_of(str(fields["id"]), seed)
+    return Row.model_validate(fields)
+
+
+def draw_file(
+    engines: Path,
+    rows: Sequence[Row],
+    output: Path,
+    cluster: Cluster | None = None,
+    *,
+    say: Callable[[str], None] = lambda message: None,
+) -> Report:
+    """Draw the rows that have no picture in `output` yet, then write the index of all.
+
+    Raises: `BackendUnavailable` without Ray; `BundleError`; `ValueError` for a folder with other rows' pictures.
+    """
+    cluster = cluster or Cluster()
+    engines, output = engines.resolve(), output.resolve()
+    manifest = open_bundle(engines).manifest
+    output.mkdir(parents=True, exist_ok=True)
+    left = [row for row in rows if not _is_done(output, row, manifest.bundle_sha256)]
+    skipped, errors = len(rows) - len(left), dict[str, str]()
+    say(f"{len(rows)} rows, {skipped} of them drawn before")
+    if left:
+        with _ray(cluster):
+            for done, result in enumerate(_results(engines, left, output, manifest, cluster), 1):
+                if result["error"]:
+                    errors[result["id"]] = result["error"]
+                say(f"{done} of {len(left)}: {result['id']}{' failed' if result['error'] else ''}")
+    entries = [_entry(row, errors.get(row.id)) for row in rows]
+    write_whole(output / INDEX, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    return Report(len(left) - len(errors), skipped, entries)
+
+
+def _entry(row: Row, error: str | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": row.id, "file": f"{row.id}.png", "seed": row.seed, "prompt": row.prompt}
+    return entry if error is None else {**entry, "file": None, "error": error}
+
+
+def _is_done(output: Path, row: Row, bundle_sha256: str) -> bool:
+    """Whether a row's picture stands. Raises: `ValueError` if it is another's: of other words, settings or engines."""
+    file = output / f"{row.id}.png"
+    if not file.exists():
+        return False
+    try:
+        with Pillow.open(file) as picture:
+            found = picture.info.get(_DIGEST)
+    except OSError as error:
+        raise ValueError(f"expected the picture of row {row.id} in {file}, got: {error}; remove it") from None
+    if found != row.digest(bundle_sha256):
+        raise ValueError(
+            f"expected {file} to be drawn from this row, settings and bundle, got a picture of others; "
+            "write to another folder, or remove it"
+        )
+    return True
+
+
+class Artist:
+    """A worker: loads the bundle once, draws batches of rows, and writes each picture whole."""
+
+    def __init__(self, engines: str, output: str) -> None:
+        self._pipe = FastCachePipeline(open_bundle(engines))
+        self._output = Path(output)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Ray Data's batch of rows as JSON -> their ids, and errors (empty for none)."""
+        bundle_sha256 = self._pipe.bundle.manifest.bundle_sha256
+        rows = [Row.model_validate_json(text) for text in batch["row"]]
+        # Ray gives the batch of a worker that died to another; what it had drawn stands.
+        done = [row for row in rows if _is_done(self._output, row, bundle_sha256)]
+        results = {row.id: "" for row in done}
+        for outcome in draw_rows(self._pipe, [row for row in rows if row.id not in results]):
+            row = outcome.row
+            if outcome.picture is not None:
+                made = made_by(self._pipe, outcome) | {"row_id": row.id, _DIGEST: row.digest(bundle_sha256)}
+                write_whole(self._output / f"{row.id}.png", png_bytes(outcome.picture, made))
+            results[row.id] = outcome.error or ""
+        return {"id": list(results), "error": list(results.values())}
+
+
+def _results(
+    engines: Path, rows: Sequence[Row], output: Path, manifest: Manifest, cluster: Cluster
+) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    most = manifest.profiles["batch"].max
+    alike = sorted(rows, key=lambda row: row.settings)  # neighbours share a batch
+    # As many blocks as batches: a block is what a worker takes at a time, and what is drawn again if it dies.
+    table = ray.data.from_items(
+        [{"row": row.model_dump_json()} for row in alike], override_num_blocks=max(1, -(-len(alike) // most))
+    )
+    gpus = cluster.gpus if cluster.gpus is not None else float(manifest.device_type == "cuda")
+    drawn = table.map_batches(
+        Artist,
+        fn_constructor_kwargs={"engines": str(engines), "output": str(output)},
+        batch_size=most,
+        compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+        num_cpus=_cpus(cluster),
+        num_gpus=gpus or None,
+    )
+    yield from drawn.iter_rows()
+
+
+def _cpus(cluster: Cluster) -> int:
+    """A worker's cores; Ray sets OMP_NUM_THREADS to them."""
+    if cluster.cpus is not None:
+        return cluster.cpus
+    return 1 if cluster.address else max(1, (os.cpu_count() or 1) // cluster.workers)
+
+
+@contextmanager
+def _ray(cluster: Cluster) -> Generator[None]:
+    """Ray for the time of a job. Raises: `BackendUnavailable`."""
+    try:
+        import ray
+        import ray.data  # pyright: ignore[reportUnusedImport] (needs packages of its own)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"expected Ray to draw a file of prompts ({error.name}); pip install 'fastcache[ray]'"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if cluster.address:
+        try:
+            ray.init(cluster.address, **common)
+        except ConnectionError as error:
+            raise BackendUnavailable(f"expected a Ray cluster at {cluster.address}, got: {error}") from error
+    else:
+        # One more than the workers take, so that whatever else Ray Data runs never waits for them.
+        ray.init(
+            "local",
+            num_cpus=cluster.workers * _cpus(cluster) + 1,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **common,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,1 @@
+"""Requests in flight on one machine: who runs next, and the engine calls that they share."""

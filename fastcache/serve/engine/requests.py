@@ -1,0 +1,168 @@
+"""A request's body and the bundle that is served -> a job, or an error that says what does not fit.
+
+Knows the API's fields and what a bundle can do; runs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastcache.bundle.manifest import Manifest
+from fastcache.loop.features import moves
+from fastcache.loop.plan import CachePlan
+from fastcache.loop.scheduler import same_sampler
+from fastcache.serve.engine.events import Event
+from fastcache.serve.engine.executor import Drawing, Executor
+from fastcache.serve.engine.scheduler import Job
+from fastcache.serve.engine.steps import RingTable
+from fastcache.serve.engine.worker import Order
+from fastcache.serve.http.errors import ApiError
+from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.schema import ImageRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A bundle that is loaded and served: its number, its executor, and what requests are checked against."""
+
+    number: int
+    executor: Executor
+    since: int = field(default_factory=lambda: int(time.time()))
+    _tokenizer: Any = field(init=False, repr=False)
+    _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # One of its own: the worker's pads and truncates, which a tokenizer keeps as its state.
+        object.__setattr__(self, "_tokenizer", copy.deepcopy(self.executor.pipe.tokenizer))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.executor.pipe.bundle.manifest
+
+    @property
+    def model(self) -> str:
+        """The model's public name: the last part of a path, which is nobody's business, or a hub id."""
+        name = self.manifest.model.name
+        return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes of the bundle as WIDTHxHEIGHT, its usual one first."""
+        return [str(size) for size in self.manifest.sizes]
+
+    def tokens_of(self, text: str) -> int:
+        """How long a text is for the model, its marks of start and end included."""
+        with self._lock:
+            return len(self._tokenizer(text).input_ids)
+
+
+def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
+    """Refuse at once what no preparation is needed for. Raises: `ApiError`."""
+    if asked.model not in (None, served.model):
+        message = f"expected the model {served.model}, got another; /v1/models lists what is served"
+        raise ApiError(404, message, code="model_not_found", param="model")
+    if asked.size not in (None, "auto", *served.sizes):
+        raise _bad("size", f"expected {', '.join(served.sizes)}, what this server draws, or auto, got another")
+    _at_most("n", asked.n, min(limits.max_images, limits.queue + served.executor.count))
+    _at_most("num_inference_steps", asked.num_inference_steps, limits.max_steps)
+    _at_most("timeout", asked.timeout, limits.timeout_s)
+    for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or "")):
+        if len(text) > limits.max_prompt_chars:
+            raise _bad(name, f"expected at most {limits.max_prompt_chars} characters, got {len(text)}")
+    if asked.stream and (asked.n or 1) > 1:
+        raise _bad("n", f"expected 1 with stream, got {asked.n}; ask for one image at a time")
+    if not asked.stream and (asked.partial_images or asked.stream_steps):
+        raise _bad("stream", "expected stream with partial_images or stream_steps; set it true or leave these out")
+    if asked.output_compression is not None and asked.output_format in (None, "png"):
+        raise _bad("output_compression", "expected it with output_format jpeg or webp only; a png has none")
+    if asked.plan is not None and asked.cache_interval is not None:
+        raise _bad("plan", "expected plan or cache_interval, got both")
+
+
+def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None]) -> Job:
+    """The job a checked request stands for; takes milliseconds, or seconds for a new sampler of many steps.
+
+    Raises: `ApiError`.
+    """
+    for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or "")):
+        most, got = served.manifest.model.tokens or 0, served.tokens_of(text)
+        if got > most:
+            raise _bad(name, f"expected at most {most} tokens, the model's limit, got {got}; shorten it")
+    sampler, steps = asked.sampler or "ddim", asked.num_inference_steps or min(50, limits.max_steps)
+    try:
+        table = served.executor.table(sampler, steps)
+    except ValueError as error:
+        raise _bad("num_inference_steps", f"{sampler} cannot take {steps} steps: {error}") from None
+    plan = _plan(asked, served, table, sampler)
+    try:
+        forecast = moves(plan, table.sigmas)
+    except ValueError as error:
+        raise _bad("plan", str(error)) from None
+    wanted = asked.size if asked.size in served.sizes else served.sizes[0]
+    drawing = Drawing(
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt,
+        guidance_scale=7.5 if asked.guidance_scale is None else asked.guidance_scale,
+        seed=secrets.randbits(31) if asked.seed is None else asked.seed,
+        sampler=sampler,
+        num_inference_steps=steps,
+        size=served.manifest.sizes[served.sizes.index(wanted)],
+        table=table,
+        moves=forecast,
+    )
+    partial = asked.partial_images or 0
+    previews = sorted({(k + 1) * plan.num_steps // (partial + 1) - 1 for k in range(partial)} - {-1})
+    order = Order(drawing, notify, tuple(previews), bool(asked.stream_steps))
+    return Job(
+        id=asked.job_id or f"img-{secrets.token_hex(12)}",
+        bundle=served.number,
+        size=wanted,
+        plan=plan,
+        guided=drawing.guidance_scale > 1,
+        count=asked.n or 1,
+        deadline=order.created + min(asked.timeout or limits.timeout_s, limits.timeout_s),
+        content=order,
+    )
+
+
+def _plan(asked: ImageRequest, served: Served, table: RingTable, sampler: str) -> CachePlan:
+    manifest, calls = served.manifest, len(table.timesteps)
+    if asked.plan is None:
+        return CachePlan.uniform(calls, asked.cache_interval or 1, manifest.branch_id)
+    try:
+        plan = CachePlan.from_json(json.dumps(asked.plan))
+    except ValueError as error:
+        raise _bad("plan", str(error)) from None
+    if plan.num_steps != calls:
+        raise _bad("plan", f"expected a plan for the sampler's {calls} U-Net calls, got one for {plan.num_steps}")
+    if not set(plan.branch_ids) <= set(manifest.branches):
+        built = " and ".join(map(str, manifest.branches))
+        raise _bad("plan", f"expected a plan for branch {built}, which the bundle was cut at, got others")
+    if plan.model not in (None, manifest.model.name, served.model):
+        raise _bad("plan", f"expected a plan made for model {served.model}, got one for another")
+    if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
+        raise _bad("plan", f"expected a plan made for sampler {sampler}, got one for another")
+    return plan
+
+
+def told(text: str) -> str:
+    """A prompt as logs have it."""
+    return f"{len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _at_most(name: str, value: float | None, most: float) -> None:
+    if value is not None and value > most:
+        raise _bad(name, f"expected at most {most:g}, this server's limit, got {value:g}")
+
+
+def _bad(param: str, message: str) -> ApiError:
+    return ApiError(400, f"{param}: {message}", code="invalid_value", param=param)

@@ -1,0 +1,212 @@
+"""Jobs -> what to run next: which images get a slot, and which of them share the next engine call.
+
+Decisions only, in plain Python. Knows nothing about tensors, threads or HTTP: `executor.py` runs what is decided here,
+`worker.py` calls both.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from fastcache.loop.plan import FULL, CachePlan
+
+# Engine calls that an image lets pass before its own group runs: a shallow step costs a tenth of a full one, so this
+# costs it less than a step, and requests that need a full step gather meanwhile.
+PATIENCE: Final = 8
+
+
+class QueueFull(RuntimeError):
+    """No room for another job now."""
+
+
+class Kind(NamedTuple):
+    """What images must have in common to share an engine call."""
+
+    bundle: int
+    size: str
+    branch: int | None
+    guided: bool
+
+
+@dataclass(eq=False)
+class Image:
+    """One image of a job: where it lies, and which U-Net call it runs next."""
+
+    job: Job
+    index: int
+    slot: int | None = None
+    step: int = 0
+    waited: int = 0
+    is_drawn: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        job = self.job
+        return Kind(job.bundle, job.size, job.plan.branches[self.step], job.guided and job.plan.is_guided(self.step))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step == self.job.plan.num_steps
+
+
+@dataclass(eq=False)
+class Job:
+    """A request: `count` images of a size after one plan, by one bundle's engines. `content` is for who runs it."""
+
+    id: str
+    bundle: int
+    size: str
+    plan: CachePlan
+    guided: bool
+    count: int
+    deadline: float
+    content: Any = None
+    images: list[Image] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.images = [Image(self, index) for index in range(self.count)]
+
+    @property
+    def has_begun(self) -> bool:
+        return any(image.slot is not None or image.step for image in self.images)
+
+
+class Batch(NamedTuple):
+    """Images that take their next step together: in one engine call, or on a CPU in one each at once."""
+
+    kind: Kind
+    images: Sequence[Image]
+
+
+class Scheduler:
+    """Who runs next. Images wait in order of arrival for a slot of their bundle; those that have one run in groups."""
+
+    def __init__(self, queue: int) -> None:
+        self.queue = queue
+        self.waiting: deque[Image] = deque()
+        self.running: list[Image] = []
+        self.jobs: dict[str, Job] = {}
+        self._slots: dict[int, int] = {}
+        self._free: dict[int, list[int]] = {}
+        self._most: dict[int, int] = {}
+        self._reserved = 0
+
+    def open(self, bundle: int, slots: int) -> None:
+        """Serve another bundle, with so many images in flight. Jobs of earlier ones go on."""
+        self._slots[bundle] = self._most[bundle] = slots
+        self._free[bundle] = list(range(slots))[::-1]
+
+    def close_idle(self) -> list[int]:
+        """Forget every bundle but the newest that no job needs any more. Returns them."""
+        used = {job.bundle for job in self.jobs.values()}
+        idle = [bundle for bundle in self._slots if bundle not in used and bundle != max(self._slots)]
+        for bundle in idle:
+            del self._slots[bundle], self._free[bundle], self._most[bundle]
+        return idle
+
+    @property
+    def outstanding(self) -> int:
+        """Images accepted and not finished, those included that room was only reserved for."""
+        return len(self.waiting) + len(self.running) + self._reserved
+
+    @property
+    def capacity(self) -> int:
+        return self.queue + (self._slots[max(self._slots)] if self._slots else 0)
+
+    def reserve(self, images: int) -> None:
+        """Keep room for a job that is still being prepared. Raises: `QueueFull`."""
+        if self.outstanding + images > self.capacity:
+            raise QueueFull(f"expected at most {self.capacity} images at once, got {self.outstanding + images}")
+        self._reserved += images
+
+    def release(self, images: int) -> None:
+        """Give up what was reserved."""
+        self._reserved -= images
+
+    def add(self, job: Job) -> None:
+        """Put a job, for which room was reserved, into the queue."""
+        self._reserved -= job.count
+        self.jobs[job.id] = job
+        self.waiting.extend(job.images)
+
+    def drop(self, job: Job) -> None:
+        """Take a job out, wherever it is: done, cancelled or late. Twice is as good as once."""
+        self.jobs.pop(job.id, None)
+        self.waiting = deque(image for image in self.waiting if image.job is not job)
+        for image in job.images:
+            self._vacate(image)
+
+    def overdue(self, now: float) -> list[Job]:
+        return [job for job in self.jobs.values() if job.deadline <= now]
+
+    @property
+    def next_deadline(self) -> float | None:
+        return min((job.deadline for job in self.jobs.values()), default=None)
+
+    @property
+    def queued(self) -> list[Job]:
+        """The jobs of which no image has begun."""
+        return [job for job in self.jobs.values() if not job.has_begun]
+
+    def admit(self) -> list[Image]:
+        """Give the free slots to the images that have waited longest."""
+        admitted = list[Image]()
+        for image in list(self.waiting):
+            free = self._free[image.job.bundle]
+            if free:
+                image.slot = free.pop()
+                self.waiting.remove(image)
+                self.running.append(image)
+                admitted.append(image)
+        return admitted
+
+    def next_batch(self) -> Batch | None:
+        """The group to run now: shallow before full, for it is cheap and full steps gather; none waits for ever."""
+        if not self.running:
+            return None
+        if len(self.running) == 1:
+            return Batch(self.running[0].kind, tuple(self.running))
+        groups: dict[Kind, list[Image]] = {}
+        for image in sorted(self.running, key=lambda image: -image.waited):
+            groups.setdefault(image.kind, []).append(image)
+        oldest, group = next(iter(groups.items()))
+        if group[0].waited < PATIENCE:
+            oldest = min(groups, key=lambda kind: (kind.branch is FULL, -len(groups[kind])))
+        chosen = groups[oldest][: self._most[oldest.bundle]]
+        for image in self.running:
+            image.waited += 1
+        # In the same order whenever the same images meet: what they share then lies where it lay.
+        return Batch(oldest, sorted(chosen, key=lambda image: image.slot or 0))
+
+    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+        """After a batch was too large: its two halves, and no larger ones of its bundle from now on."""
+        half = len(batch.images) // 2
+        if not half:
+            raise ValueError("expected a batch of two images or more to split, got one")
+        self._most[batch.kind.bundle] = len(batch.images) - half
+        return Batch(batch.kind, batch.images[:-half]), Batch(batch.kind, batch.images[-half:])
+
+    def advance(self, images: Sequence[Image]) -> list[Image]:
+        """These have run. Returns those that took a step; a finished one keeps its slot until `finish`."""
+        moved = [image for image in images if image.slot is not None]
+        for image in moved:
+            image.step, image.waited = image.step + 1, 0
+        return moved
+
+    def finish(self, image: Image) -> bool:
+        """An image is drawn and its slot free. Returns whether it was its job's last."""
+        self._vacate(image)
+        image.is_drawn = True
+        if image.job.id not in self.jobs or not all(other.is_drawn for other in image.job.images):
+            return False
+        self.drop(image.job)
+        return True
+
+    def _vacate(self, image: Image) -> None:
+        if image.slot is not None:
+            self._free[image.job.bundle].append(image.slot)
+            self.running.remove(image)
+            image.slot = None

@@ -1,0 +1,57 @@
+"""A CPU bundle's engines -> engines of which several calls run at once, a thread each, for images in company.
+
+On a CPU a thread to an image takes less than all threads to a batch: nothing waits at the end of each layer, and every
+call has the one shape that a backend compiled for. Per image of the bundled model's full step, on two busy cores, in
+processor time: ONNX Runtime 33 ms against 53 in a batch of 8 and 65 alone, OpenVINO 32 against 39 and 40. On idle ones
+8 clients get 1.2 times the pictures of one: an image alone keeps both cores busy for three quarters of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Final
+
+import torch
+
+import fastcache_engines
+from fastcache.bundle.bundle import Bundle
+from fastcache.bundle.manifest import Role
+from fastcache_engines import Binding, Engine, LoadOptions
+
+BACKENDS: Final = ("onnxruntime", "openvino")  # what may be called from several threads
+
+
+class Streams:
+    """As many calls at once as there are threads. `engines` are the full one (None) and the shallow ones by branch."""
+
+    def __init__(self, engines: Mapping[int | None, Engine], threads: int) -> None:
+        self.engines = engines
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastcache-stream")
+
+    def run(self, bindings: Sequence[Binding]) -> None:
+        """Run all, and return when all have ended. Raises: what the first that failed raised."""
+        running = [self._pool.submit(binding.run) for binding in bindings]
+        wait(running)
+        for one in running:
+            one.result()
+
+
+def load_streams(bundle: Bundle, threads: int = 0) -> Streams | None:
+    """Streams for a bundle, whose weights they hold once more; None where a batch is the better way, or the only one.
+
+    Raises: as the engines' loading.
+    """
+    manifest, threads = bundle.manifest, threads or torch.get_num_threads()
+    if manifest.device_type != "cpu" or threads == 1 or manifest.backend not in BACKENDS:
+        return None
+
+    def load(role: Role) -> Engine:
+        entry = manifest.engines[role]
+        options = LoadOptions("cpu", entry.dtype, threads, streams=threads)
+        engine = fastcache_engines.backend(manifest.backend).load(bundle.engine_path(role), options)
+        engine.inputs, engine.outputs = entry.inputs, entry.outputs
+        return engine
+
+    roles: dict[int | None, Role] = {None: "full", **manifest.shallow_roles}
+    return Streams({branch: load(role) for branch, role in roles.items()}, threads)

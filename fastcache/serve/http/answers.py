@@ -1,0 +1,153 @@
+"""An accepted job -> its answer: JSON with every image, one raw PNG, or server-sent events as the steps arrive.
+
+Knows HTTP's answers and the service; which route asks is `app.py`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from PIL import Image as Pillow
+from starlette.types import Receive, Scope, Send
+
+from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
+from fastcache.serve.http.errors import ApiError, failure
+from fastcache.serve.http.pictures import encoded, provenance, server_sent
+from fastcache.serve.http.schema import ImageData, ImageRequest, ImagesResponse
+from fastcache.serve.http.service import Service, Ticket
+
+T = TypeVar("T")
+
+_JSON_RANGES = ("", "*/*", "application/*", "application/json")
+
+
+def wants_png(accept: str, asked: ImageRequest) -> bool:
+    """Whether the answer is a raw PNG. Raises: `ApiError` for an Accept that nothing here fulfils."""
+    ranges = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
+    png = bool(ranges & {"image/png", "image/*"}) and "application/json" not in ranges
+    if asked.stream:
+        if ranges.isdisjoint({*_JSON_RANGES, "text/event-stream", "text/*"}):
+            raise _not_acceptable("text/event-stream")
+        return False
+    if not png and ranges.isdisjoint(_JSON_RANGES):
+        raise _not_acceptable("application/json or image/png")
+    if png and ((asked.n or 1) > 1 or asked.output_format not in (None, "png")):
+        message = "expected one image and output_format png with Accept: image/png; accept application/json for others"
+        raise ApiError(400, message, code="invalid_value", param="n" if (asked.n or 1) > 1 else "output_format")
+    return png
+
+
+def _not_acceptable(offered: str) -> ApiError:
+    return ApiError(406, f"expected Accept to allow {offered}, got another", code="not_acceptable")
+
+
+async def answer(service: Service, asked: ImageRequest, request: Request) -> Response:
+    """Draw what was asked for. A client that leaves takes its job with it. Raises: `ApiError`."""
+    png = wants_png(",".join(request.headers.getlist("accept")), asked)
+    if asked.stream:
+        stack = AsyncExitStack()
+        ticket = await stack.enter_async_context(service.drawing(asked))
+        return _EventStream(_events(ticket, asked), ticket, stack)
+    async with service.drawing(asked) as ticket:
+        pictures = await _unless_gone(request, _pictures(ticket))
+        if pictures is None:
+            return Response(status_code=499)  # nobody reads it
+        files = await asyncio.to_thread(_files, ticket, asked, pictures)
+    if png:
+        seed = str(ticket.order.drawing.seed)
+        return Response(files[0], media_type="image/png", headers={"X-Job-Id": ticket.job.id, "X-Seed": seed})
+    body = _body(ticket, asked, files).model_dump_json()
+    return Response(body, media_type="application/json", headers={"X-Job-Id": ticket.job.id})
+
+
+async def _pictures(ticket: Ticket) -> list[Pillow.Image]:
+    """Every image of a job, in order. Raises: `ApiError`."""
+    drawn: dict[int, Pillow.Image] = {}
+    async for event in ticket.events():
+        if isinstance(event, Drawn):
+            drawn[event.image] = event.picture
+        elif isinstance(event, Done) and event.failure is not None:
+            raise failure(event.failure)
+    return [drawn[image] for image in sorted(drawn)]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` gives, or None where the client leaves first; then `work` is cancelled."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) -> list[bytes]:
+    made = (provenance(ticket.job, ticket.served, image) for image in range(len(pictures)))
+    kind, quality = asked.output_format or "png", asked.output_compression
+    return [encoded(picture, kind, quality, how) for picture, how in zip(pictures, made, strict=True)]
+
+
+def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResponse:
+    seed = ticket.order.drawing.seed
+    return ImagesResponse(
+        id=ticket.job.id,
+        created=int(time.time()),
+        model=ticket.served.model,
+        size=ticket.job.size,
+        output_format=asked.output_format or "png",
+        data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],
+    )
+
+
+def _base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events whose job ends with it, read to its end or not."""
+
+    def __init__(self, events: AsyncIterator[bytes], ticket: Ticket, stack: AsyncExitStack) -> None:
+        headers = {"Cache-Control": "no-store", "X-Job-Id": ticket.job.id}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
+    """OpenAI's `image_generation.*` events, and `fastcache.step` for each U-Net step where asked for."""
+    common = {"id": ticket.job.id, "created_at": int(time.time()), "size": ticket.job.size}
+    common |= {"output_format": asked.output_format or "png", "seed": ticket.order.drawing.seed}
+    async for event in ticket.events():
+        match event:
+            case Stepped():
+                kind = "full" if event.full else "shallow"
+                step = {"type": "fastcache.step", "step": event.step, "num_steps": event.of, "kind": kind}
+                yield server_sent("fastcache.step", {**step, "id": ticket.job.id})
+            case Preview() | Drawn():
+                name = "partial_image" if isinstance(event, Preview) else "completed"
+                (file,) = await asyncio.to_thread(_files, ticket, asked, [event.picture])
+                data = {"type": f"image_generation.{name}", "b64_json": _base64(file), **common}
+                if isinstance(event, Preview):
+                    data["partial_image_index"] = event.number
+                yield server_sent(f"image_generation.{name}", data)
+            case Done():
+                if event.failure is not None:
+                    body = failure(event.failure).body
+                    yield server_sent("error", {"type": "error", **body.model_dump()})

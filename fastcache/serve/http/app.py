@@ -1,0 +1,243 @@
+"""A service -> an HTTP application: OpenAI's images API, probes, metrics and a page. Knows routes and nothing else.
+
+`create_app` gives a FastAPI application that any ASGI server runs and more routes may be added to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final
+
+from fastapi import FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from fastcache.loop.scheduler import SAMPLERS
+from fastcache.serve.http.answers import answer
+from fastcache.serve.http.errors import ApiError, internal
+from fastcache.serve.http.guard import PROBES, Guard
+from fastcache.serve.http.metrics import CONTENT_TYPE
+from fastcache.serve.http.page import PAGE_PATHS, add_page
+from fastcache.serve.http.schema import (
+    JOB_ID,
+    Cancelled,
+    ErrorBody,
+    Health,
+    HealthInDetail,
+    ImageRequest,
+    ImagesResponse,
+    Model,
+    Models,
+)
+from fastcache.serve.http.service import Service
+
+_ERRORS: Final[Mapping[int, str]] = {
+    400: "A field that is unknown, unsupported or does not fit",
+    401: "No API key, or a wrong one",
+    403: "A Host or Origin that is not this server's",
+    404: "No such model, job or route",
+    406: "An Accept header that nothing here fulfils",
+    408: "The body did not arrive in time",
+    409: "The job's name is in use",
+    413: "Too large a body",
+    429: "The queue is full; see Retry-After",
+    431: "Too large headers",
+    499: "The job was cancelled",
+    500: "The server failed",
+    503: "Loading, draining or broken; see Retry-After",
+    504: "Not done in time",
+}
+_ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
+_PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in sorted(statuses)}
+
+
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[bytes] = (),
+    hosts: Iterable[str] | None = None,
+    open_paths: Iterable[str] = PROBES | PAGE_PATHS,
+) -> FastAPI:
+    """The application around a service, which it starts in the background and closes at its end.
+
+    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any;
+    `open_paths` need no key.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        # Probes are answered while the engines load. What goes wrong is the service's `failure`.
+        starting = asyncio.create_task(_quietly(service))
+        yield
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await service.close()
+
+    app = FastAPI(
+        title="fastcache",
+        lifespan=lifespan,
+        docs_url=None,  # its script would come from another site
+        redoc_url=None,
+        # FastAPI's own tracing would keep bodies, and so prompts.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    app.add_middleware(
+        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=open_paths
+    )
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_images(app, service)
+    _add_probes(app, service)
+    add_page(app)
+    _describe(app, secured=bool(keys), open_paths=frozenset(open_paths))
+    return app
+
+
+async def _quietly(service: Service) -> None:
+    with contextlib.suppress(Exception):
+        await service.start()
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    text: dict[str, Any] = {"type": "string"}
+    event: dict[str, Any] = {
+        "type": "object",
+        "properties": {"event": text, "data": text},
+        "required": ["event", "data"],
+    }
+    kinds: dict[str, Any] = {
+        "image/png": {"schema": {"type": "string", "format": "binary"}},
+        "text/event-stream": {"schema": event},
+    }
+
+    @app.post(
+        "/v1/images/generations",
+        response_model=ImagesResponse,
+        responses={200: {"content": kinds}, **_errors(*_ALWAYS, 404, 406, 409, 429, 499, 503, 504)},
+    )
+    async def generate(asked: ImageRequest, request: Request) -> Response:
+        """Draw images from a text."""
+        return await answer(service, asked, request)
+
+    @app.post("/v1/jobs/{job_id}/cancel", responses=_errors(*_ALWAYS, 404))
+    async def cancel(job_id: Annotated[str, Path(pattern=JOB_ID)]) -> Cancelled:
+        """End a job, and only that one. Twice is as good as once."""
+        return Cancelled(id=job_id, status=service.cancel(job_id))
+
+    @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
+    async def models() -> Models:
+        """The model that is served."""
+        served = service.served
+        if served is None:
+            raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
+        manifest = served.manifest
+        model = Model(
+            id=served.model,
+            created=served.since,
+            sizes=served.sizes,
+            samplers=list(SAMPLERS),
+            bundle_sha256=manifest.bundle_sha256,
+        )
+        return Models(data=[model])
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    busy: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": _ERRORS[503]}}
+
+    def health(response: Response, *, well: bool) -> Health:
+        if not well:
+            response.status_code = 503
+            response.headers["Retry-After"] = "5"
+        return Health(status=service.state)
+
+    @app.get("/livez", responses={**_errors(*_PROBING), **busy})
+    async def livez(response: Response) -> Health:
+        """Whether the process is of any use; if not, start another."""
+        return health(response, well=service.state != "broken")
+
+    @app.get("/readyz", responses={**_errors(*_PROBING), **busy})
+    async def readyz(response: Response) -> Health:
+        """Whether requests are taken now."""
+        return health(response, well=service.state == "ready")
+
+    @app.get("/health", responses=_errors(*_ALWAYS))
+    async def in_detail() -> HealthInDetail:
+        """What the server is doing."""
+        served, worker = service.served, service.worker
+        return HealthInDetail(
+            status=service.state,
+            model=None if served is None else served.model,
+            running=worker.running,
+            waiting=worker.waiting,
+            bundles=worker.bundles,
+            max_batch=None if served is None else served.executor.count,
+            queue=service.limits.queue,
+        )
+
+    text: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": text}, **_errors(*_ALWAYS)})
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> None:
+    """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        document = made()
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if secured and path not in open_paths:
+                    operation["security"] = [{"key": []}]
+                elif "401" in operation["responses"] and not secured:
+                    del operation["responses"]["401"]
+        schemas: dict[str, Any] = document["components"]["schemas"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        if secured:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return document
+
+    app.openapi = openapi
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    known = error if isinstance(error, ApiError) else internal()
+    return Response(known.body.model_dump_json(), known.status, known.headers, media_type="application/json")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
+    said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
+    message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
+    text = message if where is None else f"{where}: {message}"
+    return await _api_error(request, ApiError(400, text, code="invalid_value", param=where))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    answer = await _api_error(
+        request, ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code, "invalid_request"))
+    )
+    answer.headers.update(error.headers or {})
+    return answer

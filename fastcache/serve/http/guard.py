@@ -1,0 +1,199 @@
+"""What every HTTP request passes before it reaches a route: who asks, from where, and how much of it there is.
+
+A plain ASGI layer, so that it sees bodies as they arrive and a client that leaves. Knows nothing about images.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fastcache.serve.http.errors import ApiError, internal
+from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.metrics import Metrics
+
+_log = logging.getLogger("fastcache.serve")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+PROBES: Final = frozenset({"/livez", "/readyz"})
+_SHORTEST_KEY: Final = 16
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The digests of the API keys in a file, one a line. Raises: `ValueError` naming the file, never a key."""
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a file of API keys, got {path}: {type(error).__name__}") from None
+    if not lines or any(len(line) < _SHORTEST_KEY for line in lines):
+        raise ValueError(
+            f"expected {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
+            "make one with: openssl rand -hex 32"
+        )
+    return tuple(hashlib.sha256(line.encode()).digest() for line in lines)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Refuses what no route should see: no key, a foreign Host or Origin, too large a head or body.
+
+    `keys` are digests of API keys, none for an open server; `hosts` the names it may be asked by, None for any (only
+    with keys: a page of another site that had its name point here has none). `open_paths` need no key.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        keys: Sequence[bytes] = (),
+        hosts: Iterable[str] | None = None,
+        open_paths: Iterable[str] = PROBES,
+    ) -> None:
+        self._app, self._limits, self._metrics, self._keys = app, limits, metrics, tuple(keys)
+        self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._open = frozenset(open_paths)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return  # no web sockets here
+        start, status, complete = time.monotonic(), 0, False
+
+        async def sending(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            self._admit(scope)
+            body = await _read_body(receive, self._limits)
+            if body is not None:
+                await self._app(scope, _replayed(body, receive), sending)
+        except ApiError as error:
+            await _answer(error, sending)
+        except Exception as error:
+            # Only where it happened: an error's words may hold a prompt.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _log.error("%s in a request:\n%s", type(error).__name__, where)
+            if not status:
+                await _answer(internal(), sending)
+            elif not complete:
+                raise ConnectionAbortedError("the answer had begun") from None
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status or 499)).inc()
+            took = (time.monotonic() - start) * 1e3
+            _log.debug("%s %s %s in %.1f ms", scope["method"], route, status or "client left", took)
+
+    def _admit(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises: `ApiError`, first for what is cheapest to say."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(len(name) + len(value) + 4 for name, value in headers) > self._limits.max_header_bytes:
+            most = self._limits.max_header_bytes
+            raise ApiError(431, f"expected at most {most} bytes of headers, got more", code="headers_too_large")
+        self._check_host(_all(headers, b"host"))
+        self._check_origin(_all(headers, b"origin"), _all(headers, b"host"))
+        if self._keys and scope["path"] not in self._open:
+            self._check_key(_all(headers, b"authorization"))
+        lengths = _all(headers, b"content-length")
+        if lengths and lengths[0].isdecimal() and int(lengths[0][:20]) > self._limits.max_body_bytes:
+            raise _too_large(self._limits)
+
+    def _check_host(self, hosts: Sequence[str]) -> None:
+        if len(hosts) != 1:
+            raise ApiError(400, f"expected one Host header, got {len(hosts)}", code="invalid_host")
+        if self._hosts is not None and _name(hosts[0]) not in self._hosts:
+            raise ApiError(403, "expected a Host that this server is known by, got another", code="invalid_host")
+
+    def _check_origin(self, origins: Sequence[str], hosts: Sequence[str]) -> None:
+        """A browser says which site's page asks: only this server's own may."""
+        for origin in origins:
+            if origin.lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}:
+                raise ApiError(403, "expected no Origin, or this server's own, got another", code="invalid_origin")
+
+    def _check_key(self, given: Sequence[str]) -> None:
+        scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        fits = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them, so that time tells nothing
+        if scheme.lower() != "bearer" or not any(fits):
+            raise ApiError(401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
+    """A request's whole body, or None of a client that left. Raises: `ApiError` for a body too large or too slow."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > limits.max_body_bytes:
+                    raise _too_large(limits)
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        most = limits.body_timeout_s
+        raise ApiError(408, f"expected the body within {most:g} s", code="body_timeout") from None
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body already read, and then what comes: that the client leaves."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"expected a body of at most {limits.max_body_bytes} bytes, got more", code="body_too_large")
+
+
+def _all(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for key, value in headers if key.lower() == name]
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    name, _, port = host.rpartition(":")
+    return (name if name and port.isdecimal() else host).lower()
+
+
+async def _answer(error: ApiError, send: Send) -> None:
+    body = error.body.model_dump_json().encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    if error.status in (408, 413, 431):
+        headers["connection"] = "close"  # the rest of the request is not read
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,135 @@
+"""The bodies of the API, as OpenAI's images API has them: what a request may hold, what an answer holds.
+
+Knows JSON only: whether a request fits the bundle that is served is `requests.py`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from fastcache.loop.scheduler import SAMPLERS
+
+JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 3.0 is the integer 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _known(name: str) -> str:
+    if name not in SAMPLERS:
+        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got another")
+    return name
+
+
+Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+Sampler = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(SAMPLERS)})]
+
+
+class ImageRequest(BaseModel):
+    """`POST /v1/images/generations`. A field left out or null has its default; one that is not here is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(min_length=1, max_length=10_000, description="What to draw.")
+    model: str | None = Field(None, max_length=256, description="The model's id, as /v1/models lists it.")
+    n: Whole | None = Field(None, ge=1, le=10, description="How many images (1); seeds count up from `seed`.")
+    size: str | None = Field(None, max_length=32, description="WIDTHxHEIGHT of /v1/models, or auto (the first).")
+    response_format: Literal["b64_json"] | None = Field(None, description="Images come in the answer, not by URL.")
+    output_format: OutputFormat | None = Field(None, description="png, jpeg or webp (png).")
+    output_compression: Whole | None = Field(None, ge=0, le=100, description="Quality of a jpeg or webp (100).")
+    stream: Flag | None = Field(None, description="Answer with server-sent events (false); n must be 1.")
+    partial_images: Whole | None = Field(None, ge=0, le=16, description="Images on the way, with `stream` (0).")
+    stream_steps: Flag | None = Field(None, description="An event for each U-Net step, with `stream` (false).")
+    negative_prompt: str | None = Field(None, max_length=10_000, description="What not to draw (nothing).")
+    num_inference_steps: Whole | None = Field(None, ge=1, le=1000, description="Denoising steps (50 at most).")
+    guidance_scale: Number | None = Field(None, ge=0, le=100, description="Guidance (7.5); 1 or less switches it off.")
+    seed: Whole | None = Field(None, ge=0, le=2**63 - 11, description="The first image's seed (random).")
+    sampler: Sampler | None = Field(None, description="A sampler (ddim).")
+    cache_interval: Whole | None = Field(None, ge=1, le=1000, description="Refresh the feature every N steps (1).")
+    plan: dict[str, Any] | None = Field(None, description="A plan, as `fastcache plan` writes it.")
+    timeout: Number | None = Field(None, ge=1, description="Seconds to wait at most; the server's own limit or less.")
+    job_id: str | None = Field(None, pattern=JOB_ID, description="A name to cancel it by (the server gives one).")
+
+
+class ImageData(BaseModel):
+    """One image of an answer."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The answer to `POST /v1/images/generations`."""
+
+    id: str
+    created: int
+    model: str
+    size: str
+    output_format: OutputFormat
+    data: list[ImageData]
+
+
+class Model(BaseModel):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fastcache"
+    sizes: list[str]
+    samplers: list[str]
+    bundle_sha256: str
+
+
+class Models(BaseModel):
+    """The answer to `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Cancelled(BaseModel):
+    """The answer to `POST /v1/jobs/{job_id}/cancel`: `cancelled` or, if the job was over, how it had ended."""
+
+    id: str
+    status: str
+
+
+class Health(BaseModel):
+    """The answer to `GET /health` and the probes."""
+
+    status: Literal["loading", "ready", "draining", "broken"]
+
+
+class HealthInDetail(Health):
+    """`GET /health`: also what is being done."""
+
+    model: str | None
+    running: int
+    waiting: int
+    bundles: int
+    max_batch: int | None
+    queue: int
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail

@@ -1,0 +1,204 @@
+"""An application -> a process that serves it: a socket, uvicorn, and what signals mean.
+
+SIGTERM and SIGINT drain and end with 0; SIGHUP loads the bundle again and switches to it. Knows nothing about routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from fastcache.errors import BackendUnavailable
+from fastcache.serve.engine.executor import DeviceBroken
+from fastcache.serve.http.app import create_app
+from fastcache.serve.http.errors import ApiError
+from fastcache.serve.http.guard import is_loopback, read_keys
+from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.service import Service
+
+_log = logging.getLogger("fastcache.serve")
+
+_HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, and before the first one
+
+
+def serve(
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    threads: int = 0,
+    listening: Callable[[str], None] = lambda url: None,
+) -> bool:
+    """Serve a bundle until a signal ends it. `listening` is told the address once there is one.
+
+    Returns whether nothing is left running: False where a signal came while engines were loading.
+
+    Raises: `ValueError` for an address beyond this machine without keys; `OSError` for one that is taken; what loading
+    the bundle raises; `BackendUnavailable` where the device broke, for a supervisor to start again.
+    """
+    if api_key_file is None and not is_loopback(host):
+        raise ValueError(f"expected --api-key-file to serve on {host}, got none; or serve on 127.0.0.1")
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
+    names = [host, *allowed_hosts, *(("localhost", "127.0.0.1", "[::1]") if is_loopback(host) else ())]
+    hosts = names if is_loopback(host) or allowed_hosts else None
+    service = Service(folder, limits, threads=threads)
+    app = create_app(service, keys=keys, hosts=hosts)
+    with listen(host, port) as listener:
+        address = f"[{host}]" if ":" in host else host
+        listening(f"http://{address}:{listener.getsockname()[1]}")
+        asyncio.run(_serve(service, config_of(app, service.limits), listener))
+    if isinstance(service.failure, DeviceBroken):
+        raise BackendUnavailable(str(service.failure)) from service.failure
+    if service.failure is not None:
+        raise service.failure
+    return not service.is_loading
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises: `OSError` for an address that is taken or not this machine's."""
+    # Named as TCP, or asyncio leaves Nagle's algorithm on for its connections: 40 ms more for every answer.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # elsewhere it means another thing
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def config_of(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """uvicorn's settings for an application."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_graceful_shutdown=int(limits.timeout_s) + 10,  # longer than any request may take
+    )
+
+
+async def _serve(service: Service, config: uvicorn.Config, listener: socket.socket) -> None:
+    server, loop = Server(config, service), asyncio.get_running_loop()
+    reloads = set[asyncio.Task[None]]()
+
+    def reload() -> None:
+        task = loop.create_task(_reload(service))
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, reload)
+    await server.serve(sockets=[listener])
+    for task in reloads:
+        task.cancel()
+
+
+async def _reload(service: Service) -> None:
+    _log.info("loading the bundle again")
+    try:
+        await service.reload()
+    except Exception as error:
+        _log.error("the bundle served before goes on being served: %s", error)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which on a signal drains the service first, and then ends as if nothing had happened."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.end()
+
+    def end(self) -> None:
+        """Drain, and end once every request is answered. From any thread, or a signal's handler."""
+        loop = self._service.loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._service.drain)
+        self.should_exit = True
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        watching = asyncio.create_task(self._end_when_broken())
+        try:
+            await super().serve(sockets)
+        finally:
+            watching.cancel()
+
+    async def _end_when_broken(self) -> None:
+        await self._service.ended.wait()
+        self.should_exit = True
+
+
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which waits for a request's head only so long, and refuses a malformed one in JSON."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting = self.loop.call_later(_HEAD_TIMEOUT_S, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._is_idle:
+            self._stop_waiting()
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(_HEAD_TIMEOUT_S, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first one
+        return cycle is None or cycle.response_complete
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _too_slow(self) -> None:
+        self._waiting = None
+        if self._is_idle:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        error = ApiError(400, "expected a request of HTTP/1.1", code="invalid_request")
+        body = json.dumps(error.body.model_dump()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -1,1 +1,0 @@
-"""What caching costs and gains, measured."""

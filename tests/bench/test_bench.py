@@ -1,0 +1,439 @@
+"""Benchmarks: the arms' names and which of them run, real runs in their processes, the document, and the chart."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fastcache_engines
+from fastcache.bench import chart
+from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_arms
+from fastcache.bench.bench import document, make_inputs, run_bench, summary
+from fastcache.bench.lineup import Wishes, build_bundles, line_up, of_bundle, of_model
+from fastcache.bench.loops import CallClock, EngineArms, Task
+from fastcache.bench.machine import available_bytes, environment, parse_gpus
+from fastcache.bench.work import empty_unet, geometry, multiply_adds
+from fastcache.bench.workers import ArmFailed, Job, Workers
+from fastcache.bundle.bundle import Bundle
+from fastcache.cli import main
+from fastcache.compile.models import find_model
+from fastcache.errors import BackendUnavailable, PartitionError
+from fastcache_engines import Support
+from list_recorder import ListRecorder
+
+COMMON: dict[str, Any] = {
+    "cache_interval": 2,
+    "steps": 4,
+    "batch": 1,
+    "sampler": "ddim",
+    "warmup": 1,
+    "repeats": 2,
+    "threads": 2,
+}
+OTHERS = Defaults("openvino", "bf16", 5, 2)
+
+
+def settings_for(model: object, **changes: Any) -> BenchSettings:
+    common: dict[str, Any] = {"random_weights": False, "device": "cpu", "branch_id": 0, "dtype": "fp32"}
+    return BenchSettings(**({"model": str(model), "height": 32, "width": 32} | common | COMMON | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eager", ("eager", "torch", "fp32", 1, 2)),
+        ("eager:bf16", ("eager", "torch", "bf16", 1, 2)),
+        ("deepcache:fp16", ("deepcache", "torch", "fp16", 5, 2)),
+        ("compile", ("compile", "torch", "fp32", 1, 2)),
+        ("engine", ("engine", "openvino", "bf16", 1, 2)),
+        ("engine:fp32", ("engine", "openvino", "fp32", 1, 2)),
+        ("engine+cache:onnxruntime", ("engine+cache", "onnxruntime", "bf16", 5, 2)),
+        ("engine+cache:tensorrt-rtx:fp16", ("engine+cache", "tensorrt-rtx", "fp16", 5, 2)),
+        ("engine:auto:fp16", ("engine", "auto", "fp16", 1, 2)),
+        ("engine+graph:tensorrt:fp16", ("engine+graph", "tensorrt", "fp16", 1, 2)),
+        ("engine+cache+graph", ("engine+cache+graph", "openvino", "bf16", 5, 2)),
+    ],
+)
+def test_an_arm_is_what_its_name_says(name: str, expected: tuple[object, ...]) -> None:
+    arm = parse_arm(name, OTHERS)
+    assert (arm.name, arm.meaning) == (name, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("warp", "eager, deepcache, compile, engine, engine\\+cache"),
+        ("", "NAME\\[:BACKEND\\]\\[:DTYPE\\]"),
+        ("engine:speedy", "onnxruntime, openvino"),
+        ("engine:fp16:onnxruntime", "left over"),
+        ("engine:openvino:fp8", "fp32, fp16, bf16"),
+        ("eager:openvino", "fp32, fp16, bf16"),
+        ("eager:fp32:fp32", "left over"),
+    ],
+)
+def test_another_name_is_refused_in_one_line(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        parse_arm(name, Defaults())
+    assert "\n" not in str(error.value)
+
+
+def test_arms_come_in_the_order_given_and_once() -> None:
+    assert [arm.name for arm in parse_arms("engine, eager,engine", OTHERS)] == ["engine", "eager"]
+
+
+def test_the_usual_arms_and_every_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: True)
+    found = line_up(None, Defaults(), "cpu")
+    names = [arm.name for arm in found.arms]
+    assert names[:6] == ["eager", "deepcache", "compile", "engine", "engine+cache", "eager:bf16"]
+    automatic = found.arms[3]
+    assert automatic.backend == fastcache_engines.choose("cpu", "fp32")[0]
+    meanings = [arm.meaning for arm in found.arms]
+    assert len(set(meanings)) == len(meanings)  # what auto picks is not named twice
+    for name in fastcache_engines.BACKENDS:
+        module = fastcache_engines.backend(name)
+        support, own = module.support("cpu"), [arm for arm in found.arms if arm.backend == name]
+        if support.can_build and support.can_run:
+            assert {arm.dtype for arm in own} == set(module.DTYPES["cpu"]) - {"fp16"}
+            assert {arm.kind for arm in own} == {"engine", "engine+cache"}
+            assert not any(arm in found.skipped for arm in own)
+        else:
+            assert [(arm.name, found.skipped[arm]) for arm in own] == [(f"engine:{name}", support.reason)]
+
+
+def test_without_fast_bf16_nothing_is_tried_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: False)
+    assert {arm.dtype for arm in line_up(None, Defaults(), "cpu").arms} == {"fp32"}
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "deepcache,engine:tensorrt,engine+cache:onnxruntime:bf16,engine:auto:fp16,engine+cache+graph:inductor"
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "DeepCache" else find_spec(name))
+    found = line_up(names, Defaults(), "cpu")
+    reasons = {arm.name: reason for arm, reason in found.skipped.items()}
+    assert "fastcache[bench]" in reasons["deepcache"]
+    assert reasons["engine:tensorrt"] == fastcache_engines.backend("tensorrt").support("cpu").reason
+    assert "bf16" in reasons["engine+cache:onnxruntime:bf16"]
+    assert "no backend for fp16" in reasons["engine:auto:fp16"]
+    assert reasons["engine+cache+graph:inductor"] == "a CUDA graph runs on a GPU only, not on cpu"
+
+
+def test_a_bundle_brings_its_own_backend_and_refuses_another(tiny_bundle: Bundle) -> None:
+    built = tiny_bundle.manifest
+    settings, found, bundles = of_bundle(tiny_bundle.path, Wishes(), COMMON)
+    assert [arm.name for arm in found.arms] == ["eager", "deepcache", "compile", "engine", "engine+cache"]
+    assert {arm.bundle_key for arm in found.arms if arm.is_engine} == set(bundles)
+    assert (settings.height, settings.dtype, settings.device) == (built.height, "fp32", "cpu")
+    other = next(name for name in fastcache_engines.BACKENDS if name != built.backend)
+    for wishes, says in (
+        (Wishes(arms=f"engine:{other}"), "--model"),
+        (Wishes(backend=other), f"--backend {built.backend}"),
+        (Wishes(height=999), f"--height {built.height}"),
+        (Wishes(dtype="bf16"), "--dtype fp32"),
+        (Wishes(branch_id=3), "--branch-id 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            of_bundle(tiny_bundle.path, wishes, COMMON)
+
+
+def test_a_graph_arm_draws_what_the_others_draw_and_times_the_loop_alone(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, found, _ = of_bundle(tiny_bundle.path, Wishes(arms="engine+cache,engine+cache+graph"), COMMON)
+    plain, graph = found.arms
+    assert found.skipped == {graph: "a CUDA graph runs on a GPU only, not on cpu"}
+    inputs = make_inputs(find_model(settings.model), settings)
+    arms = EngineArms(Task(settings, inputs, "fp32", str(tiny_bundle.path)), str(tiny_bundle.path))
+    expected = arms(plain)
+    monkeypatch.setattr(arms, "whole", True)
+    monkeypatch.setattr(arms.pipe.runtime, "_recorder", ListRecorder(anything=True))
+    times = arms(graph)
+    torch.testing.assert_close(times.latents, expected.latents, rtol=1e-4, atol=1e-4)
+    assert not times.call_ms
+    result = summary(graph, [times])
+    assert result.loop_ms_p50 is not None
+    assert (result.full_step_ms_p50, result.shallow_step_ms_p50, result.overhead_ms_per_step) == (None, None, None)
+    task = Task(replace(settings, guided_rows=3), inputs, "fp32", str(tiny_bundle.path), cuda_graph=True)
+    with pytest.raises(ValueError, match="got three"):
+        EngineArms(task, str(tiny_bundle.path))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        (Wishes(height=33), "divisible by 4"),
+        (Wishes(dtype="fp8"), "fp32, fp16, bf16"),
+        (Wishes(device="tpu"), "cpu or cuda"),
+        (Wishes(backend="speedy"), "onnxruntime"),
+        (Wishes(branch_id=4), "from 0 to 3"),
+    ],
+)
+def test_a_wish_that_does_not_fit_the_model_is_refused(tiny_model: Path, wishes: Wishes, says: str) -> None:
+    with pytest.raises((ValueError, PartitionError), match=says):
+        of_model(str(tiny_model), False, wishes, COMMON)
+
+
+def test_a_bundle_that_cannot_be_built_skips_its_own_arms_only(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is the build's own, here of a backend that said it could."""
+    module = fastcache_engines.backend("tensorrt")
+    monkeypatch.setattr(module, "support", lambda device: Support("1", True, True, "ready"))
+    monkeypatch.setattr(module, "DTYPES", {"cpu": ("fp32",)})
+    settings = settings_for(tiny_model)
+    found = line_up("eager,engine:tensorrt,engine+cache:tensorrt", Defaults(), "cpu")
+    assert not found.skipped
+    bundles, found = build_bundles(found, settings, tmp_path, lambda _: None)
+    assert not bundles
+    assert {arm.name for arm in found.skipped} == {"engine:tensorrt", "engine+cache:tensorrt"}
+    assert all(found.skipped.values())
+
+
+ARMS = (
+    "eager",
+    "deepcache",
+    "engine:onnxruntime",
+    "engine+cache:onnxruntime",
+    "engine+cache:openvino:bf16",
+    "engine:tensorrt",
+)
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `fastcache bench` leaves of a model that has no engines yet; `chart` is the file of its chart."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ["--model", tiny_model, "--arms", ",".join(ARMS), "--cache-interval", 2, "--steps", 4, "--repeats", 2]
+    arguments += ["--device", "cpu", "--json", folder / "new" / "bench.json", "--chart", folder / "chart.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(sys, "argv", ["fastcache", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return json.loads((folder / "new" / "bench.json").read_text()) | {"chart": folder / "chart.png"}
+
+
+def ran(outcome: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {arm["name"]: arm for arm in outcome["arms"] if "skipped" not in arm}
+
+
+def test_every_arm_has_its_figures_or_a_reason(outcome: dict[str, Any]) -> None:
+    assert tuple(arm["name"] for arm in outcome["arms"]) == ARMS
+    skipped = {arm["name"]: arm["skipped"] for arm in outcome["arms"] if "skipped" in arm}
+    wanting = [name for name in ("openvino", "tensorrt") if not fastcache_engines.backend(name).support("cpu").can_run]
+    assert {name: reason for name, reason in skipped.items() if name.split(":")[1] not in wanting} == {}
+    assert skipped["engine:tensorrt"] == fastcache_engines.backend("tensorrt").support("cpu").reason
+    arms = ran(outcome)
+    for arm in arms.values():
+        assert arm["loop_ms_p90"] >= arm["loop_ms_p50"] > arm["full_step_ms_p50"] > 0
+        assert arm["overhead_ms_per_step"] > 0
+        assert arm["peak_bytes"] > 2**26
+        for name, reference in (("speedup_vs_eager", "eager"), ("speedup_vs_deepcache", "deepcache")):
+            assert arm[name] == pytest.approx(arms[reference]["loop_ms_p50"] / arm["loop_ms_p50"], abs=1e-3)
+        cached = arm["name"].startswith(("deepcache", "engine+cache"))
+        assert (arm["shallow_step_ms_p50"] is not None) == cached
+        assert arm["cache_interval"] == (2 if cached else 1)
+        assert (arm["build_s"] is not None) == arm["name"].startswith("engine")
+        assert arm["backend"] == (arm["name"].split(":")[1] if arm["name"].startswith("engine") else "torch")
+        assert arm["dtype"] == ("bf16" if arm["name"].endswith("bf16") else "fp32")
+
+
+def test_pictures_are_compared_with_eager_in_fp32(outcome: dict[str, Any]) -> None:
+    psnr = {name: arm["psnr_db_vs_eager"] for name, arm in ran(outcome).items()}
+    assert psnr["eager"] is None
+    assert psnr["engine:onnxruntime"] > 80
+    assert psnr["engine+cache:onnxruntime"] == pytest.approx(psnr["deepcache"], abs=0.5)
+    errors = {name: arm["latents_error_vs_eager"] for name, arm in ran(outcome).items()}
+    assert errors["engine:onnxruntime"] < 1e-4 < errors["deepcache"]
+    assert all(arm["latents_finite"] for arm in ran(outcome).values())
+
+
+def test_the_document_says_under_which_conditions(outcome: dict[str, Any]) -> None:
+    settings, versions = outcome["settings"], outcome["environment"]["versions"]
+    assert settings["references"] == {"eager": "eager", "deepcache": "deepcache"}
+    assert settings["reloads"] == 0
+    assert (settings["steps"], settings["height"], settings["device"]) == (4, 32, "cpu")
+    built = [(bundle["backend"], bundle["dtype"]) for bundle in settings["bundles"]]
+    assert ("onnxruntime", "fp32") in built
+    assert all(len(bundle["bundle_sha256"]) == 64 for bundle in settings["bundles"])
+    supports = {name: fastcache_engines.backend(name).support("cpu") for name in fastcache_engines.BACKENDS}
+    installed = {name for name, support in supports.items() if support.version is not None}
+    assert outcome["environment"]["load_average_before"] >= 0
+    assert installed | {"torch", "diffusers", "fastcache"} <= set(versions)
+
+
+def test_the_chart_is_a_picture_of_the_arms(outcome: dict[str, Any], tmp_path: Path) -> None:
+    with Image.open(outcome["chart"]) as image:
+        assert image.format == "PNG"
+        assert image.width == 1500
+        assert 400 < image.height < 900
+        grey = {value for count, value in image.convert("L").getcolors(256) or () if count > 1500}
+    assert len(grey) >= 5  # white, and a grey of its own for each kind of arm
+    with pytest.raises(ValueError, match="eager"):
+        chart.draw_chart(outcome | {"arms": [{"name": "engine", "skipped": "no"}]}, tmp_path / "none.png")
+
+
+def test_a_chart_that_cannot_be_drawn_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    chart.check_chartable("engine, eager:bf16")
+    chart.check_chartable(None)
+    with pytest.raises(ValueError, match="eager arm"):
+        chart.check_chartable("engine,deepcache")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"fastcache\[bench\]"):
+        chart.check_chartable(None)
+
+
+def test_no_arm_that_runs_is_an_error_with_the_reasons_in_the_result(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tiny_model), "--arms", "engine:tensorrt", "--device", "cpu", "--json", "-"]
+    monkeypatch.setattr(sys, "argv", ["fastcache", "bench", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    assert stop.value.code == 3
+    assert json.loads(captured.out)["arms"][0]["skipped"] in captured.err
+
+
+def key_of(arm: Arm) -> str:
+    return arm.dtype
+
+
+def test_what_does_not_fit_is_ended_and_loaded_again_and_what_fails_says_why(tiny_model: Path) -> None:
+    """No memory at all: processes take turns; an arm in one that comes back runs once untimed before it is timed."""
+    settings = settings_for(tiny_model, steps=2)
+    inputs = make_inputs(find_model(str(tiny_model)), settings)
+    jobs = {dtype: Job(Task(settings, inputs, dtype, None), 2**20) for dtype in ("fp32", "bf16")}
+    eager, other, good = (parse_arm(name, Defaults()) for name in ("eager", "eager:bf16", "deepcache"))
+    with Workers(jobs, key_of, available=lambda: 0) as workers:
+        first: Any = workers.run(eager, timed=False)
+        assert first.process_bytes >= first.peak_bytes > 2**26
+        with pytest.raises(ArmFailed, match="ZeroDivisionError"):
+            workers.run(replace(good, cache_interval=0), timed=False)
+        assert torch.equal(first.latents, workers.run(eager, timed=True).latents)
+        assert workers.reloads == 0
+
+        in_bf16 = workers.run(other, timed=False).latents
+        assert 1e-4 < (in_bf16 - first.latents).abs().max() / first.latents.abs().max() < 0.2
+        assert workers.reloads == 0
+        assert len(multiprocessing.active_children()) == 1
+        again = workers.run(eager, timed=True)
+        assert workers.reloads == 1
+        assert torch.equal(first.latents, again.latents)
+        assert (first.earlier_runs, again.earlier_runs) == (0, 1)
+
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(ArmFailed, match="its process ended"):
+            workers.run(eager, timed=True)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_torch_compile_draws_the_eager_picture(tiny_model: Path) -> None:
+    """It compiles in a round that is not timed, also where no warm-up was asked for, and DeepCache does not undo it."""
+    settings, found = of_model(
+        str(tiny_model), False, Wishes(arms="eager,deepcache,compile"), COMMON | {"warmup": 0, "repeats": 2}
+    )
+    measured = run_bench(settings, found, {}, lambda _: None)
+    by_name = {result.name: result for result in measured.results}
+    compiled: Any = by_name["compile"]
+    assert compiled.skipped is None
+    assert compiled.psnr_db_vs_eager > 80
+    assert compiled.build_s > 1
+    assert compiled.loop_ms_p90 < 1e3 * compiled.build_s / 2
+
+
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    """The shallow pass of SD1.5 at branch 0, by hand: convolutions, one transformer block, the head."""
+    work = multiply_adds(find_model("sd15", random_weights=True), 0, 512, 512)
+    pixels, width, text = 64 * 64, 320, 77
+    resnet = 9 * pixels * (2 * width * width + width * width) + pixels * 2 * width * width + 1280 * width
+    attention = 2 * pixels * pixels * width + 2 * pixels * text * width
+    linear = pixels * width * width * (2 + 4 + 2 + 12) + 2 * text * 768 * width
+    ends = 9 * pixels * 4 * width * 2
+    embedding = 320 * 1280 + 1280 * 1280
+    assert work.shallow == resnet + attention + linear + ends + embedding
+    assert work.full == pytest.approx(401.6e9, rel=1e-3)
+    assert work.ceiling(50, 1) == 1
+    assert work.ceiling(50, 5) == pytest.approx(50 * work.full / (10 * work.full + 40 * work.shallow))
+
+
+def test_shapes_are_read_without_loading_weights(tiny_model: Path) -> None:
+    own, sdxl = geometry(find_model(str(tiny_model))), geometry(find_model("sdxl", random_weights=True))
+    assert (own.scale, own.size, own.tokens, own.text_width, own.pooled_width) == (4, 32, 8, 16, None)
+    assert (sdxl.scale, sdxl.size, sdxl.text_width, sdxl.pooled_width) == (8, 1024, 2048, 1280)
+    assert sdxl.weights_bytes == pytest.approx(10.27e9, rel=1e-3)
+    assert all(p.is_meta for p in empty_unet(find_model(str(tiny_model))).parameters())
+
+
+def test_nvidia_smi_is_read_as_it_answers() -> None:
+    line = "NVIDIA H100 80GB HBM3, 9.0, 570.86.15, 1980, 2619, 1980, 700.00, [N/A], 31"
+    (gpu,) = parse_gpus(line + "\n")
+    assert gpu == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "compute_capability": "9.0",
+        "driver": "570.86.15",
+        "clock_sm_mhz": 1980.0,
+        "clock_memory_mhz": 2619.0,
+        "clock_sm_max_mhz": 1980.0,
+        "power_limit_w": 700.0,
+        "power_draw_w": None,
+        "temperature_c": 31.0,
+    }
+
+
+def test_the_machine_is_described() -> None:
+    found = environment(2)
+    assert found["versions"]["onnxruntime"] == fastcache_engines.backend("onnxruntime").version()
+    assert found["processor"]
+    assert (available_bytes() or 0) > 2**20
+
+
+@pytest.mark.gpu
+def test_calls_on_a_gpu_are_timed_by_its_own_clock() -> None:
+    clock, matrix = CallClock("cuda"), torch.randn(2048, 2048, device="cuda")
+
+    def loop() -> torch.Tensor:
+        for _ in range(3):
+            clock.mark()
+            torch.cuda._sleep(10_000_000)
+            clock.mark()
+        return matrix
+
+    _, loop_ms = clock.time(loop)
+    assert len(clock.call_ms()) == 3
+    assert 0.8 * loop_ms < sum(clock.call_ms()) <= loop_ms
+
+
+@pytest.mark.gpu
+def test_torch_arms_run_on_a_gpu(tiny_model: Path) -> None:
+    wishes = Wishes(arms="eager:fp16,deepcache:fp16", device="cuda")
+    settings, found = of_model(str(tiny_model), False, wishes, COMMON)
+    measured = run_bench(settings, found, {}, lambda _: None)
+    assert all(result.skipped is None and result.peak_bytes for result in measured.results)
+    assert document(settings, {}, measured)["environment"]["gpus"]["after"][0]["power_limit_w"] > 0
+
+
+@pytest.mark.gpu
+def test_a_loop_in_one_graph_draws_what_the_launches_draw(tmp_path: Path) -> None:
+    wishes = Wishes(arms="eager,engine:inductor,engine+graph:inductor,engine+cache+graph:inductor", device="cuda")
+    settings, found = of_model("demo", False, wishes, COMMON)
+    bundles, found = build_bundles(found, settings, tmp_path, lambda _: None)
+    results = {result.name: result for result in run_bench(settings, found, bundles, lambda _: None).results}
+    assert all(result.skipped is None for result in results.values())
+    launched, graph = results["engine:inductor"], results["engine+graph:inductor"]
+    assert graph.latents_error_vs_eager == pytest.approx(launched.latents_error_vs_eager, abs=1e-3)
+    assert graph.full_step_ms_p50 is None
+    assert (results["engine+cache+graph:inductor"].latents_error_vs_eager or 0) > 0

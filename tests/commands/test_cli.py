@@ -1,0 +1,241 @@
+"""The command line as a user meets it: real commands over a real (tiny) bundle, their output, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastcache import __version__
+from fastcache.bundle.bundle import Bundle
+from fastcache.cli import main
+from fastcache.loop.plan import CachePlan
+from fastcache_engines import BACKENDS, choose
+from fastcache_kernels import cpu_step
+
+
+class Result:
+    """What a command left: exit code, standard output, and standard error with its lines joined."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def fastcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "command", ["", "demo", "doctor", "build-engines", "inspect", "verify", "generate", "bench", "plan", "evaluate"]
+)
+def test_every_command_has_help_with_an_example(fastcache: Any, command: str) -> None:
+    result = fastcache(*([command] if command else []), "--help")
+    assert result.code == 0
+    assert "Usage" in result.out
+    assert not command or "Example: fastcache" in result.out
+
+
+def test_version(fastcache: Any) -> None:
+    assert fastcache("--version").out.strip() == __version__
+
+
+def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
+    report = fastcache("doctor", "--json").json
+    rows = {(row["name"], row["device"]): row for row in report["backends"]}
+    assert {name for name, _ in rows} == set(BACKENDS)
+    assert rows["onnxruntime", "cpu"]["can_build"]
+    assert rows["onnxruntime", "cpu"]["can_run"]
+    assert all(row["reason"] and row["dtypes"] for row in rows.values())
+    assert report["auto"]["backend"] == choose(report["auto"]["device"], "fp32")[0]
+    assert report["auto"]["reason"]
+    assert (report["cpu_loop"]["source"], report["cpu_loop"]["reason"]) == cpu_step.source()
+
+
+def test_inspect_shows_the_manifest(fastcache: Any, tiny_bundle: Bundle) -> None:
+    shown = fastcache("inspect", tiny_bundle.path, "--json").json
+    facts = shown.pop("engine_facts")
+    assert shown == json.loads((tiny_bundle.path / "manifest.json").read_text())
+    assert set(facts) == set(shown["engines"])
+    assert facts["full"]["nodes"] > facts["shallow"]["nodes"] > 10
+    assert facts["full"]["operators"]["Conv"] > 0
+    text = fastcache("inspect", tiny_bundle.path)
+    assert "cached_feature" in text.out
+    assert shown["bundle_sha256"] in text.out
+
+
+def test_inspect_shows_what_each_branch_costs(fastcache: Any, tiny_bundle: Bundle, tiny_model: Path) -> None:
+    built = fastcache("inspect", tiny_bundle.path, "--branches", "--json").json["work"]
+    manifest = tiny_bundle.manifest
+    size = ("--height", manifest.height, "--width", manifest.width)
+    assert fastcache("inspect", tiny_model, "--branches", "--json", *size).json["work"] == built
+    assert [row["branch_id"] for row in built] == [None, *range(manifest.num_branches)]
+    assert "Multiply-adds of one U-Net call" in fastcache("inspect", tiny_bundle.path).out
+
+    preset = fastcache("inspect", "ldm4g", "--branches", "--json").json
+    assert (preset["model"], preset["height"], preset["width"]) == ("ldm4g", 256, 256)
+    assert preset["work"][0]["multiply_adds_without_attention"] == pytest.approx(99.8e9, rel=1e-3)
+    assert preset["work"][1]["multiply_adds"] == pytest.approx(4.42e9, rel=1e-3)
+    assert "shallow 11" in fastcache("inspect", "ldm4g", "--branches").out
+    refused = fastcache("inspect", "ldm4g", "--branches", "--height", 130)
+    assert refused.code == 2
+    assert "divisible by 4" in refused.err
+
+
+def test_verify_passes_and_fails_with_its_exit_code(fastcache: Any, tiny_bundle: Bundle, bundle_copy: Path) -> None:
+    good = fastcache("verify", tiny_bundle.path, "--json")
+    assert good.code == 0
+    assert good.json["ok"]
+    assert good.json["full_vs_model"] <= good.json["tolerance"]
+    assert good.json["shallow_vs_full"] <= good.json["tolerance"]
+
+    weights = bundle_copy / "unet.weights"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    bad = fastcache("verify", bundle_copy, "--json")
+    assert bad.code == 4
+    assert not bad.json["ok"]
+    assert [f["name"] for f in bad.json["files"] if not f["ok"]] == ["unet.weights"]
+    assert bad.json["full_vs_model"] is None
+    assert "unet.weights" in bad.err
+
+
+def test_generate_writes_pictures_that_say_how_they_were_made(
+    fastcache: Any, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.png"
+    common = ("generate", "--engines", tiny_bundle.path, "--prompt", "a red circle", "--steps", 4)
+    assert fastcache(*common, "--cache-interval", 2, "--seed", 3, "--output", one).out.strip() == str(one)
+    with Image.open(one) as image:
+        image.load()
+        text = image.text
+    assert text["prompt"] == "a red circle"
+    assert text["seed"] == "3"
+    assert text["bundle_sha256"] == tiny_bundle.manifest.bundle_sha256
+    assert CachePlan.from_json(text["plan"]).refresh_steps == (0, 2)
+
+    # More images than fit at once: the fourth seed's picture is the one that this seed gives alone.
+    most = tiny_bundle.manifest.profiles["batch"].max
+    many = fastcache(
+        *common, "--cache-interval", 2, "--num-images", most + 2, "--seed", 0, "--output", tmp_path / "many", "--json"
+    ).json
+    assert [image["seed"] for image in many["images"]] == list(range(most + 2))
+    with Image.open(one) as alone, Image.open(many["images"][3]["path"]) as among:
+        differences = [abs(a - b) for a, b in zip(alone.tobytes(), among.tobytes(), strict=True)]
+    assert max(differences) <= 1
+
+
+def test_a_plan_file_drives_generate_and_is_refused_elsewhere(
+    fastcache: Any, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    made = ("plan", "--engines", tiny_bundle.path, "--steps", 8, "--sampler", "heun", "--nonuniform", 4)
+    shown = fastcache(*made, "--output", plan, "--json").json
+    assert shown["num_steps"] == 15  # Heun calls the U-Net twice for all but the last timestep
+    assert shown["sampler"] == "heun"
+    common = (
+        "generate",
+        "--engines",
+        tiny_bundle.path,
+        "--prompt",
+        "x",
+        "--plan",
+        plan,
+        "--output",
+        tmp_path / "x.png",
+    )
+    drawn = fastcache(*common, "--steps", 8, "--sampler", "heun", "--json")
+    assert drawn.json["plan"] == shown
+    assert fastcache(*common, "--steps", 9, "--sampler", "heun").code == 2
+    other = fastcache(*common, "--steps", 15, "--sampler", "ddim")
+    assert other.code == 2
+    assert "heun" in other.err
+
+
+BAD = [
+    (("generate", "--prompt", "x"), 2, "--engines"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.jpg"), 2, ".png"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--num-images", 2), 2, "folder"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--sampler", "nope"), 2, "dpm++_2m"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--plan", "none.json"), 2, "none.json"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--guidance-scale", "nan"), 2, "finite"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--seed", 2**64), 2, "--seed"),
+    (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 4, "nowhere"),
+    (("plan", "--engines", "BUNDLE", "--steps", 5, "--output", "p.json"), 2, "--uniform"),
+    (("plan", "--engines", "BUNDLE", "--steps", 0, "--uniform", 2, "--output", "p.json"), 2, "steps"),
+    (("build-engines", "--output", "e"), 2, "--model"),
+    (("build-engines", "--model", "demo", "--output", "e", "--branch-id", 12), 2, "0 to 11"),
+    (("build-engines", "--model", "demo", "--output", "e", "--backend", "tensorrt"), 3, "tensorrt"),
+    (("build-engines", "--model", "demo", "--output", "e", "--device", "cuda"), 3, "cpu"),
+    (("build-engines", "--model", "demo", "--output", "e", "--compute-capability", "8.9"), 2, "tensorrt-rtx"),
+    (("build-engines", "--model", "no/such-model", "--output", "e"), 2, "no/such-model"),
+    (("build-engines", "--model", "sd15", "--output", "e"), 2, "--random-weights"),
+    (("bench", "--arms", "engine,warp", "--engines", "BUNDLE"), 2, "warp"),
+    (("bench", "--engines", "BUNDLE", "--height", 999), 2, "--height"),
+    (("verify", "nowhere"), 4, "nowhere"),
+    (("nonsense",), 2, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), BAD, ids=[" ".join(map(str, a[0])) for a in BAD])
+def test_bad_input_is_one_line_and_an_exit_code(
+    fastcache: Any,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = fastcache(*(tiny_bundle.path if a == "BUNDLE" else a for a in arguments))
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert (result.code, len(errors)) == (code, 1), result.err
+    assert says in errors[0]
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_a_traceback_only_with_debug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastcache", "verify", str(tmp_path), "--debug"])
+    with pytest.raises(Exception, match="expected a bundle"):
+        main()
+
+
+def test_bench_times_all_arms_side_by_side(fastcache: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    arms = "eager,deepcache,engine,engine+cache"
+    flags = ("--arms", arms, "--steps", 4, "--cache-interval", 2, "--repeats", 2, "--warmup", 0, "--json", file)
+    result = fastcache("bench", "--engines", tiny_bundle.path, *flags)
+    assert result.code == 0, result.err
+    document = json.loads(file.read_text())
+    by_name = {arm["name"]: arm for arm in document["arms"]}
+    assert list(by_name) == arms.split(",")
+    assert document["environment"]["versions"]["fastcache"]
+    for arm in by_name.values():
+        assert "skipped" not in arm, arm
+        assert arm["loop_ms_p50"] <= arm["loop_ms_p90"]
+        assert arm["loop_ms_p50"] > arm["full_step_ms_p50"] > 0
+    # Invariants 3 and 4, seen from here: no caching draws the eager picture, and both ways of caching the same one.
+    assert by_name["engine"]["psnr_db_vs_eager"] > 50
+    cached, package = (by_name[arm]["psnr_db_vs_eager"] for arm in ("engine+cache", "deepcache"))
+    assert cached == pytest.approx(package, abs=0.5)
+    assert cached < by_name["engine"]["psnr_db_vs_eager"]
+    assert by_name["eager"]["shallow_step_ms_p50"] is None
+    assert by_name["engine+cache"]["shallow_step_ms_p50"] > 0

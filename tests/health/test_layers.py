@@ -1,0 +1,54 @@
+"""When `verify` fails, the comparison of layers names the tensors that went wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+import fastcache
+from fastcache.bundle.bundle import Bundle, read_manifest
+from fastcache.health.layers import compare_layers
+from fastcache_engines import onnx_files
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def built(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    output = tmp_path_factory.mktemp("layers") / "bundle"
+    return fastcache.build_engines(tiny_model, output, backend=request.param, device="cpu", components=("unet",))
+
+
+def test_a_right_bundle_has_no_wrong_tensor(built: Bundle) -> None:
+    errors = compare_layers(built.path, built.manifest)
+    assert {layer.role for layer in errors} == {"full", "shallow"}
+    operators = onnx_files.describe(built.engine_path("full")).operators
+    assert sum(layer.operator == "Conv" for layer in errors if layer.role == "full") == operators["Conv"]
+    assert max(layer.error for layer in errors) < 1e-4
+    assert sorted(path.name for path in built.path.parent.iterdir()) == [".bundle.lock", "bundle"]
+
+
+def test_backends_without_graphs_say_so(built: Bundle) -> None:
+    manifest = built.manifest.model_copy(update={"backend": "inductor"})
+    with pytest.raises(fastcache.BackendUnavailable, match="expected a backend whose layers can be compared"):
+        compare_layers(built.path, manifest)
+
+
+def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = fastcache.build_engines(
+        tiny_model, tmp_path / "bundle", backend="openvino", device="cpu", dtype="bf16", components=("unet",)
+    )
+    errors = [layer.error for layer in compare_layers(bundle.path, read_manifest(bundle.path)) if layer.role == "full"]
+    assert 1e-4 < max(errors) < 0.2
+
+
+def test_it_leaves_the_bundle_as_it_is(built: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built.path, tmp_path / "copy"))
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    compare_layers(copy, built.manifest)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert onnx.load(copy / "full.onnx", load_external_data=False).graph.output[0].name == "noise_pred"

@@ -1,0 +1,235 @@
+"""The loop with all numbers on the device, recorded in pieces or whole, against the loop step by step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcache
+import fastcache_engines
+from eager_engines import generators, refill, small_pool
+from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTable, compile_sampler
+from fastcache.loop.between import ScheduledSampler
+from fastcache.loop.buffers import BufferPool
+from fastcache.loop.denoise import Step, denoise
+from fastcache.loop.drivers.cudagraph import CudaRecorder, Recorder, denoise_captured
+from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from list_recorder import ListRecorder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+STEPS = 8
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def table_of(sampler: str) -> SamplerTable:
+    return compile_sampler(make_scheduler(sampler, CONFIG), STEPS)
+
+
+def recorder_of(device: str) -> Recorder:
+    return CudaRecorder() if device == "cuda" else ListRecorder()
+
+
+def run(
+    recorder: Recorder | None, pool: BufferPool, table: SamplerTable, plan: CachePlan, **options: Any
+) -> Iterator[Step]:
+    refill(pool)
+    pool.latents[0].mul_(table.init_noise_sigma)
+    options = {"guidance_scale": 3.0, "generator": generators()} | options
+    if recorder is None:
+        return denoise(pool, table, plan, **options)
+    return denoise_captured(recorder, pool, table, plan, **options)
+
+
+def last(steps: Iterator[Step]) -> Tensor:
+    *_, step = steps
+    return step.latents.clone()
+
+
+def check(
+    sampler: str, plan_of: Callable[[int], CachePlan], device: str, *, halves: int = 2, rescale: float = 0.0
+) -> None:
+    table = table_of(sampler)
+    pool, plan, recorder = (
+        small_pool(table.num_calls, halves=halves, device=device),
+        plan_of(table.num_calls),
+        recorder_of(device),
+    )
+    expected = [step.latents.clone() for step in run(None, pool, table, plan, guidance_rescale=rescale)]
+    scale = float(expected[-1].abs().max())
+    whole = list(run(recorder, pool, table, plan, guidance_rescale=rescale))
+    assert [step.index for step in whole] == [table.num_calls - 1]
+    assert float((whole[0].latents - expected[-1]).abs().max()) < 2e-4 * scale
+    stepwise = run(recorder, pool, table, plan, guidance_rescale=rescale, stepwise=True)
+    for step, wanted in zip(stepwise, expected, strict=True):
+        assert (step.full, step.timestep) == (plan.is_full(step.index), float(table.timesteps[step.index]))
+        assert float((step.latents - wanted).abs().max()) < 2e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"plms"}))
+def test_every_sampler(sampler: str, device: str) -> None:
+    check(sampler, lambda calls: CachePlan.uniform(calls, 3), device)
+
+
+PLANS: dict[str, Callable[[int], CachePlan]] = {
+    "all full": CachePlan.all_full,
+    "interval": lambda calls: CachePlan.uniform(calls, 3).guided_within(3, 6),
+    "depths": lambda calls: CachePlan((None, 2, 0, None, 5, 2, 0, 0)),
+    "forecast": lambda calls: replace(CachePlan.uniform(calls, 2), forecast=Forecast(2)),
+    "all": lambda calls: CachePlan((None, 2, None, 5, 2, 0, None, 0), forecast=Forecast(1)).guided_within(2, 7),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("name", PLANS)
+def test_every_kind_of_plan(name: str, halves: int, device: str) -> None:
+    check("dpm++_2m_sde", PLANS[name], device, halves=halves)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rescaled_guidance(device: str) -> None:
+    check("ddim", PLANS["interval"], device, rescale=0.7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_latents_written_between_two_steps_are_taken_up(device: str) -> None:
+    table, plan = table_of("dpm++_2m"), CachePlan.uniform(STEPS, 3)
+    pool, recorder, results = small_pool(STEPS, device=device), recorder_of(device), list[Tensor]()
+    for used in (None, recorder):
+        options = {} if used is None else {"stepwise": True}
+        steps = run(used, pool, table, plan, **options)
+        for step in islice(steps, 4):
+            if step.index == 3:
+                step.latents.mul_(0.5)
+        results.append(last(steps))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+    assert float((results[0] - last(run(None, pool, table, plan))).abs().max()) > 0.01
+
+
+def test_a_recording_serves_every_run_with_its_plan_sampler_and_addresses() -> None:
+    recorder, table, plan = ListRecorder(), table_of("ddim"), CachePlan.uniform(STEPS, 3)
+    pool = small_pool(STEPS)
+    first = last(run(recorder, pool, table, plan))
+    other = last(run(recorder, pool, table, replace(plan, made_by="again"), guidance_scale=6.0))
+    assert (recorder.recordings, recorder.warm_ups) == (1, 1)
+    assert float((first - other).abs().max()) > 1e-3
+    torch.testing.assert_close(other, last(run(None, pool, table, plan, guidance_scale=6.0)), rtol=1e-4, atol=1e-4)
+
+    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 2)))
+    last(run(recorder, pool, table_of("ddim"), plan))
+    last(run(recorder, pool, table, plan, guidance_rescale=0.5))
+    assert recorder.recordings == 4
+    last(run(recorder, small_pool(STEPS), table, plan))
+    assert recorder.recordings == 5
+    pool.bindings.clear()  # what is bound anew may read other addresses
+    last(run(recorder, pool, table, plan))
+    assert recorder.recordings == 6
+    assert torch.equal(last(run(recorder, pool, table, plan)), first)
+    assert recorder.recordings == 6
+
+
+def test_a_pool_keeps_few_recordings() -> None:
+    recorder, table, pool = ListRecorder(), table_of("ddim"), small_pool(STEPS)
+    for interval in (1, 2, 3, 4, 5, 6, 7, 8):
+        last(run(recorder, pool, table, CachePlan.uniform(STEPS, interval)))
+    last(run(recorder, pool, table, CachePlan.from_refresh_steps(STEPS, (0, 1))))
+    assert len(pool.recorded) == 8
+    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 8)))
+    assert recorder.recordings == 9
+    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 1)))
+    assert recorder.recordings == 10
+
+
+@pytest.mark.parametrize(
+    ("plan", "kinds"),
+    [
+        (CachePlan.uniform(STEPS, 3), 2),
+        (CachePlan.uniform(STEPS, 3).guided_within(3, 6), 4),
+        (CachePlan((None, 2, 0, None, 2, 2, 0, 0)), 3),
+    ],
+)
+def test_steps_of_a_kind_share_a_recording(plan: CachePlan, kinds: int) -> None:
+    recorder = ListRecorder()
+    last(run(recorder, small_pool(STEPS), table_of("unipc"), plan, stepwise=True))
+    assert recorder.recordings == kinds
+
+
+def test_a_run_that_lost_its_buffers_stops() -> None:
+    recorder, table, plan, pool = ListRecorder(), table_of("ddim"), CachePlan.uniform(STEPS, 3), small_pool(STEPS)
+    old = run(recorder, pool, table, plan, stepwise=True)
+    next(old)
+    new = run(recorder, pool, table, plan, stepwise=True)
+    with pytest.raises(RuntimeError, match="a newer run"):
+        next(old)
+    assert len(list(new)) == STEPS
+
+
+def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, plan = small_pool(STEPS), CachePlan.uniform(STEPS, 3)
+    with pytest.raises(ValueError, match="8 U-Net calls, got one for 9"):
+        run(ListRecorder(), pool, table_of("ddim"), CachePlan.uniform(STEPS + 1, 3))
+    scheduler = make_scheduler("ddim", CONFIG)
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="expected a sampler with a table"):
+        denoise_captured(ListRecorder(), pool, ScheduledSampler(scheduler, {}), plan)
+    monkeypatch.setattr("eager_engines.EagerBinding.capturable", lambda self: False)
+    with pytest.raises(BackendUnavailable, match="got EagerBinding; load without cuda_graph"):
+        run(ListRecorder(), pool, table_of("ddim"), plan)
+
+
+def test_a_bundle_for_the_cpu_has_no_cuda_graph(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BackendUnavailable, match="expected a bundle for a GPU with cuda_graph, got one for cpu"):
+        fastcache.load(tiny_bundle.path, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["inductor", "tensorrt", "tensorrt-rtx"])
+def test_engines_of_a_bundle_in_one_graph(backend: str, tmp_path: Path) -> None:
+    support = fastcache_engines.backend(backend).support("cuda")
+    if not (support.can_build and support.can_run):
+        pytest.skip(support.reason)
+    bundle = fastcache.build_engines("demo", output=tmp_path / "engines", backend=backend, device="cuda")
+    plain, graphs = fastcache.load(bundle.path), fastcache.load(bundle.path, cuda_graph=True)
+    plan = CachePlan.uniform(20, 3).guided_within(3, 15)
+    for prompt in ("a large red circle", "a small blue ring"):  # the second out of the first one's recording
+        drawn = [
+            pipe(
+                prompt,
+                num_inference_steps=20,
+                plan=plan,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            ).images
+            for pipe in (plain, graphs)
+        ]
+        torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_kernels_themselves_in_tritons_interpreter() -> None:
+    """The same tests in a process where `GuidanceStep` launches its kernel, which here only the interpreter can run."""
+    pytest.importorskip("triton")
+    chosen = [f"{__file__}::test_every_kind_of_plan[all-2-cpu]", f"{__file__}::test_rescaled_guidance[cpu]"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen],
+        env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "2 passed" in result.stdout

@@ -1,0 +1,177 @@
+"""Bundles with shallow engines at several branches: built, verified, and run through plans that choose a depth."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fastcache
+from eager_engines import eager_engines
+from fastcache import Bundle, CachePlan, Forecast, compile_sampler
+from fastcache.bundle.parity import module_parity
+from fastcache.bundle.recipe import recipe_from
+from fastcache.cli import main
+from fastcache.compile import passes
+from fastcache.cut.partition import partition_branches
+from fastcache.health.verify import verify_bundle
+from fastcache.loop.buffers import BufferPool
+from fastcache.loop.denoise import denoise
+from fastcache.loop.scheduler import make_scheduler
+from small_unets import small_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+
+STEPS = 8
+PLAN = CachePlan((None, 2, 0, 0, 2, 0, None, 0))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("depths") / "bundle"
+    return fastcache.build_engines(tiny_model, output=output, branch_id=[0, 2], components=("unet",))
+
+
+def test_the_manifest_names_every_branch(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert (manifest.branch_id, manifest.branches) == (0, (0, 2))
+    assert manifest.shallow_roles == {0: "shallow", 2: "shallow_2"}
+    assert set(manifest.engines) == {"full", *manifest.shallow_roles.values()}
+    full, deepest = manifest.engines["full"], manifest.engines["shallow_2"]
+    assert {s.name for s in deepest.inputs} & {s.name for s in full.outputs} == {
+        s.name for s in full.outputs if s.name.endswith("_2")
+    }
+    refreshed = {s.name for s in manifest.engines["shallow"].inputs} & {s.name for s in full.outputs}
+    assert refreshed < {s.name for s in deepest.outputs}
+
+
+def test_verify_checks_every_branch(bundle: Bundle) -> None:
+    found = verify_bundle(bundle.path)
+    assert found.problems == []
+    assert found.parity is not None
+    assert found.parity.shallow_vs_full <= found.parity.tolerance
+
+
+class OffByAPercent(nn.Module):
+    """A deeper pass whose refreshed feature is not what the full pass stored."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        noise_pred, *refreshed = self.module(inputs)
+        return noise_pred, *(feature * 1.01 for feature in refreshed)
+
+
+def test_what_a_deeper_pass_refreshes_is_checked_too(tmp_path: Path) -> None:
+    unet = small_unet("sd15")
+    inputs = passes.unet_inputs(unet, 2, 16, 16, 7)
+    cuts = partition_branches(unet, (0, 4), "auto")
+    save_file(inputs | passes.reference(unet, cuts, inputs), tmp_path / "reference")
+    full, shallow, deeper = passes.exportable_unet(cuts, inputs)
+    right = module_parity([full, shallow, deeper], tmp_path / "reference", "fp32")
+    assert max(right.full_vs_model, right.shallow_vs_full) < 1e-5
+    off = replace(deeper, module=OffByAPercent(deeper.module))
+    wrong = module_parity([full, shallow, off], tmp_path / "reference", "fp32")
+    assert wrong.shallow_vs_full == pytest.approx(0.01, rel=1e-3)
+
+
+def through_eager(bundle: Bundle, model: Path, plan: CachePlan, embeds: Tensor, latents: Tensor) -> Tensor:
+    """The same run on the PyTorch passes."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").eval()
+    cuts = partition_branches(unet, (0, 2), "auto")
+    full, shallow = eager_engines(cuts, latents, embeds[:1])
+    table = compile_sampler(make_scheduler("ddim", bundle.manifest.model.scheduler), STEPS)
+    pool = BufferPool(full, shallow, batch=1, halves=2, num_calls=STEPS, channels=latents.shape[1])
+    pool.set_inputs({"encoder_hidden_states": embeds})
+    pool.latents[0].copy_(latents)
+    *_, last = denoise(pool, table, plan, guidance_scale=5.0)
+    return last.latents.clone()
+
+
+@pytest.mark.parametrize("forecast", [None, Forecast(1)], ids=["reuse", "forecast"])
+def test_a_plan_chooses_a_depth_for_each_step(bundle: Bundle, tiny_model: Path, forecast: Forecast | None) -> None:
+    pipe = fastcache.load(bundle.path)
+    spec = {s.name: s.shape for s in bundle.manifest.engines["full"].inputs}
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, *(int(n) for n in spec["encoder_hidden_states"][1:]), generator=generator)
+    latents = torch.randn(1, *(int(n) for n in spec["sample"][1:]), generator=generator)
+    drawn: dict[CachePlan, Tensor] = {}
+    for branches in (PLAN.branches, CachePlan.from_refresh_steps(STEPS, (0, 6)).branches):
+        plan = CachePlan(branches, forecast=forecast)
+        run = pipe.start(embeds, guided=True, num_inference_steps=STEPS, plan=plan, latents=latents, guidance_scale=5.0)
+        *_, last = run.steps
+        drawn[plan] = last.latents.clone()
+        expected = through_eager(bundle, tiny_model, plan, embeds, latents)
+        torch.testing.assert_close(drawn[plan], expected, rtol=1e-3, atol=1e-3)
+    one, other = drawn.values()
+    assert float((one - other).abs().max()) > 0.01
+
+
+def test_a_branch_that_the_bundle_lacks_is_refused(bundle: Bundle) -> None:
+    embeds = torch.zeros(2, 16, 16)
+    with pytest.raises(ValueError, match=r"plan for branch 0 and 2, which .*, got one for 0, 3; build"):
+        fastcache.load(bundle.path).start(embeds, guided=True, num_inference_steps=3, plan=CachePlan((None, 0, 3)))
+
+
+@pytest.mark.parametrize(
+    ("given", "branches"), [(3, (3,)), ("3", (3,)), ("0,2", (0, 2)), ([2, 0], (2, 0)), ((1,), (1,))]
+)
+def test_a_recipe_takes_one_branch_id_or_several(given: object, branches: tuple[int, ...]) -> None:
+    recipe = recipe_from({"branch_id": given})
+    assert recipe.branches == branches
+    assert recipe_from(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("0,0", "each branch id once, got 0, 0"),
+        ("0,x", "further_branch_ids.*'x'"),
+        ("0,-1", "further_branch_ids.*-1"),
+        ("", "branch_id.*''"),
+        ([], r"branch_id.*\[\]"),
+    ],
+)
+def test_bad_branch_ids_are_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        recipe_from({"branch_id": given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (("--guidance-steps", "3:6", "--forecast", 2, "--forecast-by", "sigma", "--damping", 0.5), 0, ""),
+        (("--guidance-steps", "4:6"), 2, "SHALLOW step 4 to reuse"),
+        (("--guidance-steps", "3-6"), 2, "expected --guidance-steps as A:B"),
+        (("--damping", 0.5), 2, "only with --forecast"),
+    ],
+)
+def test_the_plan_command_takes_an_interval_and_a_forecast(
+    flags: tuple[object, ...],
+    code: int,
+    says: str,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "plan.json"
+    command = ("plan", "--engines", bundle.path, "--steps", STEPS, "--uniform", 3, "--output", output, *flags)
+    monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, command)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert int(stop.value.code or 0) == code
+    assert says in " ".join(capsys.readouterr().err.split())
+    if code == 0:
+        plan = CachePlan.from_json(output.read_text())
+        assert plan.unguided_steps == (0, 1, 2, 6, 7)
+        assert plan.forecast == Forecast(2, 0.5, "sigma")

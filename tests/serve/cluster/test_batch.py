@@ -1,0 +1,155 @@
+"""`fastcache batch`: rows of a file, their seeds, what stands and what is left, and a job that is killed half way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import fastcache
+from fastcache import Bundle, CachePlan
+from fastcache.cli import main
+from fastcache.serve.cluster.batch import INDEX, Artist, read_rows
+from fastcache.serve.cluster.rows import MAX_SEED, seed_of
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+@given(st.text(min_size=1, max_size=40), st.integers(0, MAX_SEED))
+def test_a_rows_seed_follows_the_documented_rule(row_id: str, seed: int) -> None:
+    digest = hashlib.sha256(f"{seed}:{row_id}".encode(errors="surrogatepass")).hexdigest()
+    assert seed_of(row_id, seed) == int(digest, 16) >> (256 - 63)
+
+
+def test_rows_of_a_text_are_named_by_their_lines(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "p.txt", "a", "", "  b c "), 7, {"num_inference_steps": 4})
+    assert [(row.id, row.prompt, row.num_inference_steps) for row in rows] == [("000001", "a", 4), ("000003", "b c", 4)]
+    assert [row.seed for row in rows] == [seed_of("000001", 7), seed_of("000003", 7)]
+
+
+def test_rows_of_json_have_fields_of_their_own(tmp_path: Path) -> None:
+    plan = json.loads(CachePlan.uniform(4, 2).to_json())
+    file = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "id": "x", "seed": 3},
+        {"prompt": "b", "cache_interval": 2, "sampler": "euler"},
+        {"prompt": "c", "plan": plan},
+    )
+    x, b, c = read_rows(file, 0, {"plan": plan, "sampler": "ddim"})
+    assert (x.id, x.seed, x.plan) == ("x", 3, plan)
+    assert (b.id, b.seed, b.plan, b.cache_interval, b.sampler) == ("000002", seed_of("000002", 0), None, 2, "euler")
+    assert c.plan == plan
+    (c,) = read_rows(write(tmp_path / "q.jsonl", {"prompt": "c", "plan": plan}), 0, {"cache_interval": 3})
+    assert c.cache_interval == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ((), "without any"),
+        (({"prompt": "a", "promt": "b"},), "line 1: promt: Extra inputs"),
+        (({"prompt": "a"}, {"id": "b"}), "line 2: prompt: Field required"),
+        (({"prompt": "a", "id": "../a"},), "line 1: id: "),
+        (({"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}), "line 2: expected ids that differ, got x again"),
+        (({"prompt": "a", "sampler": "magic"},), "line 1: sampler: .*got 'magic'"),
+        (("{",), "line 1: Expecting"),
+        (("[1]",), "line 1: expected a JSON object, got list"),
+    ],
+)
+def test_a_bad_line_is_named(lines: tuple[object, ...], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        read_rows(write(tmp_path / "p.jsonl", *lines), 0, {})
+
+
+def test_a_worker_draws_what_the_pipeline_draws_and_nothing_twice(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a", "b", "c")
+    rows = read_rows(file, 0, {"num_inference_steps": 4, "cache_interval": 2})
+    artist = Artist(str(tiny_bundle.path), str(tmp_path))
+    batch = {"row": [row.model_dump_json() for row in rows]}
+    assert artist(batch) == {"id": [row.id for row in rows], "error": ["", "", ""]}
+    pipe = fastcache.load(tiny_bundle.path, threads=1)
+    for row in rows:
+        generator = torch.Generator().manual_seed(row.seed)
+        alone = pipe([row.prompt], num_inference_steps=4, cache_interval=2, generator=[generator]).images[0]
+        with Image.open(tmp_path / f"{row.id}.png") as drawn:
+            assert drawn.info["seed"] == str(row.seed)
+            assert np.abs(np.asarray(drawn).astype(int) - np.asarray(alone).astype(int)).max() <= 1
+    times = {row.id: (tmp_path / f"{row.id}.png").stat().st_mtime_ns for row in rows}
+    (tmp_path / "000002.png").unlink()
+    artist(batch)
+    changed = [name for name, then in times.items() if (tmp_path / f"{name}.png").stat().st_mtime_ns != then]
+    assert changed == ["000002"]
+    other = read_rows(file, 1, {"num_inference_steps": 4, "cache_interval": 2})
+    with pytest.raises(ValueError, match=r"expected .*000001\.png to be drawn from this row"):
+        artist({"row": [other[0].model_dump_json()]})
+
+
+def test_without_ray_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # what an import finds where it is not installed
+    file = write(tmp_path / "p.txt", "a")
+    arguments = ["batch", "--engines", tiny_bundle.path, "--prompts", file, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 3
+    assert "pip install 'fastcache[ray]'" in " ".join(capsys.readouterr().err.split())
+
+
+def job(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastcache.cli", "batch", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_job_killed_half_way_goes_on_with_every_row_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache[ray]'")
+    good = [{"prompt": "abc"[: 1 + k % 3], "id": f"row-{k}"} for k in range(24)]
+    bad = {"prompt": "a", "id": "bad", "sampler": "lcm", "num_inference_steps": 800}
+    prompts, output = write(tmp_path / "p.jsonl", *good, bad), tmp_path / "out"
+    common = ("--engines", tiny_bundle.path, "--prompts", prompts, "--output", output)
+    common = (*common, "--steps", 400, "--cache-interval", 4, "--cpus", 1, "--json")
+    killed = job(*common)
+    while len(list(output.glob("*.png"))) < 4:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    before = {file.name: file.stat().st_mtime_ns for file in output.glob("*.png")}
+    assert len(before) < len(good)
+    assert not (output / INDEX).exists()
+
+    resumed = job(*common)
+    out, err = resumed.communicate()
+    assert resumed.returncode == 2, err  # the row that does not fit
+    assert "1 did not; bad: " in " ".join(err.split())
+    document: dict[str, Any] = json.loads(out)
+    assert document["drawn"] + document["skipped"] == len(good)
+    assert document["skipped"] >= len(before)
+    assert {name: (output / name).stat().st_mtime_ns for name in before} == before
+    entries = [json.loads(line) for line in (output / INDEX).read_text().splitlines()]
+    assert entries == document["rows"]
+    assert [entry["id"] for entry in entries] == [*(row["id"] for row in good), "bad"]
+    names = sorted(file.name for file in output.iterdir() if file.suffix != ".tmp")  # what a killed worker began
+    assert names == sorted([INDEX, *(f"{row['id']}.png" for row in good)])
+    for entry in entries[:-1]:
+        assert entry["seed"] == seed_of(entry["id"], 0)
+        with Image.open(output / entry["file"]) as drawn:
+            drawn.load()
+            assert drawn.info["row_id"] == entry["id"]
+            assert drawn.info["seed"] == str(entry["seed"])

@@ -1,0 +1,321 @@
+"""Parity: an image is the same alone, in company and from the pipeline, whatever its neighbours do; and memory."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cpu_library
+import fastcache
+from fastcache import Bundle, CachePlan, FastCachePipeline
+from fastcache.evaluate.quality import psnr_db
+from fastcache.loop.features import moves
+from fastcache.loop.plan import Forecast
+from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.loop.table import compile_sampler
+from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
+from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
+from fastcache.serve.engine.steps import RingTable
+from fastcache.serve.engine.streams import Streams
+from tiny_model import save_tiny_sdxl
+
+# numpy's word to diffusers, not to us
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+
+SAMPLER_CYCLE = ["ddim", "euler_a", "dpm++_2m", "pndm", "unipc", "heun", "ddpm", "lms"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Bundle) -> FastCachePipeline:
+    return fastcache.load(tiny_bundle.path, threads=1)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["in batches", "in streams"])
+def executor(pipe: FastCachePipeline, request: pytest.FixtureRequest) -> Executor:
+    """Images in company share an engine call, or each has one of its own, two at once."""
+    return Executor(pipe, 4, threads=request.param)
+
+
+@pytest.fixture(params=["compiled", "composed"])
+def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's own work in compiled C, and in PyTorch's operations."""
+    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.serve.engine.steps")
+
+
+def wish(k: int, **changes: Any) -> dict[str, Any]:
+    """The kth of many different requests."""
+    return {
+        "prompt": "abcdefgh"[: 1 + k % 6],
+        "negative_prompt": "x" if k % 3 == 0 else "",
+        "guidance_scale": (7.5, 1.0, 3.0, 5.0)[k % 4],
+        "seed": k,
+        "sampler": SAMPLER_CYCLE[k % len(SAMPLER_CYCLE)],
+        "num_inference_steps": 3 + k % 5,
+        "interval": 1 + k % 4,
+        **changes,
+    }
+
+
+def job_of(executor: Executor, k: int, **changes: Any) -> Job:
+    fields = wish(k, **changes)
+    interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
+    forecast = fields.pop("forecast", None)
+    table = executor.table(fields["sampler"], fields["num_inference_steps"])
+    plan = CachePlan.uniform(len(table.timesteps), interval, executor.pipe.bundle.manifest.branch_id)
+    size = executor.pipe.bundle.manifest.sizes[0]
+    plan = replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
+    drawing = Drawing(**fields, size=size, table=table, moves=moves(plan, table.sigmas))
+    return Job(f"{k}", 0, str(size), plan, fields["guidance_scale"] > 1, 1, 1e9, drawing)
+
+
+def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[str, Tensor]:
+    """The latents of jobs that start `apart` turns after each other, by the scheduler's decisions."""
+    scheduler, latents, turn, coming = Scheduler(queue=100), dict[str, Tensor](), 0, list(jobs)
+    scheduler.open(0, executor.count)
+    while coming or scheduler.jobs:
+        while coming and turn >= apart * (len(jobs) - len(coming)):
+            scheduler.reserve(1)
+            scheduler.add(coming.pop(0))
+        for image in scheduler.admit():
+            executor.fill(slot_of(image), image.job.content, image.index)
+        batch = scheduler.next_batch()
+        turn += 1
+        if batch is None:
+            continue
+        run(executor, batch)
+        for image in scheduler.advance(batch.images):
+            if image.is_finished:
+                latents[image.job.id] = executor.latents(slot_of(image)).clone().flatten(1)
+                scheduler.finish(image)
+    return latents
+
+
+def slot_of(image: Image) -> int:
+    assert image.slot is not None
+    return image.slot
+
+
+def run(executor: Executor, batch: Batch) -> None:
+    steps = [(slot_of(image), image.step) for image in batch.images]
+    executor.run(steps, branch=batch.kind.branch, guided=batch.kind.guided)
+
+
+def from_pipeline(pipe: FastCachePipeline, k: int, plan: CachePlan | None = None, **changes: Any) -> Tensor:
+    fields = wish(k, **changes)
+    output = pipe(
+        fields["prompt"],
+        negative_prompt=fields["negative_prompt"],
+        guidance_scale=fields["guidance_scale"],
+        num_inference_steps=fields["num_inference_steps"],
+        sampler=fields["sampler"],
+        cache_interval=fields["interval"] if plan is None else 1,
+        plan=plan,
+        generator=[torch.Generator().manual_seed(fields["seed"])],
+        output_type="latent",
+    )
+    return output.images.clone().view(1, -1)
+
+
+@pytest.mark.usefixtures("own_work")
+@pytest.mark.parametrize("apart", [0, 1, 3])
+def test_an_image_is_the_same_alone_in_company_and_from_the_pipeline(
+    apart: int, executor: Executor, pipe: FastCachePipeline
+) -> None:
+    together = drawn(executor, [job_of(executor, k) for k in range(16)], apart=apart)
+    for k in range(16):
+        alone = drawn(executor, [job_of(executor, k)])[f"{k}"]
+        assert alone.isfinite().all()
+        assert psnr_db(alone, from_pipeline(pipe, k)) >= 100
+        assert psnr_db(together[f"{k}"], alone) >= 100
+    assert psnr_db(together["0"], together["8"]) < 40
+
+
+@pytest.mark.usefixtures("own_work")
+def test_steps_without_guidance_share_calls_too(executor: Executor, pipe: FastCachePipeline) -> None:
+    """The last steps of two guided images run with those of one that has no guidance at all."""
+    jobs = [job_of(executor, k, interval=1, unguided=(0, 0) if k == 1 else (2, 3)) for k in (0, 1, 6)]
+    together = drawn(executor, jobs)
+    for job in jobs:
+        k = int(job.id)
+        assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan)) >= 100
+        if k != 1:
+            assert psnr_db(together[job.id], from_pipeline(pipe, k)) < 60
+
+
+FORECASTS = [None, Forecast(1), Forecast(2), Forecast(1, 0.5), Forecast(1, by="sigma"), Forecast(2, by="sigma")]
+
+
+@pytest.mark.usefixtures("own_work")
+@pytest.mark.parametrize("apart", [0, 2])
+def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, pipe: FastCachePipeline) -> None:
+    """Guided and not, at different steps; images 4 and 5 go over to steps without guidance between two that store."""
+    own: dict[str, Any] = {"num_inference_steps": 10, "sampler": "ddim"}
+    jobs = [
+        job_of(executor, k, **own, interval=2 + k % 3, unguided=(5, 10) if k in (4, 6) else (0, 0), forecast=forecast)
+        for k, forecast in enumerate([*FORECASTS, Forecast(2)])
+    ]
+    together = drawn(executor, jobs, apart=apart)
+    for job in jobs:
+        k = int(job.id)
+        assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan, **own)) >= 90
+        if job.plan.forecast is not None:
+            assert psnr_db(together[job.id], from_pipeline(pipe, k, replace(job.plan, forecast=None), **own)) < 70
+
+
+def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
+    """Forecasts included, whatever plans come: of the highest order in all slots it is the bound, and no more."""
+    executor = Executor(pipe, 3, threads=1)
+    slots = executor.slots(pipe.bundle.manifest.sizes[0])
+    before = slots.held_bytes
+    drawn(executor, [job_of(executor, k, interval=2) for k in range(3)])
+    plain = slots.held_bytes
+    assert before < plain < slots.most_bytes
+    for order in (1, 2, 1, 2):
+        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(6)])
+        assert plain < executor.held_bytes <= slots.most_bytes
+    assert executor.held_bytes == slots.most_bytes
+
+
+def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
+    """Not even for a plan whose first step is shallow, which no plan is: then there is nothing, and no picture."""
+    expected = drawn(executor, [job_of(executor, 3)])["3"]
+    drawn(executor, [job_of(executor, k) for k in (5, 6, 7, 8, 9)])
+    assert torch.equal(drawn(executor, [job_of(executor, 3)])["3"], expected)
+    executor.fill(0, job_of(executor, 0).content, 0)
+    executor.run([(0, 0)], branch=0, guided=True)
+    assert executor.latents(0).isnan().any()
+
+
+def test_a_table_is_made_once_for_all_who_ask(executor: Executor) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(lambda _: executor.table("ddim", 60), range(8)))
+    assert len(set(map(id, tables))) == 1
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        executor.table("ddim", 0)
+    assert executor.table("ddim", 60) is tables[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 30])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_ring_is_the_table(name: str, steps: int, pipe: FastCachePipeline) -> None:
+    table = compile_sampler(make_scheduler(name, pipe.bundle.manifest.model.scheduler), steps)
+    ring_table, generator = RingTable.of(table, "cpu"), torch.Generator().manual_seed(0)
+    calls = table.num_calls
+    x, eps, noise = (torch.randn(n, 5, generator=generator) for n in (1, calls, calls))
+    ring = torch.zeros(ring_table.weights[0].shape[1], 5)
+    ring[0] = x[0]
+    for call in range(calls):
+        row = 3 * (call % (len(ring) // 3))
+        ring[row + 1], ring[row + 2] = eps[call], noise[call]
+        following = (ring_table.weights[call] @ ring)[0]
+        ring[(row + 3) % len(ring)] = following
+        expected = table.x[call] * x[0] + table.eps[call].float() @ eps + table.noise[call].float() @ noise
+        torch.testing.assert_close(following, expected.float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *itertools.product(["ddim", "ddpm", "euler", "euler_a", "lms"], ["epsilon", "v_prediction"]),
+        *itertools.product(["ddim", "ddpm"], ["sample"]),  # of these alone diffusers takes it
+    ],
+)
+def test_what_a_step_foretells_is_the_schedulers_own(name: str, kind: str, pipe: FastCachePipeline) -> None:
+    scheduler: Any = make_scheduler(name, {**pipe.bundle.manifest.model.scheduler, "prediction_type": kind})
+    table, generator = compile_sampler(scheduler, 7), torch.Generator().manual_seed(0)
+    ring = RingTable.of(table, "cpu", kind)
+    scheduler.set_timesteps(7)
+    x = torch.randn(1, 4, 2, 2, generator=generator) * table.init_noise_sigma
+    for call, timestep in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(x, timestep)
+        output = torch.randn(x.shape, generator=generator)
+        step = scheduler.step(output, timestep, x)
+        of_sample, of_noise = ring.clean[call]
+        found = of_sample * x + of_noise * output
+        torch.testing.assert_close(found, step.pred_original_sample, rtol=1e-3, atol=1e-3)
+        x = step.prev_sample
+
+
+def test_streams_end_all_calls_before_they_raise() -> None:
+    class Call:
+        has_ended = False
+
+        def __init__(self, failure: Exception | None) -> None:
+            self.failure = failure
+
+        def run(self) -> None:
+            if self.failure is not None:
+                raise self.failure
+            time.sleep(0.2)
+            self.has_ended = True
+
+    good = [Call(None) for _ in range(3)]
+    with pytest.raises(MemoryError, match="no room"):
+        Streams({}, threads=2).run([Call(MemoryError("no room")), *good])
+    assert all(call.has_ended for call in good)
+
+
+def test_the_last_step_foretells_the_picture(executor: Executor) -> None:
+    """Stable Diffusion's schedule ends at 0.1% noise, so that DDIM's result is that near to what it foretells."""
+    executor.fill(0, job_of(executor, 0, num_inference_steps=8, interval=1).content, 0)
+    off = list[float]()
+    for step in range(8):
+        executor.run([(0, step)], branch=None, guided=True)
+        off.append(psnr_db(executor.foretold(0, step), executor.latents(0)))
+    assert off[-1] > max(off[:-1])
+    assert off[-1] > 25
+    assert executor.preview(0, 7).size == executor.pictures([0])[0].size
+
+
+def test_what_memory_errors_look_like() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer"))
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.slow
+def test_sdxl_in_two_sizes_and_of_two_branches(tmp_path: Path) -> None:
+    """Requests of either size, with plans of either branch, in company, against the pipeline."""
+    save_tiny_sdxl(tmp_path / "model")
+    fastcache.build_engines(tmp_path / "model", tmp_path / "bundle", sizes=("32x32", "48x32"), branch_id=(0, 2))
+    pipe = fastcache.load(tmp_path / "bundle", threads=1)
+    executor, forecast = Executor(pipe, 4), Forecast(2, by="sigma")
+    plans = [
+        CachePlan((None, 0, 2, 0, None, 2)),
+        CachePlan((None, 2, 0, None, 0, 0), forecast=forecast, unguided_steps=(4, 5)),
+        CachePlan((None,) * 6),
+    ]
+    sizes = pipe.bundle.manifest.sizes
+    jobs = list[Job]()
+    for k in range(12):
+        size, table = sizes[k % 2], executor.table("ddim", 6)
+        plan, negative = plans[k // 2 % 3], None if k % 3 else "z"
+        content = Drawing("abc", negative, 5.0, k, "ddim", 6, size, table, moves(plan, table.sigmas))
+        jobs.append(Job(f"{k}", 0, str(size), plan, True, 1, 1e9, content))
+    together = drawn(executor, jobs, apart=1)
+    for k, job in enumerate(jobs):
+        size, content = sizes[k % 2], job.content
+        expected = pipe(
+            content.prompt,
+            negative_prompt=content.negative_prompt,
+            guidance_scale=5.0,
+            num_inference_steps=6,
+            width=size.width,
+            height=size.height,
+            plan=job.plan,
+            generator=[torch.Generator().manual_seed(k)],
+            output_type="latent",
+        ).images
+        assert psnr_db(together[job.id], expected.view(1, -1)) >= 90
+    assert psnr_db(together["0"], together["2"]) < 40

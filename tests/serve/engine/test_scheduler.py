@@ -1,0 +1,175 @@
+"""Decisions: what shares an engine call, who waits, and that nothing is lost, by random schedules."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcache import CachePlan
+from fastcache.serve.engine.scheduler import PATIENCE, Job, QueueFull, Scheduler
+
+
+def job(
+    name: str,
+    *,
+    steps: int = 6,
+    interval: int = 3,
+    count: int = 1,
+    guided: bool = True,
+    bundle: int = 0,
+    size: str = "8x8",
+) -> Job:
+    return Job(name, bundle, size, CachePlan.uniform(steps, interval), guided, count, deadline=1e9)
+
+
+def added(scheduler: Scheduler, *jobs: Job) -> None:
+    for one in jobs:
+        scheduler.reserve(one.count)
+        scheduler.add(one)
+
+
+def opened(slots: int = 4, queue: int = 100) -> Scheduler:
+    scheduler = Scheduler(queue)
+    scheduler.open(0, slots)
+    return scheduler
+
+
+def tick(scheduler: Scheduler) -> tuple[list[str], bool] | None:
+    """One turn as the worker takes it. Returns who ran, and whether in full."""
+    scheduler.admit()
+    batch = scheduler.next_batch()
+    if batch is None:
+        return None
+    for image in scheduler.advance(batch.images):
+        if image.is_finished:
+            scheduler.finish(image)
+    return [image.job.id for image in batch.images], batch.kind.branch is None
+
+
+def test_requests_at_different_steps_share_calls() -> None:
+    scheduler = opened()
+    added(scheduler, job("a"))
+    assert tick(scheduler) == (["a"], True)
+    added(scheduler, job("b"))
+    turns = [turn for _ in range(9) if (turn := tick(scheduler))]
+    # a's two shallow steps first, then both in full, and from there together
+    assert turns[:3] == [(["a"], False), (["a"], False), (["a", "b"], True)]
+    assert [who for who, _ in turns[3:]] == [["a", "b"]] * 2 + [["b"]] * 3
+    assert not scheduler.jobs
+
+
+def test_only_what_runs_the_same_shares_a_call() -> None:
+    scheduler = opened(slots=8)
+    scheduler.open(1, 8)
+    added(scheduler, job("a"), job("b", guided=False), job("c", bundle=1), job("d"), job("e", size="9x9"))
+    ran = list[list[str]]()
+    while (turn := tick(scheduler)) is not None:
+        ran.append(sorted(turn[0]))
+    assert {tuple(who) for who in ran} == {("a", "d"), ("b",), ("c",), ("e",)}
+    assert len(ran) == 4 * 6
+
+
+def test_a_full_step_does_not_wait_for_ever() -> None:
+    scheduler = opened()
+    added(scheduler, job("long", steps=200, interval=200))
+    tick(scheduler)
+    added(scheduler, job("short", steps=1))
+    turns = [tick(scheduler) for _ in range(PATIENCE + 1)]
+    assert (["short"], True) in turns
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 5), queue=st.integers(0, 12))
+def test_every_job_ends_once_and_no_slot_is_shared(seed: int, slots: int, queue: int) -> None:
+    rng, scheduler = random.Random(seed), opened(slots, queue)
+    waiting, ended, dropped, steps = list[Job](), dict[str, int](), set[str](), dict[str, int]()
+    drawn: dict[str, int] = {}
+    for k in range(rng.randint(1, 25)):
+        count = rng.choice((1, 1, 1, 2, 3))
+        waiting.append(
+            job(f"{k}", steps=rng.randint(1, 9), interval=rng.randint(1, 4), count=count, guided=rng.random() < 0.7)
+        )
+    waiting = [one for one in waiting if one.count <= scheduler.capacity]
+    made = {one.id: one for one in waiting}
+    while waiting or scheduler.jobs:
+        if waiting and rng.random() < 0.5:
+            try:
+                added(scheduler, waiting[0])
+                waiting.pop(0)
+            except QueueFull:
+                assert scheduler.outstanding + waiting[0].count > slots + queue
+        if scheduler.jobs and rng.random() < 0.1:
+            victim = scheduler.jobs[rng.choice(sorted(scheduler.jobs))]
+            scheduler.drop(victim)
+            scheduler.drop(victim)
+            dropped.add(victim.id)
+        scheduler.admit()
+        batch = scheduler.next_batch()
+        taken = [image.slot for image in scheduler.running]
+        assert len(set(taken)) == len(taken) <= slots
+        assert scheduler.outstanding <= scheduler.capacity
+        if batch is None:
+            continue
+        assert {image.kind for image in batch.images} == {batch.kind}
+        if scheduler.jobs and rng.random() < 0.05:
+            scheduler.drop(rng.choice(batch.images).job)  # while it runs
+        for image in scheduler.advance(batch.images):
+            steps[image.job.id] = steps.get(image.job.id, 0) + 1
+            if image.is_finished:
+                assert image.slot is not None
+                drawn[image.job.id] = drawn.get(image.job.id, 0) + 1
+                if scheduler.finish(image):
+                    ended[image.job.id] = ended.get(image.job.id, 0) + 1
+        assert all(image.waited <= PATIENCE + slots + 1 for image in scheduler.running)
+    assert scheduler.outstanding == 0
+    assert set(ended.values()) <= {1}
+    assert not set(ended) & dropped
+    assert all(drawn[name] == made[name].count for name in ended)
+    for name in ended:
+        assert steps[name] == made[name].plan.num_steps * made[name].count
+
+
+def test_room_is_exact() -> None:
+    scheduler = opened(slots=1, queue=8)
+    added(scheduler, *(job(str(k)) for k in range(9)))
+    with pytest.raises(QueueFull):
+        scheduler.reserve(1)
+    scheduler.drop(scheduler.jobs["4"])
+    scheduler.reserve(1)
+    with pytest.raises(QueueFull):
+        scheduler.reserve(1)
+    scheduler.release(1)
+    added(scheduler, job("again"))
+
+
+def test_a_bundle_is_forgotten_once_its_last_job_ended() -> None:
+    scheduler = opened()
+    added(scheduler, job("old"), job("older"))
+    scheduler.admit()
+    scheduler.open(1, 2)
+    assert scheduler.close_idle() == []
+    added(scheduler, job("new", bundle=1))
+    while {"old", "older"} & scheduler.jobs.keys():
+        assert tick(scheduler)
+    assert scheduler.close_idle() == [0]
+    while scheduler.jobs:
+        tick(scheduler)
+    assert scheduler.close_idle() == []  # the newest stays
+
+
+def test_after_a_split_no_batch_is_larger() -> None:
+    scheduler = opened(slots=5)
+    added(scheduler, *(job(str(k)) for k in range(5)))
+    scheduler.admit()
+    batch = scheduler.next_batch()
+    assert batch is not None
+    halves = scheduler.split(batch)
+    assert [len(half.images) for half in halves] == [3, 2]
+    assert [*halves[0].images, *halves[1].images] == list(batch.images)
+    for half in halves:
+        scheduler.advance(half.images)
+    while (turn := tick(scheduler)) is not None:
+        assert len(turn[0]) <= 3
