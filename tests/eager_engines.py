@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache.bundle.manifest import PassEntry
+from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import Cuts, partition_branches
-from fastcache.loop.buffers import BufferPool
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.lane import Lane
+from fastcache.loop.plan import CachePlan
+from fastcache.loop.steps import PlainRun, Sampler
 from fastcache_engines import TensorSpec
 from small_unets import small_unet
 
 IMAGES, BRANCHES = 2, (0, 2, 5)
+GUIDANCE = {"guidance_scale": 1.0, "guidance_rescale": 0.0, "image_guidance_scale": 0.0}
 
 
 @dataclass
@@ -52,8 +58,8 @@ class EagerBinding:
 
 def eager_engines(
     cuts: Cuts, sample: Tensor, encoder_hidden_states: Tensor
-) -> tuple[EagerEngine, dict[int, EagerEngine]]:
-    """The full engine and the shallow ones by branch, for tensors shaped as these."""
+) -> tuple[dict[str, EagerEngine], dict[str, PassEntry]]:
+    """The engines of the passes, by name, for tensors shaped as these, and what each pass takes and stores."""
     timestep = torch.zeros(len(sample), device=sample.device)
     inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
     with torch.no_grad():
@@ -64,13 +70,16 @@ def eager_engines(
     def listed(*names: str) -> tuple[TensorSpec, ...]:
         return tuple(specs[name] for name in names)
 
-    shallow: dict[int, EagerEngine] = {}
+    engines = {FULL: EagerEngine(cuts.full, listed(*inputs), listed("noise_pred", *cuts.cached), {})}
+    passes = {FULL: PassEntry(engines=(FULL,), takes=(), stores=tuple(cuts.cached))}
     for branch_id, cut in cuts.at.items():
-        names = {name: name.removesuffix(f"_{branch_id}") for name in cut.cached}
-        shallow[branch_id] = EagerEngine(
+        name = shallow_pass(branch_id)
+        names = {feature: feature.removesuffix(f"_{branch_id}") for feature in cut.cached}
+        engines[name] = EagerEngine(
             cut.shallow, listed(*inputs, *cut.cached), listed("noise_pred", *cut.refreshes), names
         )
-    return EagerEngine(cuts.full, listed(*inputs), listed("noise_pred", *cuts.cached), {}), shallow
+        passes[name] = PassEntry(engines=(name,), takes=tuple(cut.cached), stores=tuple(cut.refreshes))
+    return engines, passes
 
 
 @cache
@@ -92,16 +101,22 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
 
-def small_pool(num_calls: int, *, halves: int = 2, device: str = "cpu") -> BufferPool:
+def small_lane(*, halves: int = 2, device: str = "cpu") -> Lane:
     """Two images of a small U-Net, ready to run from `start`."""
-    full, shallow = eager_engines(small_cuts(device), start().to(device), conditioning()[:IMAGES].to(device))
-    sizes = {"batch": IMAGES, "halves": halves, "num_calls": num_calls, "channels": 4}
-    pool = BufferPool(full, shallow, **sizes, device=device)
-    refill(pool)
-    return pool
+    found = eager_engines(small_cuts(device), start().to(device), conditioning()[:IMAGES].to(device))
+    lane = Lane(*found, images=IMAGES, halves=halves, channels=4, device=device)
+    refill(lane)
+    return lane
 
 
-def refill(pool: BufferPool) -> None:
+def refill(lane: Lane) -> None:
     """A new run with the same inputs."""
-    pool.set_inputs({"encoder_hidden_states": conditioning()[-IMAGES * pool.halves :]})
-    pool.latents[0].copy_(start())
+    lane.set_inputs({"encoder_hidden_states": conditioning()[-IMAGES * lane.halves :]})
+
+
+def plain_run(lane: Lane, sampler: Sampler, plan: CachePlan, x: Tensor | None = None, **options: Any) -> PlainRun:
+    """A run from latents drawn from a unit normal, guided by `guidance_scale`, `guidance_rescale`, `image_scale`."""
+    numbers = [options.pop(name, usual) for name, usual in GUIDANCE.items()]
+    run = PlainRun(lane, sampler, plan, Guidance(*numbers), **options)
+    run.latents.copy_(start() if x is None else x).mul_(sampler.init_noise_sigma)
+    return run

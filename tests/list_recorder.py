@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastcache.loop.between import Call
+from fastcache.loop.drivers import Call
 
 
 class ListRecorder:

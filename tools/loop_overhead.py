@@ -30,10 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastcache.loop import between
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import DenoiseOptions, denoise
-from fastcache.loop.drivers.cudagraph import CudaRecorder, denoise_captured
+from fastcache.bundle.manifest import PassEntry
+from fastcache.cut.names import FULL, shallow_pass
+from fastcache.loop import steps as loop_steps
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder
+from fastcache.loop.lane import Lane
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
@@ -43,6 +45,11 @@ from fastcache_kernels.launch import KernelError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 TOKENS, WIDTH = 77, 768
+SHALLOW = shallow_pass(0)
+PASSES = {
+    FULL: PassEntry(engines=(FULL,), takes=(), stores=("cached_feature",)),
+    SHALLOW: PassEntry(engines=(SHALLOW,), takes=("cached_feature",), stores=()),
+}
 
 
 class Clock:
@@ -127,22 +134,22 @@ def ours(
     """A function that runs the loop once and says what it took; `own_work` in place of the C that is installed."""
     own_work = own_work or cpu_step.found_library()
     clock, recorder = Clock(), None if graphs == "none" else CudaRecorder()
-    full, shallow = IdleEngine(size, clock, stores=True), IdleEngine(size, clock, stores=False)
-    pool = BufferPool(full, {0: shallow}, batch=1, halves=2, num_calls=table.num_calls, channels=4, device=device)
+    engines = {name: IdleEngine(size, clock, stores=name == FULL) for name in PASSES}
+    lane = Lane(engines, PASSES, images=1, halves=2, channels=4, device=device)
     plan = CachePlan.uniform(table.num_calls, 3)
     latents, embeds = _inputs(size, device)
     embeds = embeds.repeat(2, 1, 1)
-    options: DenoiseOptions = {"guidance_scale": 7.5, "guidance_rescale": rescale}
+    guidance = Guidance(7.5, rescale)
 
     def run() -> None:
-        between.found_library = lambda: own_work
-        pool.set_inputs({"encoder_hidden_states": embeds})
-        pool.latents[0].copy_(latents).mul_(table.init_noise_sigma)
+        loop_steps.found_library = lambda: own_work
+        lane.set_inputs({"encoder_hidden_states": embeds})
         if recorder is None:
-            steps = denoise(pool, table, plan, **options)
+            one = loop_steps.PlainRun(lane, table, plan, guidance)
         else:
-            steps = denoise_captured(recorder, pool, table, plan, stepwise=graphs == "step", **options)
-        *_, last = steps
+            one = CapturedRun(recorder, lane, table, plan, guidance, stepwise=graphs == "step")
+        one.latents.copy_(latents).mul_(table.init_noise_sigma)
+        *_, last = one.steps
         last.latents.clone()
 
     return lambda: clock.time(run, table.num_calls)

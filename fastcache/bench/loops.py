@@ -31,7 +31,7 @@ from fastcache.compile.models import find_model
 from fastcache.compile.sources import load
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.controls import ControlArguments
-from fastcache_engines import Binding, DType
+from fastcache_engines import Binding, DType, Engine
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,24 @@ class EngineArms:
             raise ValueError("expected guidance of two parts for a CUDA graph, got three; take the arm without +graph")
         apart = ("latents", "control_image")
         self.conditioning: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name not in apart}
-        self.pipe = fastcache.load(bundle, threads=self.settings.threads, cuda_graph=task.cuda_graph)
+        self._clock = CallClock(self.settings.device)  # nothing of it is in a graph
+        wrap = None if self.whole else self._timed
+        self.pipe = fastcache.load(bundle, threads=self.settings.threads, cuda_graph=self.whole, wrap=wrap)
         # Loads the engines, so that what that takes counts as no run's peak.
         settings = self.settings
-        self.pipe.runtime.pool(batch=settings.batch, guided=settings.guided, num_calls=settings.steps)
+        self.pipe.runtime.lane(images=settings.batch, guided=settings.guided)
 
     def __call__(self, arm: Arm) -> LoopTimes:
-        clock, full = CallClock(self.settings.device), list[bool]()
-        latents, loop_ms = clock.time(lambda: self._latents(arm, clock, full))
+        clock, full = self._clock, list[bool]()
+        clock.forget()
+        latents, loop_ms = clock.time(lambda: self._latents(arm, full))
         return LoopTimes(loop_ms, clock.call_ms(), tuple(full), latents.float().cpu())
 
-    def _latents(self, arm: Arm, clock: CallClock, full: list[bool]) -> Tensor:
+    def _timed(self, engine: Engine) -> Engine:
+        """An engine of a pass with a clock around each run; what runs once a picture is no call of the U-Net."""
+        return TimedEngine(engine, self._clock) if "noise_pred" in [spec.name for spec in engine.outputs] else engine
+
+    def _latents(self, arm: Arm, full: list[bool]) -> Tensor:
         run = self.pipe.start(
             **self.conditioning,
             **self._steering(),
@@ -227,12 +234,7 @@ class EngineArms:
         if self.whole:  # and then there is one step, the last
             return next(run.steps).latents.clone()
         full += [run.plan.is_full(i) for i in range(run.plan.num_steps)]
-        pool, bindings = run.pool, dict(run.pool.bindings)
-        pool.bindings.update({key: _Timed(binding, clock) for key, binding in bindings.items()})
-        try:
-            *_, last = run.steps
-        finally:
-            pool.bindings.update(bindings)
+        *_, last = run.steps
         return last.latents.clone()
 
     def _steering(self) -> dict[str, Any]:
@@ -250,15 +252,23 @@ class EngineArms:
         return {**steered.inputs}
 
 
-class _Timed:
-    """A binding that notes when each run began and ended."""
+class TimedEngine:
+    """An engine whose bindings note when each run began and ended."""
 
+    def __init__(self, engine: Engine, clock: CallClock) -> None:
+        self.inputs, self.outputs, self._engine, self._clock = engine.inputs, engine.outputs, engine, clock
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Binding:
+        return _TimedBinding(self._engine.bind(tensors), self._clock)
+
+
+class _TimedBinding:
     def __init__(self, binding: Binding, clock: CallClock) -> None:
-        self.binding, self._clock = binding, clock
+        self._binding, self._clock = binding, clock
 
     def run(self) -> None:
         self._clock.mark()
-        self.binding.run()
+        self._binding.run()
         self._clock.mark()
 
 
@@ -268,6 +278,10 @@ class CallClock:
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
         self._marks: list[Any] = []
+
+    def forget(self) -> None:
+        """Another loop begins."""
+        self._marks.clear()
 
     def mark(self) -> None:
         """A call begins, or ends."""

@@ -97,11 +97,11 @@ def profile_engines(bundle: Bundle, inputs: Mapping[str, Tensor], device: str) -
     """A full and a shallow run of a bundle's engines, by class. `inputs` as in `bench.make_inputs`."""
     pipe = fastcache.load(bundle.path)
     images = len(inputs["latents"])
-    pool = pipe.runtime.pool(batch=images, guided=_rows(inputs) > images, num_calls=1)
-    pool.set_inputs({name: tensor for name, tensor in inputs.items() if name != "latents"})
-    pool.tensors["timestep"].fill_(500.0)
-    pool.full.run()
-    return {"full": time_by_class(pool.full.run, device), "shallow": time_by_class(pool.shallow.run, device)}
+    lane = pipe.runtime.lane(images=images, guided=_rows(inputs) > images)
+    lane.set_inputs({name: tensor for name, tensor in inputs.items() if name != "latents"})
+    lane.tensors["timestep"].fill_(500.0)
+    lane.call("full")()
+    return {name.partition("-")[0]: time_by_class(lane.call(name), device) for name in lane.passes}
 
 
 def _rows(inputs: Mapping[str, Tensor]) -> int:

@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastcache.bundle.recipe import Component, ControlKind, Device, DType, Profile, Recipe, Size
 from fastcache_engines import TensorSpec
 
-SCHEMA = "fastcache.bundle/3"
+SCHEMA = "fastcache.bundle/4"
 
 Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
-# An engine's part in the bundle. `shallow` is the primary branch's; one at another branch b is `shallow_b`.
+# An engine's part in the bundle. One that a pass runs bears the pass's name: `full`, `shallow-0`.
 # `controlnet_embedding`, `t2i_adapter` and `ip_adapter` make what the passes take of a picture that steers them.
 Role = Annotated[
     str,
     Field(
-        pattern=r"^(full|shallow(_\d+)?|text_encoder(_2)?|vae_(en|de)coder"
+        pattern=r"^(full|shallow-\d+|text_encoder(_2)?|vae_(en|de)coder"
         r"|controlnet_embedding(_\d+)?|t2i_adapter|ip_adapter|image_encoder)$"
     ),
 ]
@@ -47,6 +47,18 @@ class EngineEntry(_Value):
     dtype: DType
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+class PassEntry(_Value):
+    """What one U-Net call runs: its engines, in turn, and which of the cached features it takes and stores, by name.
+
+    `multiply_adds` are those of one row of the batch, attention included; 0 where nobody counted them.
+    """
+
+    engines: tuple[Role, ...]
+    takes: tuple[str, ...]
+    stores: tuple[str, ...]
+    multiply_adds: int = Field(0, ge=0)
 
 
 class LoraEntry(_Value):
@@ -131,7 +143,7 @@ class Parity(_Value):
 class Manifest(_Value):
     """What a bundle is and what each of its bytes must be."""
 
-    schema_: Literal["fastcache.bundle/3"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["fastcache.bundle/4"] = Field(SCHEMA, alias="schema")
     key: str
     model: ModelInfo
     weights_sha256: str
@@ -149,6 +161,7 @@ class Manifest(_Value):
     versions: dict[str, str]
     device: str
     engines: dict[Role, EngineEntry]
+    passes: dict[str, PassEntry]
     parity: Parity
     recipe: Recipe
     weights_bytes: int
@@ -160,14 +173,14 @@ class Manifest(_Value):
     bundle_sha256: str = ""
 
     @property
-    def shallow_roles(self) -> dict[int, Role]:
-        """The role of each branch's shallow engine, the primary one first."""
-        return {branch: shallow_role(branch, self.branch_id) for branch in self.branches}
-
-    @property
     def device_type(self) -> Device:
         """The kind of device of `device`, which names the machine: `cpu-x86_64`, `cuda-sm90`."""
         return "cuda" if self.device.startswith("cuda") else "cpu"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the cached features: what the full pass stores."""
+        return self.passes["full"].stores
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
@@ -176,8 +189,3 @@ class Manifest(_Value):
         """The hash over everything in the manifest but itself: the bundle's identity."""
         content = self.to_json() | {"bundle_sha256": ""}
         return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def shallow_role(branch_id: int, primary: int) -> Role:
-    """The role of a branch's shallow engine in a bundle with this primary branch."""
-    return "shallow" if branch_id == primary else f"shallow_{branch_id}"

@@ -75,6 +75,7 @@ def plan(
     from fastcache.bundle.bundle import open_bundle, read_manifest
     from fastcache.evaluate.evaluate import num_calls, usual_guidance
     from fastcache.files import write_whole
+    from fastcache.loop.features import check_reuse
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
 
@@ -128,6 +129,7 @@ def plan(
             made = optimal_plan(measured, branches[0], refreshes or 1)
         details = _conditions(pipe, made, measured, times)
     made = _extended(made, guidance_steps, forecast, forecast_by, damping)
+    check_reuse(made, read_manifest(engines).passes)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
     if json_:

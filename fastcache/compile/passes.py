@@ -13,9 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from fastcache.bundle.manifest import shallow_role
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import widened
+from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import Cut, Cuts
 from fastcache.cut.unet import take_apart
 from fastcache.errors import BuildError
@@ -127,10 +127,10 @@ def exportable_unet(cut: Cut | Cuts, inputs: Inputs, scale: int = 8) -> tuple[Ex
     strides = {"sample": scale, "noise_pred": scale}
     strides |= {name: scale * own.feature_stride for own in cuts for name in own.cached}
     every = tuple(name for own in cuts for name in own.cached)
-    full = Exportable("full", _UNet(cuts[0].full), inputs, ("noise_pred", *every), strides)
+    full = Exportable(FULL, _UNet(cuts[0].full), inputs, ("noise_pred", *every), strides)
     shallow = [
         Exportable(
-            shallow_role(own.branch_id, cuts[0].branch_id),
+            shallow_pass(own.branch_id),
             _UNet(own.shallow, dict(zip(own.cached, cuts[0].cached, strict=False))),
             inputs | cached[own.branch_id],
             ("noise_pred", *own.refreshes),

@@ -84,6 +84,7 @@ def _manifest_fields(
         "versions": job.versions,
         "device": job.device,
         "engines": made.engines,
+        "passes": made.passes,
         "parity": made.parity,
         "recipe": recipe,
         "weights_bytes": made.weights_bytes,

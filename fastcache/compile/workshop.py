@@ -19,13 +19,14 @@ from safetensors.torch import save
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
-from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, Role, WorkEntry, shallow_role
+from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
 from fastcache.bundle.parity import measure_parity, module_parity
 from fastcache.bundle.recipe import Device, DType
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
+from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
@@ -115,6 +116,21 @@ class Workshop:
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
             self._make([part], part.role, dtype, rows, self._translations(dtype))
+
+    @property
+    def passes(self) -> dict[str, PassEntry]:
+        """What each pass of the bundle runs, takes and stores, read off its engine."""
+        cached = {spec.name for spec in self.engines[FULL].outputs} - {"noise_pred"}
+        counted = {entry.branch_id: entry.layers + entry.attention for entry in self.work}
+        return {
+            name: PassEntry(
+                engines=(name,),
+                takes=tuple(spec.name for spec in self.engines[name].inputs if spec.name in cached),
+                stores=tuple(spec.name for spec in self.engines[name].outputs if spec.name in cached),
+                multiply_adds=counted[branch_of(name)],
+            )
+            for name in (FULL, *map(shallow_pass, self.recipe.branches))
+        }
 
     def _translations(self, dtype: DType) -> graph_passes.Translations:
         return graph_passes.translations(self.recipe.backend, dtype if self.backend.TYPED else "fp32")
@@ -215,8 +231,7 @@ class Workshop:
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         full, *shallow = (
-            self.folder / self.engines[role].file
-            for role in ("full", *(shallow_role(b, self.recipe.branch_id) for b in self.recipe.branches))
+            self.folder / self.engines[role].file for role in (FULL, *map(shallow_pass, self.recipe.branches))
         )
         self._keep(measure_parity(backend, full, shallow, self.folder / REFERENCE, options))
 

@@ -65,8 +65,8 @@ def _arm(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> A
     manifest = pipe.bundle.manifest
     if plan.model not in (None, manifest.model.name):
         raise ValueError(f"{name}: expected a plan made for model {manifest.model.name}, got one for {plan.model}")
-    if strange := sorted(set(plan.branch_ids) - set(manifest.branches)):
-        built = " and ".join(map(str, manifest.branches))
+    if strange := [name for name in plan.pass_names if name not in manifest.passes]:
+        built = ", ".join(manifest.passes)
         raise ValueError(f"{name}: expected a plan for branch {built}, got one for {strange}")
     if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
         sampler = plan.sampler
@@ -89,7 +89,7 @@ def num_calls(pipe: FastCachePipeline, sampler: str, steps: int) -> int:
 
 def timed_loop(run: Run) -> tuple[Tensor, float]:
     """Take all steps of a run that was started: its latents, and the milliseconds it took."""
-    start, latents = time.perf_counter(), run.pool.latents[0]
+    start, latents = time.perf_counter(), run.latents
     for step in run.steps:
         latents = step.latents
     if latents.is_cuda:

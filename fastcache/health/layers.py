@@ -50,7 +50,7 @@ def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
     reference = load_file(folder / REFERENCE)
     errors: list[LayerError] = []
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".layers-") as temporary:
-        for role in ("full", *manifest.shallow_roles.values()):
+        for role in manifest.passes:
             entry = manifest.engines[role]
             graph = _with_every_tensor_out(folder / entry.file, Path(temporary))
             inputs = {spec.name: reference[spec.name] for spec in entry.inputs}

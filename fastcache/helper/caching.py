@@ -20,7 +20,7 @@ from fastcache.cut.controlnet import partition_controlnet
 from fastcache.helper.features import conditional_half
 from fastcache.helper.passes import Arguments, Call, Passes
 from fastcache.helper.watch import AdapterWatch, RunCounter, is_guided, same
-from fastcache.loop.plan import FULL, CachePlan, Forecast
+from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.loop.table import noise_levels
 
 # What is new in every call; of the sample the shape must stay, and of residuals whether there are any.
@@ -46,7 +46,7 @@ class Schedule:
 
     def branch(self, step: int) -> int | None:
         if self._plan is None:
-            return FULL if step % self._interval == 0 else self._branch_id
+            return None if step % self._interval == 0 else self._branch_id
         if step >= self._plan.num_steps:
             raise ValueError(
                 f"expected a plan for every U-Net call of the run, got one for {self._plan.num_steps} and call "
@@ -92,7 +92,7 @@ class Caching:
         """The branch that the next call will run, as far as can be told before it, for what is called first."""
         step = self._run.index(timestep) if self._on else 0
         if step == 0 or self._stored is None or not same(self._stored[1], self._adapters.state()):
-            return FULL
+            return None
         return self._branch(step, self._halves(step))
 
     def _noise_pred(self, arguments: Arguments) -> Tensor:
@@ -111,7 +111,7 @@ class Caching:
         return torch.cat([noise_pred] * 2) if halved else noise_pred
 
     def _predict(self, call: Call) -> Tensor:
-        branch = FULL if self._stored is None else self._branch(call.step, call.halved)
+        branch = None if self._stored is None else self._branch(call.step, call.halved)
         if branch is not None:
             return self._passes.shallow(branch, call)
         self._stored = None  # should this call fail, nothing is reused
@@ -120,7 +120,7 @@ class Caching:
     def _branch(self, step: int, halved: bool) -> int | None:
         """The branch of the schedule, where what is cached is of the rows that it needs."""
         branch = self._schedule.branch(step)
-        return branch if branch is not None and self._passes.serves(branch, halved) else FULL
+        return branch if branch is not None and self._passes.serves(branch, halved) else None
 
     def _halves(self, step: int) -> bool:
         """Whether the step runs on the conditional half alone, which the pipeline then guides by itself to itself."""

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from fastcache.bundle.bundle import REFERENCE, Bundle
 from fastcache.bundle.parity import TOLERANCE, relative_error
 from fastcache.cut.fused import fuse_first_norm
+from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.helper.features import Features
 from fastcache.helper.watch import AdapterWatch, same
-from fastcache.loop.buffers import shape_of
-from fastcache.loop.plan import FULL, Forecast
+from fastcache.loop.lane import allocate, shape_of
+from fastcache.loop.plan import Forecast
 from fastcache.loop.runtime import Runtime
-from fastcache_engines import Binding, Engine
+from fastcache_engines import Binding
 
 Arguments = dict[str, Any]
 
@@ -121,16 +122,12 @@ class EnginePasses:
         self, unet: nn.Module, branch_ids: tuple[int, ...], bundle: Bundle, forecast: Forecast | None = None
     ) -> None:
         self._unet, self._runtime, self._manifest = unet, Runtime(bundle), bundle.manifest
-        built = tuple(self._manifest.shallow_roles)
+        built = self._manifest.branches
         if not set(branch_ids) <= set(built):
             raise ValueError(f"expected cache_branch_id in {built}, as the engines were built, got {branch_ids}")
         self._adapters = AdapterWatch(unet).state()
         self._features, self._keeps = Features(forecast), forecast is not None
-        engines: dict[int | None, Engine] = {FULL: self._runtime.full, **self._runtime.shallow_engines}
-        self._engines, cached = engines, {spec.name for spec in engines[FULL].outputs} - {"noise_pred"}
-        # What each engine takes of what is cached, and what it caches.
-        self._taken = {branch: cached & {spec.name for spec in own.inputs} for branch, own in engines.items()}
-        self._made = {branch: cached & {spec.name for spec in own.outputs} for branch, own in engines.items()}
+        self._engines = self._runtime.pass_engines
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._bound = lru_cache(maxsize=4)(self._bind)
         self._check_model()
@@ -145,7 +142,8 @@ class EnginePasses:
             )
 
     def serves(self, branch_id: int, halved: bool) -> bool:
-        return all(self._features.serves(name, halved) for name in self._taken[branch_id])
+        taken = self._manifest.passes[shallow_pass(branch_id)].takes
+        return all(self._features.serves(name, halved) for name in taken)
 
     def halve(self) -> bool:
         self._features.halve()
@@ -155,19 +153,19 @@ class EnginePasses:
         return self._run(FULL, call)
 
     def shallow(self, branch_id: int, call: Call) -> Tensor:
-        return self._run(branch_id, call)
+        return self._run(shallow_pass(branch_id), call)
 
-    def _run(self, branch: int | None, call: Call) -> Tensor:
+    def _run(self, name: str, call: Call) -> Tensor:
         values = self._values(call.arguments)
         tensors, bindings = self._bound(self._sizes(values))
-        for name, value in values.items():
-            tensors[name].copy_(value)
-        for name in self._taken[branch]:
-            feature = self._features.at(name, call.step, call.halved, call.sigmas, out=tensors[name])
-            if feature.data_ptr() != tensors[name].data_ptr():
-                tensors[name].copy_(feature)
-        bindings[branch].run()
-        made = {name: tensors[name] for name in self._made[branch]}
+        for given, value in values.items():
+            tensors[given].copy_(value)
+        for taken in self._manifest.passes[name].takes:
+            feature = self._features.at(taken, call.step, call.halved, call.sigmas, out=tensors[taken])
+            if feature.data_ptr() != tensors[taken].data_ptr():
+                tensors[taken].copy_(feature)
+        bindings[name].run()
+        made = {stored: tensors[stored] for stored in self._manifest.passes[name].stores}
         if self._keeps:
             made = {name: feature.clone() for name, feature in made.items()}
         self._features.store(call.step, made, call.halved)
@@ -178,7 +176,7 @@ class EnginePasses:
         """A call's arguments by the engines' names."""
         values = dict(arguments)
         values |= values.pop("added_cond_kwargs", {})
-        wanted = {spec.name for spec in self._runtime.full.inputs}
+        wanted = {spec.name for spec in self._engines[FULL].inputs}
         if others := sorted(values.keys() ^ wanted):
             raise ValueError(
                 f"expected what the engines take ({', '.join(sorted(wanted))}), got a call that differs in "
@@ -191,7 +189,7 @@ class EnginePasses:
     def _sizes(self, values: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
         """The free sizes of the engines' inputs, by name: `height/8` is an eighth of `height`."""
         sizes: dict[str, int] = {}
-        for spec in self._runtime.full.inputs:
+        for spec in self._engines[FULL].inputs:
             shape = values[spec.name].shape
             free = [(i, *named.partition("/")) for i, named in enumerate(spec.shape) if isinstance(named, str)]
             if len(shape) == len(spec.shape):
@@ -224,21 +222,19 @@ class EnginePasses:
                 f"got {sizes['tokens']}; build with --max-tokens"
             )
 
-    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[int | None, Binding]]:
+    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[str, Binding]]:
         tensors = {
-            spec.name: torch.zeros(
-                shape_of(spec, dict(sizes)), dtype=getattr(torch, spec.dtype), device=self._runtime.device
-            )
+            spec.name: allocate(spec, dict(sizes), self._runtime.device)
             for engine in self._engines.values()
             for spec in (*engine.inputs, *engine.outputs)
         }
-        return tensors, {branch: engine.bind(tensors) for branch, engine in self._engines.items()}
+        return tensors, {name: engine.bind(tensors) for name, engine in self._engines.items()}
 
     def _check_model(self) -> None:
         """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
         unet: Any = self._unet
         stored = load_file(self._runtime.bundle.file(REFERENCE))
-        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines["full"].inputs}
+        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines[FULL].inputs}
         inputs = {name: x.to(unet.device, unet.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
         arguments = inputs | ({"added_cond_kwargs": added} if added else {})

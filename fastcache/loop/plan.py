@@ -1,28 +1,31 @@
-"""Turn a wish ("a refresh every third step") into a cache plan: for each step, FULL or SHALLOW.
+"""Turn a wish ("a refresh every third step") into a cache plan: for each step, the name of the pass that it runs.
 
-Besides the branch of each step a plan says where guidance is off, and whether the cached feature is reused as it was
-stored or forecast. Pure Python: knows nothing about tensors, engines, schedulers or timestep values. A step is the
-index of a U-Net call.
+Besides the pass of each step a plan says where guidance is off, and whether cached features are reused as they were
+stored or forecast. Pure Python: knows nothing about tensors, engines, schedulers or timestep values, nor what a pass is
+made of. A step is the index of a U-Net call.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, takewhile
+from functools import cached_property
 from typing import Any, Final, Literal, cast
 
+from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.expect import at_least, expected, is_int, is_number
 from fastcache.loop.spacing import power_spaced
 
-FULL: Final = None
-SCHEMA: Final = "fastcache.plan/1"
+SCHEMA: Final = "fastcache.plan/2"
 
-_KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "branches"}
+_SCHEMA_1: Final = "fastcache.plan/1"  # had `branches` in place of `passes`: null for FULL, else the branch_id
+_KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "passes"}
 _OPTIONAL_KEYS: Final = {"unguided_steps", "forecast"}
+_NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,19 @@ class Forecast:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Which engine each step runs.
+    """Which pass each step runs.
 
-    `branches[step]` is `FULL` (None) where the step runs the full engine and stores the cached feature, else
-    the branch_id of the shallow engine that reuses it. A SHALLOW step stores anew the features of all lower branch
-    ids, which lie above its own. The first step is FULL: nothing is cached across requests. At `unguided_steps`,
-    ascending, classifier-free guidance is off: they run on the conditional half alone, and store no other.
+    `passes[step]` is `"full"` where the step runs the whole U-Net and stores every cached feature, else the name of a
+    pass that reuses some: `"shallow-0"`, as the bundle's manifest has them. The first step is FULL: nothing is cached
+    across requests. At `unguided_steps`, ascending, classifier-free guidance is off: they run on the conditional half
+    alone, and store no other.
 
-    Raises: ValueError if the plan is empty, starts SHALLOW, names something that is not a branch_id or a step, or has
-        a guided SHALLOW step reuse what an unguided one stored.
+    Raises: ValueError if the plan is empty, does not start FULL, or names something that is not a pass or a step.
+        Whether each pass finds what it reuses is told by `features.check_reuse`, which knows a bundle's passes.
     Source: DeepCache, arXiv 2312.00858, section 3.3; guidance in an interval: arXiv 2404.07724, section 3.
     """
 
-    branches: tuple[int | None, ...]
+    passes: tuple[str, ...]
     model: str | None = None
     sampler: str | None = None
     made_by: str = "given"
@@ -89,7 +92,7 @@ class CachePlan:
     forecast: Forecast | None = None
 
     def __post_init__(self) -> None:
-        _check_branches(self.branches)
+        _check_passes(self.passes)
         for name, value in (("model", self.model), ("sampler", self.sampler)):
             if not (value is None or isinstance(value, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise expected(f"{name} to be a string or None", value, f"name the {name} or leave it out")
@@ -98,63 +101,44 @@ class CachePlan:
         if not (self.forecast is None or isinstance(self.forecast, Forecast)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
         _check_unguided(self.unguided_steps, self.num_steps)
-        for step in range(self.num_steps):
-            if not self.is_full(step) and self.is_guided(step):
-                self._check_source(step, next(self.stores_before(step)))
-
-    def _check_source(self, step: int, source: int) -> None:
-        if not self.is_guided(source):
-            raise ValueError(
-                f"expected the guided SHALLOW step {step} to reuse a guided step's feature, got one that the "
-                f"unguided step {source} stored; make step {step} FULL or step {source} guided"
-            )
 
     @property
     def num_steps(self) -> int:
-        return len(self.branches)
+        return len(self.passes)
 
     @property
     def refresh_steps(self) -> tuple[int, ...]:
-        """The steps that run the full engine, ascending."""
-        return tuple(step for step, branch in enumerate(self.branches) if branch is FULL)
+        """The steps that run the full pass, ascending."""
+        return tuple(step for step, name in enumerate(self.passes) if name == FULL)
+
+    @property
+    def pass_names(self) -> tuple[str, ...]:
+        """The passes that the plan runs, each once, in the order of their first steps."""
+        return tuple(dict.fromkeys(self.passes))
+
+    @property
+    def branches(self) -> tuple[int | None, ...]:
+        """The plan in DeepCache's terms: each step's branch id, None where it is FULL.
+
+        Raises: ValueError for a plan of other passes.
+        """
+        return tuple(branch_of(name) for name in self.passes)
 
     @property
     def branch_ids(self) -> tuple[int, ...]:
-        """The branches that SHALLOW steps name, ascending."""
-        return tuple(sorted({branch for branch in self.branches if branch is not None}))
+        """The branches that SHALLOW steps name, ascending. Raises: as `branches`."""
+        return tuple(sorted({branch for branch in map(branch_of, self.pass_names) if branch is not None}))
 
     def is_full(self, step: int) -> bool:
-        return self.branches[step] is FULL
+        return self.passes[step] == FULL
 
     def is_guided(self, step: int) -> bool:
         """Whether guidance is on at a step of a guided run."""
-        return step not in self.unguided_steps
+        return step not in self._unguided
 
-    def stores(self, step: int, branch_id: int) -> bool:
-        """Whether a step stores a branch's feature: FULL steps all, SHALLOW ones those of lower ids than their own."""
-        branch = self.branches[step]
-        return branch is None or branch > branch_id
-
-    def stores_before(self, step: int) -> Iterator[int]:
-        """The steps that stored what a SHALLOW step reuses, the latest first."""
-        branch_id = cast(int, self.branches[step])
-        return (earlier for earlier in range(step - 1, -1, -1) if self.stores(earlier, branch_id))
-
-    def feature_weights(self, step: int, sigmas: Sequence[float] | None = None) -> dict[int, float]:
-        """Out of which steps' stored features a SHALLOW step makes its own, oldest first, and what each counts.
-
-        A guided step's forecast goes back to the last unguided one that stored, and no further. `sigmas` are the
-        calls' noise levels.
-
-        Raises: ValueError for a forecast by sigma without them.
-        """
-        latest = self.stores_before(step)
-        if self.forecast is None:
-            return {next(latest): 1.0}
-        if self.is_guided(step):
-            latest = takewhile(self.is_guided, latest)
-        stored = sorted(islice(latest, self.forecast.order + 1))
-        return self.forecast.weights(stored, step, sigmas)
+    @cached_property
+    def _unguided(self) -> frozenset[int]:
+        return frozenset(self.unguided_steps)
 
     def guided_within(self, first: int, end: int) -> CachePlan:
         """The same plan with guidance at the steps first..end-1 only.
@@ -173,6 +157,14 @@ class CachePlan:
         return cls((FULL,) * at_least(1, num_steps=num_steps), made_by="all_full()")
 
     @classmethod
+    def from_branches(cls, branches: Iterable[int | None], **fields: Any) -> CachePlan:
+        """A plan in DeepCache's terms: each step's branch id, None where it is FULL. `fields` are the plan's others.
+
+        Raises: ValueError for what is neither.
+        """
+        return cls(tuple(FULL if branch is None else shallow_pass(branch) for branch in branches), **fields)
+
+    @classmethod
     def uniform(cls, num_steps: int, interval: int, branch_id: int = 0) -> CachePlan:
         """A refresh at steps 0, interval, 2 * interval, ...
 
@@ -181,7 +173,7 @@ class CachePlan:
         """
         at_least(1, num_steps=num_steps)
         refreshes = range(0, num_steps, at_least(1, interval=interval))
-        return cls(_branches(num_steps, refreshes, branch_id), made_by=f"uniform(interval={interval})")
+        return cls(_passes(num_steps, refreshes, branch_id), made_by=f"uniform(interval={interval})")
 
     @classmethod
     def nonuniform(
@@ -211,7 +203,7 @@ class CachePlan:
         options = ", as_shipped=True" if as_shipped else ""
         refreshes = power_spaced(num_steps, count, center, power, as_shipped)
         return cls(
-            _branches(num_steps, refreshes, branch_id),
+            _passes(num_steps, refreshes, branch_id),
             made_by=f"nonuniform(interval={interval}, center={center}, power={power}{options})",
         )
 
@@ -222,7 +214,7 @@ class CachePlan:
         Raises: ValueError if step 0 is missing, or a step is repeated, no integer or outside the plan.
         """
         at_least(1, num_steps=num_steps)
-        return cls(_branches(num_steps, refresh_steps, branch_id), made_by="from_refresh_steps()")
+        return cls(_passes(num_steps, refresh_steps, branch_id), made_by="from_refresh_steps()")
 
     def to_json(self) -> str:
         """The plan as a one-line JSON document that `from_json` reads back unchanged."""
@@ -232,7 +224,7 @@ class CachePlan:
             "sampler": self.sampler,
             "made_by": self.made_by,
             "num_steps": self.num_steps,
-            "branches": self.branches,
+            "passes": self.passes,
         }
         if self.unguided_steps:
             fields["unguided_steps"] = self.unguided_steps
@@ -242,73 +234,91 @@ class CachePlan:
 
     @classmethod
     def from_json(cls, text: str) -> CachePlan:
-        """The plan that `to_json` wrote.
+        """The plan that `to_json` wrote, or that an earlier version did.
 
         Raises: ValueError, in one line, if the text is not JSON, of another schema, or not a valid plan.
         """
-        remedy = "write plans with CachePlan.to_json"
-        try:
-            parsed = cast(object, json.loads(text))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {remedy}") from error
-        if not isinstance(parsed, dict):
-            raise expected("a JSON object", parsed, remedy)
-        fields = cast("dict[str, object]", parsed)
-        if fields.get("schema") != SCHEMA:
-            raise expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
-        if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
-            raise ValueError(
-                f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
-                f"{reprlib.repr(sorted(fields))}; {remedy}"
-            )
-        branches, unguided_steps = fields["branches"], fields.get("unguided_steps", [])
-        for name, value in (("branches", branches), ("unguided_steps", unguided_steps)):
+        fields = _read_fields(text)
+        passes, unguided_steps = fields["passes"], fields.get("unguided_steps", [])
+        for name, value in (("passes", passes), ("unguided_steps", unguided_steps)):
             if not isinstance(value, list):
-                raise expected(f"{name} to be a list", value, remedy)
-        plan = cls(  # __post_init__ checks the types
-            tuple(cast("list[int | None]", branches)),
+                raise expected(f"{name} to be a list", value, _REMEDY)
+        if not is_int(fields["num_steps"]) or fields["num_steps"] != len(cast("list[object]", passes)):
+            raise expected(f"num_steps {len(cast('list[object]', passes))}, one a pass", fields["num_steps"], _REMEDY)
+        return cls(  # __post_init__ checks the types
+            tuple(cast("list[str]", passes)),
             cast("str | None", fields["model"]),
             cast("str | None", fields["sampler"]),
             cast(str, fields["made_by"]),
             tuple(cast("list[int]", unguided_steps)),
-            _read_forecast(fields.get("forecast"), remedy),
+            _read_forecast(fields.get("forecast")),
         )
-        if not is_int(fields["num_steps"]) or fields["num_steps"] != plan.num_steps:
-            raise expected(f"num_steps {plan.num_steps}, one a branch", fields["num_steps"], remedy)
-        return plan
 
 
-def _read_forecast(value: object, remedy: str) -> Forecast | None:
+_REMEDY: Final = "write plans with CachePlan.to_json"
+
+
+def _read_fields(text: str) -> dict[str, object]:
+    """The keys and values of a plan's document, those of an earlier schema made into this one's."""
+    try:
+        parsed = cast(object, json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {_REMEDY}") from error
+    if not isinstance(parsed, dict):
+        raise expected("a JSON object", parsed, _REMEDY)
+    fields = cast("dict[str, object]", parsed)
+    if fields.get("schema") == _SCHEMA_1 and isinstance(fields.get("branches"), list):
+        branches = cast("list[object]", fields.pop("branches"))
+        fields |= {"schema": SCHEMA, "passes": [_pass_of(step, branch) for step, branch in enumerate(branches)]}
+    if fields.get("schema") != SCHEMA:
+        raise expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
+    if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
+        raise ValueError(
+            f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
+            f"{reprlib.repr(sorted(fields))}; {_REMEDY}"
+        )
+    return fields
+
+
+def _pass_of(step: int, branch: object) -> str:
+    if branch is None:
+        return FULL
+    if not is_int(branch) or branch < 0:
+        raise expected(f"branches[{step}] to be null or an integer >= 0", branch, "null is a FULL step")
+    return shallow_pass(branch)
+
+
+def _read_forecast(value: object) -> Forecast | None:
     if value is None:
         return None
     fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     if fields.keys() != {"order", "damping", "by"}:
-        raise expected("forecast to have the keys order, damping and by", cast(object, value), remedy)
+        raise expected("forecast to have the keys order, damping and by", cast(object, value), _REMEDY)
     return Forecast(**fields)
 
 
-def _branches(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[int | None, ...]:
-    at_least(0, branch_id=branch_id)
-    refreshes = list(refresh_steps)
+def _passes(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[str, ...]:
+    shallow, refreshes = shallow_pass(branch_id), list(refresh_steps)
     for step in refreshes:
         if not is_int(step) or not 0 <= step < num_steps:
             raise expected(f"refresh steps in 0..{num_steps - 1}", step, "steps count U-Net calls from 0")
-    if len(set(refreshes)) != len(refreshes):
-        raise expected("each refresh step once", refreshes, "drop the repeats")
-    if 0 not in refreshes:
-        raise expected("a refresh at step 0", refreshes, "add 0: nothing is cached across requests")
     chosen = set(refreshes)
-    return tuple(FULL if step in chosen else branch_id for step in range(num_steps))
+    if len(chosen) != len(refreshes):
+        raise expected("each refresh step once", refreshes, "drop the repeats")
+    if 0 not in chosen:
+        raise expected("a refresh at step 0", refreshes, "add 0: nothing is cached across requests")
+    return tuple(FULL if step in chosen else shallow for step in range(num_steps))
 
 
-def _check_branches(branches: Sequence[object]) -> None:
-    if not isinstance(branches, tuple) or not branches:
-        raise expected("branches to be a tuple with an entry a step", branches, "give at least one step")
-    for step, branch in enumerate(branches):
-        if branch is not FULL and not (is_int(branch) and branch >= 0):
-            raise expected(f"branches[{step}] to be None or an integer >= 0", branch, "None is a FULL step")
-    if branches[0] is not FULL:
-        raise expected("the first step to be FULL (None)", branches[0], "nothing is cached across requests")
+def _check_passes(passes: Sequence[object]) -> None:
+    if not isinstance(passes, tuple) or not passes:
+        raise expected("passes to be a tuple with a name a step", passes, "give at least one step")
+    names = set(passes) if all(isinstance(name, str) for name in passes) else passes
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise expected(f"passes[{passes.index(name)}] to name a pass", name, 'such as "full" or "shallow-0"')
+    if passes[0] != FULL:
+        raise expected('the first step to be FULL ("full")', passes[0], "nothing is cached across requests")
 
 
 def _check_unguided(steps: Sequence[object], num_steps: int) -> None:

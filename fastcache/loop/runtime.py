@@ -1,14 +1,13 @@
-"""A checked bundle -> its engines, loaded, and the buffers they are bound to.
+"""A checked bundle -> its engines, loaded, and the lane they are bound to.
 
 Refuses a bundle of another machine or other versions. Knows engines and tensors; knows nothing about steps or prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from fastcache.bundle.manifest import Manifest, Parity, Role
 from fastcache.bundle.parity import measure_parity
 from fastcache.bundle.recipe import Size
 from fastcache.errors import BackendUnavailable, BundleError
-from fastcache.loop.between import ScheduledSampler
-from fastcache.loop.buffers import BufferPool, shape_of
-from fastcache.loop.denoise import DenoiseOptions, Step, denoise
-from fastcache.loop.drivers.cudagraph import CudaRecorder, denoise_captured
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder
+from fastcache.loop.lane import Lane, allocate
+from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.table import SamplerTable
+from fastcache.loop.steps import PlainRun, Run, Sampler, Scales
 from fastcache_engines import Binding, Engine, LoadOptions, Workspace
 
 
@@ -67,16 +66,27 @@ def check_here(manifest: Manifest) -> None:
 def measure_here(folder: Path, manifest: Manifest) -> Parity:
     """How far a checked bundle's engines are from the model and from each other, measured now."""
     backend, entries = fastcache_engines.backend(manifest.backend), manifest.engines
-    full, *shallow = (folder / entries[role].file for role in ("full", *manifest.shallow_roles.values()))
-    options = LoadOptions(manifest.device_type, entries["full"].dtype)
+    full, *shallow = (folder / entries[role].file for one in manifest.passes.values() for role in one.engines)
+    options = LoadOptions(manifest.device_type, manifest.dtype)
     return measure_parity(backend, full, shallow, folder / REFERENCE, options)
 
 
 class Runtime:
-    """The engines of a bundle, each loaded when it is first used, and one buffer pool, kept between runs."""
+    """The engines of a bundle, each loaded when it is first used, and one lane, kept between runs.
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, cuda_graph: bool = False) -> None:
+    `wrap` is given every engine that is loaded, and what it returns is used: a benchmark's clock, say.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        cuda_graph: bool = False,
+        wrap: Callable[[Engine], Engine] | None = None,
+    ) -> None:
         check_here(bundle.manifest)
+        self._wrap = wrap
         self.bundle, self.manifest, self._threads = bundle, bundle.manifest, threads
         self.device = bundle.manifest.device_type
         if cuda_graph and self.device != "cuda":
@@ -85,26 +95,24 @@ class Runtime:
             )
         self._recorder = CudaRecorder() if cuda_graph else None
         self._workspace = Workspace(self.device)
-        self._pool: BufferPool | None = None
-        self._pool_key: tuple[object, ...] = ()
+        self._lane: Lane | None = None
+        self._lane_key: tuple[object, ...] = ()
         self._engines: dict[Role, Engine] = {}
         # A binding of TensorRT's takes milliseconds to make and holds memory: those of the last few shapes are kept.
         self._bound = lru_cache(maxsize=8)(self._bind)
 
     @cached_property
-    def full(self) -> Engine:
-        return self._load("full")
+    def pass_engines(self) -> dict[str, Engine]:
+        """The engines that the bundle's passes run, by name."""
+        roles = dict.fromkeys(role for one in self.manifest.passes.values() for role in one.engines)
+        return {role: self.engine(role) for role in roles}
 
-    @cached_property
-    def shallow(self) -> Engine:
-        """The primary branch's shallow engine."""
-        return self._load("shallow")
-
-    @cached_property
-    def shallow_engines(self) -> dict[int, Engine]:
-        """The shallow engines by their branch ids, the primary one first."""
-        roles = self.manifest.shallow_roles.items()
-        return {branch: self.shallow if role == "shallow" else self._load(role) for branch, role in roles}
+    def engine(self, role: Role) -> Engine:
+        """An engine, loaded when it is first asked for. Raises: `BundleError` for one that the bundle lacks."""
+        if role not in self._engines:
+            engine = self._load(role)
+            self._engines[role] = engine if self._wrap is None else self._wrap(engine)
+        return self._engines[role]
 
     def _load(self, role: Role) -> Engine:
         path, entry = self.bundle.engine_path(role), self.manifest.engines[role]
@@ -135,17 +143,12 @@ class Runtime:
         return {spec.name: tensors[spec.name].clone() for spec in self.manifest.engines[role].outputs}
 
     def _bind(self, role: Role, sizes: tuple[tuple[str, int], ...]) -> tuple[Binding, dict[str, Tensor]]:
-        engine, named = self._engines.get(role) or self._engines.setdefault(role, self._load(role)), dict(sizes)
-        tensors = {
-            spec.name: torch.zeros(shape_of(spec, named), dtype=getattr(torch, spec.dtype), device=self.device)
-            for spec in (*engine.inputs, *engine.outputs)
-        }
+        engine, named = self.engine(role), dict(sizes)
+        tensors = {spec.name: allocate(spec, named, self.device) for spec in (*engine.inputs, *engine.outputs)}
         return engine.bind(tensors), tensors
 
-    def pool(
-        self, *, batch: int, guided: bool, num_calls: int, size: Size | None = None, tokens: int | None = None
-    ) -> BufferPool:
-        """The buffers for a run, those of the run before where they fit.
+    def lane(self, *, images: int, guided: bool, size: Size | None = None, tokens: int | None = None) -> Lane:
+        """The tensors for a run, those of the run before where they fit.
 
         Raises: `ValueError` for more or fewer images, another size or longer prompts than the bundle was built for, or
         guidance of a model that has nothing to guide by.
@@ -153,9 +156,9 @@ class Runtime:
         profile, model = self.manifest.profiles["batch"], self.manifest.model
         if guided and model.unconditional:
             raise ValueError(f"expected guided=False for {model.name}, which takes no conditioning, got guided=True")
-        if not profile.min <= batch <= profile.max:
+        if not profile.min <= images <= profile.max:
             raise ValueError(
-                f"expected {profile.min} to {profile.max} images at once, got {batch}; "
+                f"expected {profile.min} to {profile.max} images at once, got {images}; "
                 "build with --batch MIN:OPT:MAX for more"
             )
         size = size or self.manifest.sizes[0]
@@ -163,43 +166,51 @@ class Runtime:
         if (lengths := self.manifest.profiles.get("tokens")) is not None:
             tokens = sizes["tokens"] = tokens or lengths.opt
         self._check(size, tokens)
-        key = (batch, guided, size, tokens)
-        halves, pool = model.guided_rows if guided else 1, self._pool
-        if pool is None or self._pool_key != key or pool.num_calls < num_calls:
-            pool = BufferPool(
-                self.full,
-                self.shallow_engines,
-                batch=batch,
-                halves=halves,
-                num_calls=num_calls,
-                channels=model.latent_channels,
-                device=self.device,
-                sizes=sizes,
+        key = (images, guided, size, tokens)
+        if self._lane is None or self._lane_key != key:
+            if self._lane is not None:
+                self._lane.recorded.clear()  # they hold it, and it them
+            self._lane_key, self._lane = (
+                key,
+                Lane(
+                    self.pass_engines,
+                    self.manifest.passes,
+                    images=images,
+                    halves=model.guided_rows if guided else 1,
+                    channels=model.latent_channels,
+                    device=self.device,
+                    sizes=sizes,
+                ),
             )
-            if self._pool is not None:
-                self._pool.recorded.clear()  # they hold it, and it them
-            self._pool, self._pool_key = pool, key
-        return pool
+        return self._lane
 
-    def denoise(
+    def run(
         self,
-        pool: BufferPool,
-        sampler: SamplerTable | ScheduledSampler,
+        lane: Lane,
+        sampler: Sampler,
         plan: CachePlan,
+        guidance: Guidance,
         *,
+        generator: Generators = None,
+        conditioning_scales: Scales | None = None,
         whole: bool = False,
-        image_guidance_scale: float | None = None,
-        **options: Unpack[DenoiseOptions],
-    ) -> Iterator[Step]:
-        """The steps of a run, out of CUDA graphs where these were asked for; then `whole` yields the last one only.
+    ) -> Run:
+        """A run on a lane, out of CUDA graphs where these were asked for; then `whole` yields its last step only.
 
-        Raises: as `denoise` and `denoise_captured`.
+        Raises: as `PlainRun` and `CapturedRun`.
         """
-        if image_guidance_scale is not None:  # guidance of three parts is in no graph yet
-            return denoise(pool, sampler, plan, image_guidance_scale=image_guidance_scale, **options)
-        if self._recorder is None:
-            return denoise(pool, sampler, plan, **options)
-        return denoise_captured(self._recorder, pool, sampler, plan, stepwise=not whole, **options)
+        if self._recorder is None or lane.halves == 3:  # guidance of three parts is in no graph yet
+            return PlainRun(lane, sampler, plan, guidance, generator=generator, conditioning_scales=conditioning_scales)
+        return CapturedRun(
+            self._recorder,
+            lane,
+            sampler,
+            plan,
+            guidance,
+            generator=generator,
+            conditioning_scales=conditioning_scales,
+            stepwise=not whole,
+        )
 
     def _check(self, size: Size, tokens: int | None) -> None:
         sizes, lengths = self.manifest.sizes, self.manifest.profiles.get("tokens")

@@ -7,6 +7,7 @@ once on basis vectors says all there is to know about it. Knows nothing about U-
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastcache.loop.recursion import MAX_WINDOW, Update, floats, own_update, shortest_update
 from fastcache.loop.scheduler import Scheduler
+from fastcache_kernels.values import StepTables, step_tables
 
 # A linear scheduler keeps to its table to 1e-14; clipping moves a sample by a good part of itself.
 _LINEARITY_TOLERANCE: Final = 1e-4
@@ -75,9 +77,28 @@ class SamplerTable:
         return self._recursion
 
     @cached_property
-    def weights(self) -> tuple[Tensor, ...]:
-        """The weights of `recursion` as the loop multiplies by them. Shapes: each (1, 3 * window), float32."""
-        return tuple(torch.tensor([update.weights], dtype=torch.float32) for update in self.recursion())
+    def numbers(self) -> StepTables:
+        """The table over a ring of the last calls, as drivers read it; the ring is as long as the widest window."""
+        return step_tables(
+            [(update.first, update.weights) for update in self.recursion()],
+            input_scales=floats(self.input_scale),
+            timesteps=floats(self.timesteps),
+        )
+
+    def foretells(self, prediction_type: str) -> list[tuple[float, float]]:
+        """What x and e of each call count in the picture that it foretells; x alone where no noise levels are known.
+
+        Source: arXiv 2010.02502, equation 9, for noise; arXiv 2202.00512, section 4, for v.
+        """
+        if self.sigmas is None:
+            return [(1.0, 0.0)] * self.num_calls
+        if prediction_type == "sample":
+            return [(0.0, 1.0)] * self.num_calls
+        scales = zip(self.sigmas, floats(self.input_scale), strict=True)
+        signals = [(sigma, scale, 1 / math.hypot(1, sigma)) for sigma, scale in scales]
+        if prediction_type == "v_prediction":
+            return [(scale * signal, -sigma * signal) for sigma, scale, signal in signals]
+        return [(scale / signal, -sigma) for sigma, scale, signal in signals]
 
     @cached_property
     def _recursion(self) -> tuple[Update, ...]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastcache.bundle.manifest import Manifest, ModelInfo
 from fastcache.bundle.recipe import Size
-from fastcache.loop.between import Generators
+from fastcache.loop.features import check_reuse
+from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import Scheduler, same_sampler
 from fastcache.pipeline.prompts import Embeds, Sizes
@@ -128,17 +129,13 @@ def plan_of(
 ) -> CachePlan:
     """The plan that was given, or a uniform one.
 
-    Raises: `ValueError` for both, or a plan made for another model, sampler or branch.
+    Raises: `ValueError` for both, or a plan made for another model or sampler.
     """
     if plan is None:
         return CachePlan.uniform(num_calls, cache_interval, manifest.branch_id)
     if cache_interval != 1:
         raise ValueError("expected cache_interval or plan, got both")
-    if not set(plan.branch_ids) <= set(manifest.branches):
-        raise ValueError(
-            f"expected a plan for branch {' and '.join(map(str, manifest.branches))}, which the bundle was cut at, "
-            f"got one for {', '.join(map(str, plan.branch_ids))}; build with --branch-id for others"
-        )
+    check_reuse(plan, manifest.passes)
     if plan.model not in (None, manifest.model.name):
         raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
     if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):

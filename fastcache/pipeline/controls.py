@@ -18,9 +18,9 @@ from torch import Tensor
 from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.manifest import Role
 from fastcache.bundle.recipe import ControlKind, Size
-from fastcache.loop.between import Scales
 from fastcache.loop.plan import FULL, CachePlan
 from fastcache.loop.runtime import Runtime
+from fastcache.loop.steps import Scales
 from fastcache.pipeline.images import Images, processed
 
 
@@ -250,8 +250,8 @@ def refreshed(plan: CachePlan, scales: Scales | None) -> CachePlan:
     if scales is None or len(scales) != plan.num_steps:  # a plan of another length is refused later
         return plan
     changes = [i > 0 and scale != scales[i - 1] for i, scale in enumerate(scales)]
-    branches = tuple(FULL if change else own for change, own in zip(changes, plan.branches, strict=True))
-    return dataclasses.replace(plan, branches=branches)
+    passes = tuple(FULL if change else own for change, own in zip(changes, plan.passes, strict=True))
+    return dataclasses.replace(plan, passes=passes)
 
 
 def _scales(given: ControlArguments, full: Sequence[float], num_calls: int) -> Scales | None:

@@ -7,7 +7,7 @@ nothing about prompts or steps.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,10 +22,9 @@ from torch.nn import functional
 
 from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.recipe import Size
-from fastcache.loop.between import Generators, draw
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import Step
+from fastcache.loop.noise import Generators, draw
 from fastcache.loop.runtime import Runtime
+from fastcache.loop.steps import Run
 from fastcache.pipeline.schedule import Schedule, Span
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -63,23 +62,16 @@ class Start:
     appended: Tensor | None = None
     known: Known | None = None
 
-    def fill(self, pool: BufferPool) -> None:
-        """Write it where the first step finds it; the further channels stay for the whole run."""
-        pool.latents[0].copy_(self.latents)
+    def fill(self, run: Run) -> None:
+        """Write it where the first step finds it; further channels, and what a mask keeps, stay for the whole run."""
+        lane, known = run.lane, self.known
+        if known is not None:
+            run.after = lambda step: known.restore(step.index, step.latents)
+        run.latents.copy_(self.latents)
         if self.appended is not None:
-            sample = pool.tensors["sample"]
-            every = sample.view(pool.halves, pool.batch, *sample.shape[1:])[:, :, pool.latent_shape[1] :]
-            every.copy_(self.appended.reshape(-1, pool.batch, *self.appended.shape[1:]))
-
-    def restoring(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps, what a mask keeps put back after each."""
-        return steps if self.known is None else _restored(steps, self.known)
-
-
-def _restored(steps: Iterator[Step], known: Known) -> Iterator[Step]:
-    for step in steps:
-        known.restore(step.index, step.latents)
-        yield step
+            sample = lane.tensors["sample"]
+            every = sample.view(lane.halves, lane.images, *sample.shape[1:])[:, :, lane.latent_shape[1] :]
+            every.copy_(self.appended.reshape(-1, lane.images, *self.appended.shape[1:]))
 
 
 class Pictures:

@@ -21,18 +21,18 @@ from torch import Tensor
 
 from fastcache.bundle.bundle import Bundle, open_bundle
 from fastcache.bundle.recipe import Size
-from fastcache.loop.between import Generators, Scales, ScheduledSampler, draw
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import Step
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.noise import Generators, draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.runtime import Runtime
 from fastcache.loop.scheduler import Scheduler, make_scheduler
-from fastcache.loop.table import SamplerTable
+from fastcache.loop.steps import Run, Scales, Step
 from fastcache.pipeline.arguments import check_generators, conditioning, images_of, plan_of, size_of, span_of
 from fastcache.pipeline.controls import Controls, refreshed
 from fastcache.pipeline.images import Images, OutputType, Pictures, Start, png_bytes
 from fastcache.pipeline.prompts import Prompt, Prompts, Texts
 from fastcache.pipeline.schedule import WHOLE, Schedule, Span, make_schedule
+from fastcache_engines import Engine
 
 __all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load", "png_bytes"]
 
@@ -47,32 +47,36 @@ class PipelineOutput:
     plan: CachePlan
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `FastCachePipeline.start` settled: the buffers, the sampler, the plan, and the steps still to take."""
-
-    pool: BufferPool
-    sampler: SamplerTable | ScheduledSampler
-    plan: CachePlan
-    steps: Iterator[Step]
-
-
-def load(path: str | os.PathLike[str], *, threads: int = 0, cuda_graph: bool = False) -> FastCachePipeline:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    cuda_graph: bool = False,
+    wrap: Callable[[Engine], Engine] | None = None,
+) -> FastCachePipeline:
     """Open a bundle, every byte checked before anything is loaded. `threads` 0 means as many as torch uses.
 
-    With `cuda_graph` a run on a GPU is one launch, or one a step where its steps are asked for.
+    With `cuda_graph` a run on a GPU is one launch, or one a step where its steps are asked for. `wrap` is given every
+    engine that is loaded, and what it returns is used: a benchmark's clock, say.
 
     Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
     """
-    return FastCachePipeline(open_bundle(Path(path)), threads=threads, cuda_graph=cuda_graph)
+    return FastCachePipeline(open_bundle(Path(path)), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
 
 
 class FastCachePipeline:
     """Draws images with the engines of a checked bundle. Not for several threads at once: runs share buffers."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        cuda_graph: bool = False,
+        wrap: Callable[[Engine], Engine] | None = None,
+    ) -> None:
         self.bundle = bundle
-        self.runtime = Runtime(bundle, threads=threads, cuda_graph=cuda_graph)
+        self.runtime = Runtime(bundle, threads=threads, cuda_graph=cuda_graph, wrap=wrap)
         self.prompts, self.pictures = Prompts(bundle, self.runtime), Pictures(bundle, self.runtime)
         self.controls = Controls(bundle, self.runtime)
         self._schedule = lru_cache(maxsize=16)(self._make_schedule)
@@ -121,7 +125,7 @@ class FastCachePipeline:
             whole=callback_on_step_end is None and arguments.get("mask_image") is None,
             **arguments,
         )
-        result = run.pool.latents[0]
+        result = run.latents
         for step in run.steps:
             result = step.latents
             if callback_on_step_end is not None:
@@ -287,32 +291,29 @@ class FastCachePipeline:
         plan = plan_of(self.bundle.manifest, plan, cache_interval, len(table.timesteps), sampler)
         plan = refreshed(plan, conditioning_scales)
         tokens = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        batch = images_of(self.bundle.manifest.model, conditioning, latents, generator, guided)
-        check_generators(generator, batch)
-        pool = self.runtime.pool(batch=batch, guided=guided, num_calls=plan.num_steps, size=size, tokens=tokens)
-        pool.set_inputs(conditioning)
-        first = pool.latents[0]
-        if start is not None:
-            start.fill(pool)
-        elif latents is None:
-            draw(first, generator)
-            first.mul_(table.init_noise_sigma)
-        elif latents.shape != first.shape:
-            raise ValueError(f"expected latents of shape {list(first.shape)}, got {list(latents.shape)}")
-        else:
-            first.copy_(latents).mul_(table.init_noise_sigma)
-        steps = self.runtime.denoise(
-            pool,
+        images = images_of(self.bundle.manifest.model, conditioning, latents, generator, guided)
+        check_generators(generator, images)
+        lane = self.runtime.lane(images=images, guided=guided, size=size, tokens=tokens)
+        lane.set_inputs(conditioning)
+        run = self.runtime.run(
+            lane,
             table,
             plan,
-            whole=whole,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            image_guidance_scale=image_guidance_scale,
-            conditioning_scales=conditioning_scales,
+            Guidance(guidance_scale, guidance_rescale, image_guidance_scale or 0.0),
             generator=generator,
+            conditioning_scales=conditioning_scales,
+            whole=whole,
         )
-        return Run(pool, table, plan, steps if start is None else start.restoring(steps))
+        if start is not None:
+            start.fill(run)
+        elif latents is None:
+            draw(run.latents, generator)
+            run.latents.mul_(table.init_noise_sigma)
+        elif latents.shape != run.latents.shape:
+            raise ValueError(f"expected latents of shape {list(run.latents.shape)}, got {list(latents.shape)}")
+        else:
+            run.latents.copy_(latents).mul_(table.init_noise_sigma)
+        return run
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.loop.between import Generators, ScheduledSampler
+from fastcache.loop.noise import Generators
+from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import Scheduler
 from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler
 

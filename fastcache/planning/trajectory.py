@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastcache.loop.between import draw
+from fastcache.cut.names import FULL, shallow_pass
+from fastcache.loop.noise import draw
 from fastcache.loop.runtime import Runtime
 from fastcache.loop.table import SamplerTable
 
@@ -109,7 +110,7 @@ def draw_noise(shape: Sequence[int], seeds: Sequence[int], device: str) -> tuple
 
 
 class EngineDenoiser:
-    """A bundle's engines, one variant at a time. The pool is the runtime's own: no other run may use it meanwhile.
+    """A bundle's engines, one variant at a time. The lane is the runtime's own: no other run may use it meanwhile.
 
     Shapes: `conditioning`, the U-Net's inputs by name beside sample and timestep, of 2P rows, unconditional first.
     """
@@ -117,37 +118,37 @@ class EngineDenoiser:
     def __init__(self, runtime: Runtime, conditioning: Mapping[str, Tensor]) -> None:
         hidden = conditioning["encoder_hidden_states"]
         self.images, self.device = hidden.shape[0] // 2, runtime.device
-        self._pool = runtime.pool(batch=self.images, guided=True, num_calls=1, tokens=hidden.shape[1])
-        self._pool.set_inputs(conditioning)
-        self._rows = self._pool.rows()
-        self.branch_ids = tuple(branch for branch in self._pool.engines if branch is not None)
-        _, channels, height, width = self._pool.latent_shape
+        self._lane = runtime.lane(images=self.images, guided=True, tokens=hidden.shape[1])
+        self._lane.set_inputs(conditioning)
+        self._rows = self._lane.rows()
+        self.branch_ids = runtime.manifest.branches
+        _, channels, height, width = self._lane.latent_shape
         self.latent_shape = (channels, height, width)
 
     def full(self, samples: Tensor, timestep: float, guidance_scale: float) -> Tensor:
-        return torch.stack([self._run(None, sample, timestep, guidance_scale) for sample in samples])
+        return torch.stack([self._run(FULL, sample, timestep, guidance_scale) for sample in samples])
 
     def store(self, sample: Tensor, timestep: float, guidance_scale: float) -> tuple[Tensor, tuple[Feature, ...]]:
-        guided = self._run(None, sample, timestep, guidance_scale)
-        taken = (self._pool.taken(branch_id) for branch_id in self.branch_ids)
-        return guided, tuple(tuple(self._pool.tensors[name].clone() for name in names) for names in taken)
+        guided = self._run(FULL, sample, timestep, guidance_scale)
+        taken = (self._lane.passes[shallow_pass(branch_id)].takes for branch_id in self.branch_ids)
+        return guided, tuple(tuple(self._lane.tensors[name].clone() for name in names) for names in taken)
 
     def reuse(
         self, sample: Tensor, timestep: float, guidance_scale: float, branch_id: int, features: Sequence[Feature]
     ) -> Tensor:
         if branch_id not in self.branch_ids:
             raise ValueError(f"expected a branch out of {self.branch_ids}, which the bundle has, got {branch_id}")
-        results: list[Tensor] = []
+        results, name = list[Tensor](), shallow_pass(branch_id)
         for feature in features:
-            for name, tensor in zip(self._pool.taken(branch_id), feature, strict=True):
-                self._pool.tensors[name].copy_(tensor)
-            results.append(self._run(branch_id, sample, timestep, guidance_scale))
+            for taken, tensor in zip(self._lane.passes[name].takes, feature, strict=True):
+                self._lane.tensors[taken].copy_(tensor)
+            results.append(self._run(name, sample, timestep, guidance_scale))
         return torch.stack(results)
 
-    def _run(self, branch_id: int | None, sample: Tensor, timestep: float, guidance_scale: float) -> Tensor:
+    def _run(self, name: str, sample: Tensor, timestep: float, guidance_scale: float) -> Tensor:
         self._rows.model_input.copy_(sample)  # every half
         self._rows.tensors["timestep"].fill_(timestep)
-        self._pool.binding(branch_id).run()
+        self._lane.call(name)()
         return guide(torch.stack([*self._rows.noise_pred]), guidance_scale)
 
 

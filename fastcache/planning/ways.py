@@ -90,7 +90,7 @@ def plan_of(intervals: Intervals, ways: Sequence[Way], calls: int) -> CachePlan:
     lengths = [end - start for start, end in pairwise([*starts, calls])]
     steps = [step for (_, way), length in zip(intervals, lengths, strict=True) for step in ways[way].steps(length)]
     unguided = tuple(step for step, (_, guided) in enumerate(steps) if not guided)
-    return CachePlan(tuple(branch for branch, _ in steps), unguided_steps=unguided)
+    return CachePlan.from_branches([branch for branch, _ in steps], unguided_steps=unguided)
 
 
 def step_errors(calibration: Calibration, branches: Sequence[int | None], first: int = 0) -> Array:

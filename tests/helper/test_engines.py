@@ -135,7 +135,7 @@ def test_engines_of_several_depths_and_sizes(tiny_model: Path, tmp_path: Path) -
     bundle = fastcache.build_engines(
         tiny_model, output=tmp_path / "bundle", branch_id=branch_ids, sizes=sizes, components=("unet",)
     )
-    plan = CachePlan((None, 0, 2, 0, None, 2, 0, 0))
+    plan = CachePlan.from_branches((None, 0, 2, 0, None, 2, 0, 0))
     drawn: list[Tensor] = []
     for engines in (None, bundle):
         helper = FastCacheHelper(pipe, engines=engines)

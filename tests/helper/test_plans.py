@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eager_engines import eager_engines
+from eager_engines import eager_engines, plain_run
 from fastcache import CachePlan, FastCacheHelper, Forecast, compile_sampler, partition_unet
 from fastcache.cut.partition import partition_branches
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import denoise
+from fastcache.loop.lane import Lane
 from fastcache.loop.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, agreement_db, calls, draw, full_calls, helped, switch
 
@@ -52,7 +51,7 @@ def test_a_plan_of_several_depths(pipe: StableDiffusionPipeline) -> None:
         expected = draw(pipe)
         errors: list[float] = []
         for branches in ((None, 0, 0, 0) * 2, (None, 0, 5, 0) * 2, (None, 5, 5, 5) * 2):
-            helper.set_params(plan=CachePlan(branches))
+            helper.set_params(plan=CachePlan.from_branches(branches))
             errors.append(-agreement_db(draw(pipe), expected))
         assert errors[0] > errors[1] > errors[2]
 
@@ -63,7 +62,7 @@ def test_a_plan_too_short_is_refused(pipe: StableDiffusionPipeline) -> None:
 
 
 TAIL = tuple(range(3, STEPS))  # unguided from the refresh at 3 on
-SEVERAL_DEPTHS = CachePlan((None, 0, 2, None, 0, 2, 0, 0), unguided_steps=(5, 6, 7), forecast=Forecast())
+SEVERAL_DEPTHS = CachePlan.from_branches((None, 0, 2, None, 0, 2, 0, 0), unguided_steps=(5, 6, 7), forecast=Forecast())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +83,10 @@ def test_forecasts_and_unguided_steps_draw_what_fastcaches_own_loop_draws(
     pipe.scheduler, steps = make_scheduler(sampler, pipe.scheduler.config), STEPS
     if sampler == "heun":  # calls its U-Net twice a step, but for the last
         steps, shorter = STEPS // 2, [step for step in plan.unguided_steps if step < STEPS - 1]
-        plan = replace(plan, branches=plan.branches[:-1], unguided_steps=tuple(shorter))
+        plan = replace(plan, passes=plan.passes[:-1], unguided_steps=tuple(shorter))
     drawn, expected = planned(pipe, plan, num_inference_steps=steps), own_loop(pipe, plan, steps)
     assert agreement_db(drawn, expected) >= 60
-    plain = CachePlan(plan.branches)
+    plain = CachePlan(plan.passes)
     assert agreement_db(planned(pipe, plain, num_inference_steps=steps), expected) < 50
 
 
@@ -95,12 +94,10 @@ def own_loop(pipe: StableDiffusionPipeline, plan: CachePlan, steps: int) -> Tens
     """The same picture by `fastcache.loop`, with the passes of the same cuts as engines."""
     text = torch.cat(pipe.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    full, shallow = eager_engines(partition_branches(pipe.unet, plan.branch_ids), latents, text[:1])
-    table = compile_sampler(pipe.scheduler, steps)
-    pool = BufferPool(full, shallow, batch=1, halves=2, num_calls=plan.num_steps, channels=4)
-    pool.set_inputs({"encoder_hidden_states": text})
-    pool.latents[0].copy_(latents * table.init_noise_sigma)
-    *_, last = denoise(pool, table, plan, guidance_scale=7.5)
+    found = eager_engines(partition_branches(pipe.unet, plan.branch_ids), latents, text[:1])
+    lane = Lane(*found, images=1, halves=2, channels=4)
+    lane.set_inputs({"encoder_hidden_states": text})
+    *_, last = plain_run(lane, compile_sampler(pipe.scheduler, steps), plan, latents, guidance_scale=7.5).steps
     return last.latents.clone()
 
 
@@ -119,7 +116,7 @@ def test_unguided_steps_take_half_the_rows(pipe: StableDiffusionPipeline) -> Non
 
 def test_a_guided_step_reuses_no_half_of_a_feature(pipe: StableDiffusionPipeline) -> None:
     """Where another prompt makes an unguided step FULL that the plan has SHALLOW."""
-    plan = replace(CachePlan((None, *(0,) * 7)), unguided_steps=(4, 5))
+    plan = CachePlan.from_branches((None, *(0,) * 7), unguided_steps=(4, 5))
     other = torch.cat(pipe.encode_prompt("a small blue ring", "cpu", 1, True)[::-1])
     change = switch(3, lambda pipe, tensors: tensors | {"prompt_embeds": other})
     helper = FastCacheHelper(pipe)
@@ -133,7 +130,7 @@ def test_a_forecast_forgets_what_another_prompt_made(pipe: StableDiffusionPipeli
     """The step after a change reuses the one feature that there is of the new prompt, and extrapolates nothing."""
     other = torch.cat(pipe.encode_prompt("a small blue ring", "cpu", 1, True)[::-1])
     change = switch(3, lambda pipe, tensors: tensors | {"prompt_embeds": other})
-    plan = CachePlan((None, 0, 0, None, 0, 0, 0, 0))
+    plan = CachePlan.from_branches((None, 0, 0, None, 0, 0, 0, 0))
     drawn = [planned(pipe, replace(plan, forecast=forecast), **change) for forecast in (Forecast(), None)]
     assert torch.equal(*drawn)
     drawn = [planned(pipe, replace(plan, forecast=forecast)) for forecast in (Forecast(), None)]

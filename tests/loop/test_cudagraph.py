@@ -17,13 +17,14 @@ from torch import Tensor
 
 import fastcache
 import fastcache_engines
-from eager_engines import generators, refill, small_pool
+from eager_engines import GUIDANCE, generators, plain_run, refill, small_lane, start
 from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTable, compile_sampler
-from fastcache.loop.between import ScheduledSampler
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import Step, denoise
-from fastcache.loop.drivers.cudagraph import CudaRecorder, Recorder, denoise_captured
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder, Recorder
+from fastcache.loop.lane import Lane
+from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.loop.steps import Step
 from list_recorder import ListRecorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -41,15 +42,15 @@ def recorder_of(device: str) -> Recorder:
     return CudaRecorder() if device == "cuda" else ListRecorder()
 
 
-def run(
-    recorder: Recorder | None, pool: BufferPool, table: SamplerTable, plan: CachePlan, **options: Any
-) -> Iterator[Step]:
-    refill(pool)
-    pool.latents[0].mul_(table.init_noise_sigma)
+def run(recorder: Recorder | None, lane: Lane, table: SamplerTable, plan: CachePlan, **options: Any) -> Iterator[Step]:
+    refill(lane)
     options = {"guidance_scale": 3.0, "generator": generators()} | options
     if recorder is None:
-        return denoise(pool, table, plan, **options)
-    return denoise_captured(recorder, pool, table, plan, **options)
+        return plain_run(lane, table, plan, **options).steps
+    guidance = Guidance(*(options.pop(name, usual) for name, usual in GUIDANCE.items()))
+    captured = CapturedRun(recorder, lane, table, plan, guidance, **options)
+    captured.latents.copy_(start()).mul_(table.init_noise_sigma)
+    return captured.steps
 
 
 def last(steps: Iterator[Step]) -> Tensor:
@@ -61,17 +62,17 @@ def check(
     sampler: str, plan_of: Callable[[int], CachePlan], device: str, *, halves: int = 2, rescale: float = 0.0
 ) -> None:
     table = table_of(sampler)
-    pool, plan, recorder = (
-        small_pool(table.num_calls, halves=halves, device=device),
+    lane, plan, recorder = (
+        small_lane(halves=halves, device=device),
         plan_of(table.num_calls),
         recorder_of(device),
     )
-    expected = [step.latents.clone() for step in run(None, pool, table, plan, guidance_rescale=rescale)]
+    expected = [step.latents.clone() for step in run(None, lane, table, plan, guidance_rescale=rescale)]
     scale = float(expected[-1].abs().max())
-    whole = list(run(recorder, pool, table, plan, guidance_rescale=rescale))
+    whole = list(run(recorder, lane, table, plan, guidance_rescale=rescale))
     assert [step.index for step in whole] == [table.num_calls - 1]
     assert float((whole[0].latents - expected[-1]).abs().max()) < 2e-4 * scale
-    stepwise = run(recorder, pool, table, plan, guidance_rescale=rescale, stepwise=True)
+    stepwise = run(recorder, lane, table, plan, guidance_rescale=rescale, stepwise=True)
     for step, wanted in zip(stepwise, expected, strict=True):
         assert (step.full, step.timestep) == (plan.is_full(step.index), float(table.timesteps[step.index]))
         assert float((step.latents - wanted).abs().max()) < 2e-4 * float(wanted.abs().max())
@@ -86,9 +87,11 @@ def test_every_sampler(sampler: str, device: str) -> None:
 PLANS: dict[str, Callable[[int], CachePlan]] = {
     "all full": CachePlan.all_full,
     "interval": lambda calls: CachePlan.uniform(calls, 3).guided_within(3, 6),
-    "depths": lambda calls: CachePlan((None, 2, 0, None, 5, 2, 0, 0)),
+    "depths": lambda calls: CachePlan.from_branches((None, 2, 0, None, 5, 2, 0, 0)),
     "forecast": lambda calls: replace(CachePlan.uniform(calls, 2), forecast=Forecast(2)),
-    "all": lambda calls: CachePlan((None, 2, None, 5, 2, 0, None, 0), forecast=Forecast(1)).guided_within(2, 7),
+    "all": lambda calls: CachePlan.from_branches((None, 2, None, 5, 2, 0, None, 0), forecast=Forecast(1)).guided_within(
+        2, 7
+    ),
 }
 
 
@@ -107,49 +110,49 @@ def test_rescaled_guidance(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_latents_written_between_two_steps_are_taken_up(device: str) -> None:
     table, plan = table_of("dpm++_2m"), CachePlan.uniform(STEPS, 3)
-    pool, recorder, results = small_pool(STEPS, device=device), recorder_of(device), list[Tensor]()
+    lane, recorder, results = small_lane(device=device), recorder_of(device), list[Tensor]()
     for used in (None, recorder):
         options = {} if used is None else {"stepwise": True}
-        steps = run(used, pool, table, plan, **options)
+        steps = run(used, lane, table, plan, **options)
         for step in islice(steps, 4):
             if step.index == 3:
                 step.latents.mul_(0.5)
         results.append(last(steps))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
-    assert float((results[0] - last(run(None, pool, table, plan))).abs().max()) > 0.01
+    assert float((results[0] - last(run(None, lane, table, plan))).abs().max()) > 0.01
 
 
 def test_a_recording_serves_every_run_with_its_plan_sampler_and_addresses() -> None:
     recorder, table, plan = ListRecorder(), table_of("ddim"), CachePlan.uniform(STEPS, 3)
-    pool = small_pool(STEPS)
-    first = last(run(recorder, pool, table, plan))
-    other = last(run(recorder, pool, table, replace(plan, made_by="again"), guidance_scale=6.0))
+    lane = small_lane()
+    first = last(run(recorder, lane, table, plan))
+    other = last(run(recorder, lane, table, replace(plan, made_by="again"), guidance_scale=6.0))
     assert (recorder.recordings, recorder.warm_ups) == (1, 1)
     assert float((first - other).abs().max()) > 1e-3
-    torch.testing.assert_close(other, last(run(None, pool, table, plan, guidance_scale=6.0)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other, last(run(None, lane, table, plan, guidance_scale=6.0)), rtol=1e-4, atol=1e-4)
 
-    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 2)))
-    last(run(recorder, pool, table_of("ddim"), plan))
-    last(run(recorder, pool, table, plan, guidance_rescale=0.5))
+    last(run(recorder, lane, table, CachePlan.uniform(STEPS, 2)))
+    last(run(recorder, lane, table_of("ddim"), plan))
+    last(run(recorder, lane, table, plan, guidance_rescale=0.5))
     assert recorder.recordings == 4
-    last(run(recorder, small_pool(STEPS), table, plan))
+    last(run(recorder, small_lane(), table, plan))
     assert recorder.recordings == 5
-    pool.bindings.clear()  # what is bound anew may read other addresses
-    last(run(recorder, pool, table, plan))
+    lane._bindings.clear()  # what is bound anew may read other addresses
+    last(run(recorder, lane, table, plan))
     assert recorder.recordings == 6
-    assert torch.equal(last(run(recorder, pool, table, plan)), first)
+    assert torch.equal(last(run(recorder, lane, table, plan)), first)
     assert recorder.recordings == 6
 
 
-def test_a_pool_keeps_few_recordings() -> None:
-    recorder, table, pool = ListRecorder(), table_of("ddim"), small_pool(STEPS)
+def test_a_lane_keeps_few_recordings() -> None:
+    recorder, table, lane = ListRecorder(), table_of("ddim"), small_lane()
     for interval in (1, 2, 3, 4, 5, 6, 7, 8):
-        last(run(recorder, pool, table, CachePlan.uniform(STEPS, interval)))
-    last(run(recorder, pool, table, CachePlan.from_refresh_steps(STEPS, (0, 1))))
-    assert len(pool.recorded) == 8
-    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 8)))
+        last(run(recorder, lane, table, CachePlan.uniform(STEPS, interval)))
+    last(run(recorder, lane, table, CachePlan.from_refresh_steps(STEPS, (0, 1))))
+    assert len(lane.recorded) == 8
+    last(run(recorder, lane, table, CachePlan.uniform(STEPS, 8)))
     assert recorder.recordings == 9
-    last(run(recorder, pool, table, CachePlan.uniform(STEPS, 1)))
+    last(run(recorder, lane, table, CachePlan.uniform(STEPS, 1)))
     assert recorder.recordings == 10
 
 
@@ -158,36 +161,36 @@ def test_a_pool_keeps_few_recordings() -> None:
     [
         (CachePlan.uniform(STEPS, 3), 2),
         (CachePlan.uniform(STEPS, 3).guided_within(3, 6), 4),
-        (CachePlan((None, 2, 0, None, 2, 2, 0, 0)), 3),
+        (CachePlan.from_branches((None, 2, 0, None, 2, 2, 0, 0)), 3),
     ],
 )
 def test_steps_of_a_kind_share_a_recording(plan: CachePlan, kinds: int) -> None:
     recorder = ListRecorder()
-    last(run(recorder, small_pool(STEPS), table_of("unipc"), plan, stepwise=True))
+    last(run(recorder, small_lane(), table_of("unipc"), plan, stepwise=True))
     assert recorder.recordings == kinds
 
 
 def test_a_run_that_lost_its_buffers_stops() -> None:
-    recorder, table, plan, pool = ListRecorder(), table_of("ddim"), CachePlan.uniform(STEPS, 3), small_pool(STEPS)
-    old = run(recorder, pool, table, plan, stepwise=True)
+    recorder, table, plan, lane = ListRecorder(), table_of("ddim"), CachePlan.uniform(STEPS, 3), small_lane()
+    old = run(recorder, lane, table, plan, stepwise=True)
     next(old)
-    new = run(recorder, pool, table, plan, stepwise=True)
+    new = run(recorder, lane, table, plan, stepwise=True)
     with pytest.raises(RuntimeError, match="a newer run"):
         next(old)
     assert len(list(new)) == STEPS
 
 
 def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, plan = small_pool(STEPS), CachePlan.uniform(STEPS, 3)
+    lane, plan = small_lane(), CachePlan.uniform(STEPS, 3)
     with pytest.raises(ValueError, match="8 U-Net calls, got one for 9"):
-        run(ListRecorder(), pool, table_of("ddim"), CachePlan.uniform(STEPS + 1, 3))
+        run(ListRecorder(), lane, table_of("ddim"), CachePlan.uniform(STEPS + 1, 3))
     scheduler = make_scheduler("ddim", CONFIG)
     scheduler.set_timesteps(STEPS)
     with pytest.raises(ValueError, match="expected a sampler with a table"):
-        denoise_captured(ListRecorder(), pool, ScheduledSampler(scheduler, {}), plan)
+        CapturedRun(ListRecorder(), lane, ScheduledSampler(scheduler, {}), plan)
     monkeypatch.setattr("eager_engines.EagerBinding.capturable", lambda self: False)
     with pytest.raises(BackendUnavailable, match="got EagerBinding; load without cuda_graph"):
-        run(ListRecorder(), pool, table_of("ddim"), plan)
+        run(ListRecorder(), lane, table_of("ddim"), plan)
 
 
 def test_a_bundle_for_the_cpu_has_no_cuda_graph(tiny_bundle: Bundle) -> None:

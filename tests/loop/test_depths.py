@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastcache
-from eager_engines import eager_engines
+from eager_engines import eager_engines, plain_run
 from fastcache import Bundle, CachePlan, Forecast, compile_sampler
 from fastcache.bundle.parity import module_parity
 from fastcache.bundle.recipe import recipe_from
@@ -21,15 +21,14 @@ from fastcache.cli import main
 from fastcache.compile import passes
 from fastcache.cut.partition import partition_branches
 from fastcache.health.verify import verify_bundle
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import denoise
+from fastcache.loop.lane import Lane
 from fastcache.loop.scheduler import make_scheduler
 from small_unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
 STEPS = 8
-PLAN = CachePlan((None, 2, 0, 0, 2, 0, None, 0))
+PLAN = CachePlan.from_branches((None, 2, 0, 0, 2, 0, None, 0))
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +40,18 @@ def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
 def test_the_manifest_names_every_branch(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert (manifest.branch_id, manifest.branches) == (0, (0, 2))
-    assert manifest.shallow_roles == {0: "shallow", 2: "shallow_2"}
-    assert set(manifest.engines) == {"full", *manifest.shallow_roles.values()}
-    full, deepest = manifest.engines["full"], manifest.engines["shallow_2"]
-    assert {s.name for s in deepest.inputs} & {s.name for s in full.outputs} == {
-        s.name for s in full.outputs if s.name.endswith("_2")
-    }
-    refreshed = {s.name for s in manifest.engines["shallow"].inputs} & {s.name for s in full.outputs}
-    assert refreshed < {s.name for s in deepest.outputs}
+    passes = manifest.passes
+    assert list(passes) == list(manifest.engines) == ["full", "shallow-0", "shallow-2"]
+    assert all(entry.engines == (name,) for name, entry in passes.items())
+    assert passes["full"].takes == ()
+    assert (
+        set(passes["full"].stores) == {*passes["shallow-0"].takes, *passes["shallow-2"].takes} == {*manifest.features}
+    )
+    assert all(name.endswith("_2") for name in passes["shallow-2"].takes)
+    assert passes["shallow-2"].stores == passes["shallow-0"].takes
+    assert passes["shallow-0"].stores == ()
+    costs = [passes[name].multiply_adds for name in ("shallow-0", "shallow-2", "full")]
+    assert 0 < costs[0] < costs[1] < costs[2]
 
 
 def test_verify_checks_every_branch(bundle: Bundle) -> None:
@@ -87,12 +90,10 @@ def through_eager(bundle: Bundle, model: Path, plan: CachePlan, embeds: Tensor, 
     """The same run on the PyTorch passes."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").eval()
     cuts = partition_branches(unet, (0, 2), "auto")
-    full, shallow = eager_engines(cuts, latents, embeds[:1])
     table = compile_sampler(make_scheduler("ddim", bundle.manifest.model.scheduler), STEPS)
-    pool = BufferPool(full, shallow, batch=1, halves=2, num_calls=STEPS, channels=latents.shape[1])
-    pool.set_inputs({"encoder_hidden_states": embeds})
-    pool.latents[0].copy_(latents)
-    *_, last = denoise(pool, table, plan, guidance_scale=5.0)
+    lane = Lane(*eager_engines(cuts, latents, embeds[:1]), images=1, halves=2, channels=latents.shape[1])
+    lane.set_inputs({"encoder_hidden_states": embeds})
+    *_, last = plain_run(lane, table, plan, latents, guidance_scale=5.0).steps
     return last.latents.clone()
 
 
@@ -104,8 +105,8 @@ def test_a_plan_chooses_a_depth_for_each_step(bundle: Bundle, tiny_model: Path, 
     embeds = torch.randn(2, *(int(n) for n in spec["encoder_hidden_states"][1:]), generator=generator)
     latents = torch.randn(1, *(int(n) for n in spec["sample"][1:]), generator=generator)
     drawn: dict[CachePlan, Tensor] = {}
-    for branches in (PLAN.branches, CachePlan.from_refresh_steps(STEPS, (0, 6)).branches):
-        plan = CachePlan(branches, forecast=forecast)
+    for names in (PLAN.passes, CachePlan.from_refresh_steps(STEPS, (0, 6)).passes):
+        plan = CachePlan(names, forecast=forecast)
         run = pipe.start(embeds, guided=True, num_inference_steps=STEPS, plan=plan, latents=latents, guidance_scale=5.0)
         *_, last = run.steps
         drawn[plan] = last.latents.clone()
@@ -117,8 +118,9 @@ def test_a_plan_chooses_a_depth_for_each_step(bundle: Bundle, tiny_model: Path, 
 
 def test_a_branch_that_the_bundle_lacks_is_refused(bundle: Bundle) -> None:
     embeds = torch.zeros(2, 16, 16)
-    with pytest.raises(ValueError, match=r"plan for branch 0 and 2, which .*, got one for 0, 3; build"):
-        fastcache.load(bundle.path).start(embeds, guided=True, num_inference_steps=3, plan=CachePlan((None, 0, 3)))
+    plan = CachePlan.from_branches((None, 0, 3))
+    with pytest.raises(ValueError, match=r"passes full, shallow-0, shallow-2, which .*, got one with shallow-3; build"):
+        fastcache.load(bundle.path).start(embeds, guided=True, num_inference_steps=3, plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_bad_branch_ids_are_refused(given: object, message: str) -> None:
     ("flags", "code", "says"),
     [
         (("--guidance-steps", "3:6", "--forecast", 2, "--forecast-by", "sigma", "--damping", 0.5), 0, ""),
-        (("--guidance-steps", "4:6"), 2, "SHALLOW step 4 to reuse"),
+        (("--guidance-steps", "4:6"), 2, "the guided step 4 (shallow-0) to reuse"),
         (("--guidance-steps", "3-6"), 2, "expected --guidance-steps as A:B"),
         (("--damping", 0.5), 2, "only with --forecast"),
     ],

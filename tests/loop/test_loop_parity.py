@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eager_engines import BRANCHES, IMAGES, conditioning, generators, small_cuts, small_pool, start
+from eager_engines import BRANCHES, IMAGES, conditioning, generators, plain_run, small_cuts, small_lane, start
 from fastcache import CachePlan, Forecast, compile_sampler
-from fastcache.loop.denoise import denoise
-from fastcache.loop.features import extrapolate
+from fastcache.loop.features import check_reuse, extrapolate, moves
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 
 # numpy's word to diffusers, not to us
@@ -27,9 +26,8 @@ SCALE, STEPS = 3.0, 9
 def loop(sampler: str, plan: CachePlan, rescale: float = 0.0) -> Tensor:
     """What fastcache's loop leaves."""
     table = compile_sampler(make_scheduler(sampler, CONFIG), STEPS)
-    pool = small_pool(table.num_calls)
-    pool.latents[0].mul_(table.init_noise_sigma)
-    *_, last = denoise(pool, table, plan, guidance_scale=SCALE, guidance_rescale=rescale, generator=generators())
+    options = {"guidance_scale": SCALE, "guidance_rescale": rescale, "generator": generators()}
+    *_, last = plain_run(small_lane(), table, plan, **options).steps
     return last.latents.clone()
 
 
@@ -155,17 +153,19 @@ def test_a_forecast_that_counts_for_nothing_is_plain_reuse() -> None:
 
 def test_a_forecast_ends_where_guidance_was_off() -> None:
     """Step 5 runs unguided on a forecast, step 7 is guided again: the conditional half must be as step 6 stored it."""
-    plan = replace(
-        CachePlan((None, 0, None, 0, None, 0, None, 0, 0), unguided_steps=(0, 1, 2, 3, 5, 8)), forecast=Forecast(2)
+    plan = CachePlan.from_branches(
+        (None, 0, None, 0, None, 0, None, 0, 0), unguided_steps=(0, 1, 2, 3, 5, 8), forecast=Forecast(2)
     )
-    assert plan.feature_weights(7).keys() == {4, 6}
+    found = moves(plan, small_lane().passes, None)["cached_feature"]
+    assert found.makes[7][0] == [found.keeps[4], found.keeps[6]]
     assert_same(loop("ddim", plan), plain_loop("ddim", plan))
 
 
 def test_a_guided_step_after_an_unguided_forecast_reuses_what_was_stored() -> None:
-    plan = CachePlan((None, None, 0, 0, None), unguided_steps=(0, 2), forecast=Forecast(1))
-    assert [plan.feature_weights(step) for step in (2, 3)] == [{0: -1.0, 1: 2.0}, {1: 1.0}]
-    padded = replace(plan, branches=plan.branches + (0,) * (STEPS - 5))
+    plan = CachePlan.from_branches((None, None, 0, 0, None), unguided_steps=(0, 2), forecast=Forecast(1))
+    made = moves(plan, small_lane().passes, None)["cached_feature"].makes
+    assert [made[step][1] for step in (2, 3)] == [[-1.0, 2.0], [1.0]]
+    padded = replace(plan, passes=plan.passes + ("shallow-0",) * (STEPS - 5))
     assert_same(loop("ddim", padded), plain_loop("ddim", padded))
 
 
@@ -182,7 +182,7 @@ def test_extrapolating(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "unipc"])
 def test_several_depths(sampler: str) -> None:
-    plan = CachePlan((None, 0, 2, 0, 5, 0, 2, 5, 0))
+    plan = CachePlan.from_branches((None, 0, 2, 0, 5, 0, 2, 5, 0))
     expected = plain_loop(sampler, plan)
     assert_same(loop(sampler, plan), expected)
     same_refreshes = CachePlan.from_refresh_steps(STEPS, (0,))
@@ -194,11 +194,13 @@ def plans(draw: st.DrawFn) -> CachePlan:
     branches = (None, *draw(st.lists(st.sampled_from((None, *BRANCHES)), min_size=STEPS - 1, max_size=STEPS - 1)))
     forecast = draw(st.none() | st.builds(Forecast, *map(st.sampled_from, ((1, 2), (0.5, 1.0), ("step", "sigma")))))
     unguided = sorted(draw(st.sets(st.integers(0, STEPS - 1))))
+    plan = CachePlan.from_branches(branches, unguided_steps=tuple(unguided), forecast=forecast)
     try:
-        return CachePlan(branches, unguided_steps=tuple(unguided), forecast=forecast)
+        check_reuse(plan, small_lane().passes)
     except ValueError as error:
         assert "to reuse a guided step's feature" in str(error)  # noqa: PT017
-        return CachePlan(branches, forecast=forecast)
+        return replace(plan, unguided_steps=())
+    return plan
 
 
 @given(plans())

@@ -14,11 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcache.loop.plan import FULL, CachePlan, Forecast
+from fastcache.bundle.manifest import PassEntry
+from fastcache.cut.names import FULL
+from fastcache.loop.features import check_reuse, moves
+from fastcache.loop.plan import CachePlan, Forecast
 
+PASSES = {FULL: PassEntry(engines=(FULL,), takes=(), stores=tuple(f"feature_{b}" for b in range(12)))} | {
+    f"shallow-{b}": PassEntry(
+        engines=(f"shallow-{b}",), takes=(f"feature_{b}",), stores=tuple(f"feature_{other}" for other in range(b))
+    )
+    for b in range(12)
+}
 PLANS = st.builds(
-    CachePlan,
-    branches=st.lists(st.none() | st.integers(0, 11), max_size=60).map(lambda rest: (FULL, *rest)),
+    CachePlan.from_branches,
+    branches=st.lists(st.none() | st.integers(0, 11), max_size=60).map(lambda rest: (None, *rest)),
     model=st.none() | st.text(),
     sampler=st.none() | st.text(),
     made_by=st.text(),
@@ -33,6 +42,7 @@ def steps_of(plan: CachePlan) -> st.SearchStrategy[tuple[CachePlan, set[int]]]:
 
 def test_uniform() -> None:
     plan = CachePlan.uniform(num_steps=7, interval=3, branch_id=2)
+    assert plan.passes == ("full", "shallow-2", "shallow-2", "full", "shallow-2", "shallow-2", "full")
     assert plan.branches == (None, 2, 2, None, 2, 2, None)
     assert plan.refresh_steps == (0, 3, 6)
     assert plan.num_steps == 7
@@ -48,7 +58,7 @@ def test_uniform_refreshes_every_interval(num_steps: int, interval: int) -> None
 
 
 def test_all_full() -> None:
-    assert CachePlan.all_full(3).branches == (FULL, FULL, FULL)
+    assert CachePlan.all_full(3).passes == (FULL, FULL, FULL)
     assert CachePlan.uniform(9, 1).branches == CachePlan.all_full(9).branches
 
 
@@ -116,13 +126,20 @@ def test_json_round_trip(plan: CachePlan) -> None:
 def test_json_names_what_the_design_promises() -> None:
     plan = replace(CachePlan.uniform(3, 2, branch_id=1), model="demo", sampler="ddim")
     assert json.loads(plan.to_json()) == {
-        "schema": "fastcache.plan/1",
+        "schema": "fastcache.plan/2",
         "model": "demo",
         "sampler": "ddim",
         "made_by": "uniform(interval=2)",
         "num_steps": 3,
-        "branches": [None, 1, None],
+        "passes": ["full", "shallow-1", "full"],
     }
+
+
+@given(PLANS)
+def test_a_file_of_the_first_schema_means_what_it_meant(plan: CachePlan) -> None:
+    fields = json.loads(plan.to_json()) | {"schema": "fastcache.plan/1", "branches": plan.branches}
+    del fields["passes"]
+    assert CachePlan.from_json(json.dumps(fields)) == plan
 
 
 def test_json_has_further_keys_only_where_they_say_something() -> None:
@@ -136,18 +153,27 @@ def test_json_has_further_keys_only_where_they_say_something() -> None:
 
 @given(PLANS.flatmap(steps_of))
 def test_a_guided_step_reuses_what_a_guided_step_stored(case: tuple[CachePlan, set[int]]) -> None:
-    plan, unguided = case
+    plan, unguided = replace(case[0], unguided_steps=tuple(sorted(case[1]))), case[1]
     stored_by = [
-        max(s for s in range(step) if plan.stores(s, branch)) if branch is not None else None
+        max(s for s in range(step) if plan.branches[s] is None or (plan.branches[s] or 0) > branch)
+        if branch is not None
+        else None
         for step, branch in enumerate(plan.branches)
     ]
     fits = all(s is None or step in unguided or s not in unguided for step, s in enumerate(stored_by))
-    make = lambda: replace(plan, unguided_steps=tuple(sorted(unguided)))  # noqa: E731
     if fits:
-        assert CachePlan.from_json(make().to_json()) == make()
+        check_reuse(plan, PASSES)
     else:
         with pytest.raises(ValueError, match="to reuse a guided step's feature"):
-            make()
+            check_reuse(plan, PASSES)
+
+
+def test_what_a_plan_needs_of_the_passes() -> None:
+    with pytest.raises(ValueError, match=r"of the passes full, shallow-0, which .*, got one with shallow-1; build"):
+        check_reuse(CachePlan.uniform(4, 2, 1), {name: PASSES[name] for name in ("full", "shallow-0")})
+    nothing = PASSES | {"full": PassEntry(engines=("full",), takes=(), stores=())}
+    with pytest.raises(ValueError, match=r"stores feature_0 before step 1 \(shallow-0\), got none"):
+        check_reuse(CachePlan.uniform(4, 2), nothing)
 
 
 def test_guided_within() -> None:
@@ -157,22 +183,31 @@ def test_guided_within() -> None:
     assert CachePlan.uniform(7, 3).guided_within(0, 7) == CachePlan.uniform(7, 3)
 
 
-def test_a_deeper_shallow_step_stores_what_lies_above_it() -> None:
-    plan = CachePlan((None, 0, 2, 0, 5, 2, 0))
-    assert plan.branch_ids == (0, 2, 5)
-    assert [next(plan.stores_before(step)) for step in (1, 2, 3, 4, 5, 6)] == [0, 0, 2, 0, 4, 5]
-    assert not plan.stores(2, 2)
+def feature_weights(
+    plan: CachePlan, step: int, sigmas: list[float] | None = None, feature: str = "feature_0"
+) -> dict[int, float]:
+    """Out of which steps' stored features a step makes its own, and what each counts."""
+    kept, in_place = dict[int, int](), None
+    found = moves(plan, PASSES, sigmas)[feature]
+    for own in range(step + 1):
+        if own in found.makes:
+            places, weights = found.makes[own]
+            in_place = {kept[place]: weight for place, weight in zip(places, weights, strict=True)}
+        if own in found.keeps:
+            kept[found.keeps[own]] = own
+            in_place = {own: 1.0} if own < step else in_place
+    assert in_place is not None
+    return in_place
 
 
 def test_forecast_weights() -> None:
     plan = replace(CachePlan.from_refresh_steps(9, (0, 2, 5)), forecast=Forecast(1))
-    assert plan.feature_weights(1) == {0: 1.0}
-    assert plan.feature_weights(3) == pytest.approx({0: -0.5, 2: 1.5})
-    assert plan.feature_weights(8) == pytest.approx({2: -1.0, 5: 2.0})
-    assert replace(plan, forecast=Forecast(1, 0.5)).feature_weights(8) == pytest.approx({2: -0.5, 5: 1.5})
-    assert replace(plan, forecast=Forecast(2)).feature_weights(8) == pytest.approx({0: 1.8, 2: -4.0, 5: 3.2})
-    assert replace(plan, forecast=Forecast(2, 0)).feature_weights(8) == {5: 1.0}
-    assert replace(plan, forecast=None).feature_weights(8) == {5: 1.0}
+    assert feature_weights(plan, 1) == {0: 1.0}
+    assert feature_weights(plan, 3) == pytest.approx({0: -0.5, 2: 1.5})
+    assert feature_weights(plan, 8) == pytest.approx({2: -1.0, 5: 2.0})
+    assert feature_weights(replace(plan, forecast=Forecast(1, 0.5)), 8) == pytest.approx({2: -0.5, 5: 1.5})
+    assert feature_weights(replace(plan, forecast=Forecast(2)), 8) == pytest.approx({0: 1.8, 2: -4.0, 5: 3.2})
+    assert feature_weights(replace(plan, forecast=Forecast(2, 0)), 8) == {5: 1.0}
 
 
 @given(st.integers(1, 2), st.floats(0, 1), st.sets(st.integers(0, 20), min_size=3, max_size=3), st.integers(21, 40))
@@ -188,12 +223,12 @@ def test_a_forecast_of_a_polynomial_is_the_polynomial(order: int, damping: float
 def test_a_forecast_by_sigma() -> None:
     sigmas = [8.0, 4.0, 2.0, 2.0, 1.0, 0.5]
     plan = replace(CachePlan.from_refresh_steps(6, (0, 2, 3)), forecast=Forecast(1, by="sigma"))
-    assert plan.feature_weights(1, sigmas) == {0: 1.0}
-    assert plan.feature_weights(4, sigmas) == {3: 1.0}  # 2 and 3 lie at the same noise level, and 0 too far back
+    assert feature_weights(plan, 1, sigmas) == {0: 1.0}
+    assert feature_weights(plan, 4, sigmas) == {3: 1.0}  # 2 and 3 lie at the same noise level, and 0 too far back
     squared = replace(plan, forecast=Forecast(2, by="sigma"))
-    assert squared.feature_weights(4, sigmas) == pytest.approx({0: -1 / 6, 3: 7 / 6})
+    assert feature_weights(squared, 4, sigmas) == pytest.approx({0: -1 / 6, 3: 7 / 6})
     with pytest.raises(ValueError, match="noise levels with a forecast by sigma, got None; forecast by step"):
-        plan.feature_weights(4)
+        moves(plan, PASSES, None)
 
 
 FORECAST: dict[str, Any] = {"order": 1, "damping": 1, "by": "step"}
@@ -202,6 +237,11 @@ FORECAST: dict[str, Any] = {"order": 1, "damping": 1, "by": "step"}
 def document(**changes: Any) -> str:
     fields = {**json.loads(CachePlan.uniform(3, 2).to_json()), **changes}
     return json.dumps({key: value for key, value in fields.items() if value != "drop"})
+
+
+def old(branches: object) -> str:
+    """A document of the first schema."""
+    return document(schema="fastcache.plan/1", passes="drop", branches=branches)
 
 
 @pytest.mark.parametrize(
@@ -215,21 +255,25 @@ def document(**changes: Any) -> str:
         (b"\xff", "a plan as JSON", "xff"),
         (None, "a plan as JSON", "None"),
         ("[]", "a JSON object", r"\[\]"),
-        ("{}", 'schema "fastcache.plan/1"', "None"),
-        (document(schema="fastcache.plan/2"), 'schema "fastcache.plan/1"', "'fastcache.plan/2'"),
-        (document(schema=["fastcache.plan/1"]), 'schema "fastcache.plan/1"', r"\['fastcache.plan/1'\]"),
-        (document(model="drop"), "the keys", "branches"),
+        ("{}", 'schema "fastcache.plan/2"', "None"),
+        (document(schema="fastcache.plan/3"), 'schema "fastcache.plan/2"', "'fastcache.plan/3'"),
+        (document(schema=["fastcache.plan/2"]), 'schema "fastcache.plan/2"', r"\['fastcache.plan/2'\]"),
+        (document(schema="fastcache.plan/1"), 'schema "fastcache.plan/2"', "'fastcache.plan/1'"),
+        (document(model="drop"), "the keys", "made_by"),
         (document(branch_id=0), "the keys", "branch_id"),
-        (document(branches="drop"), "the keys", "made_by"),
-        (document(branches=None), "branches to be a list", "None"),
-        (document(branches="nnn"), "branches to be a list", "'nnn'"),
-        (document(branches=[]), "branches to be a tuple with an entry a step", r"\(\)"),
-        (document(branches=[0, None, None]), r"first step to be FULL \(None\)", "0"),
-        (document(branches=[None, -1, None]), r"branches\[1\] to be None or an integer >= 0", "-1"),
-        (document(branches=[None, True, None]), r"branches\[1\] to be None or an integer >= 0", "True"),
-        (document(branches=[None, 0.0, None]), r"branches\[1\] to be None or an integer >= 0", "0.0"),
-        (document(branches=[None, None, "0"]), r"branches\[2\] to be None or an integer >= 0", "'0'"),
-        (document(branches=[False, None, None]), r"branches\[0\] to be None or an integer >= 0", "False"),
+        (document(passes="drop"), "the keys", "made_by"),
+        (document(passes=None), "passes to be a list", "None"),
+        (document(passes="nnn"), "passes to be a list", "'nnn'"),
+        (document(passes=[], num_steps=0), "passes to be a tuple with a name a step", r"\(\)"),
+        (document(passes=["shallow-0", "full", "full"]), "first step to be FULL", "'shallow-0'"),
+        (document(passes=["full", None, "full"]), r"passes\[1\] to name a pass", "None"),
+        (document(passes=["full", "a b", "full"]), r"passes\[1\] to name a pass", "'a b'"),
+        (old([None, -1, None]), r"branches\[1\] to be null or an integer >= 0", "-1"),
+        (old([None, True, None]), r"branches\[1\] to be null or an integer >= 0", "True"),
+        (old([None, 0.0, None]), r"branches\[1\] to be null or an integer >= 0", "0.0"),
+        (old([None, None, "0"]), r"branches\[2\] to be null or an integer >= 0", "'0'"),
+        (old([False, None, None]), r"branches\[0\] to be null or an integer >= 0", "False"),
+        (old("nnn"), 'schema "fastcache.plan/2"', "'fastcache.plan/1'"),
         (document(num_steps=4), "num_steps 3", "4"),
         (document(num_steps=3.0), "num_steps 3", "3.0"),
         (document(num_steps=None), "num_steps 3", "None"),
@@ -240,7 +284,6 @@ def document(**changes: Any) -> str:
         (document(unguided_steps=[0, 3]), r"unguided_steps in 0\.\.2", r"\(0, 3\)"),
         (document(unguided_steps=[True]), r"unguided_steps in 0\.\.2", "True"),
         (document(unguided_steps=[2, 0]), "ascending order, each once", r"\(2, 0\)"),
-        (document(unguided_steps=[0]), "guided SHALLOW step 1 to reuse", "unguided step 0"),
         (document(forecast=1), "the keys order, damping and by", "1"),
         (document(forecast={"order": 1, "damping": 1}), "the keys order, damping and by", "order"),
         (document(forecast=FORECAST | {"as": 1}), "the keys order, damping and by", "as"),
@@ -263,18 +306,17 @@ def test_from_json_refuses(text: Any, expected: str, got: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CachePlan(()), r"branches to be a tuple.*got \(\)"),
-        (lambda: CachePlan([None, 0]), r"branches to be a tuple.*got \[None, 0\]"),  # pyright: ignore[reportArgumentType]
-        (lambda: CachePlan((0, None)), r"first step to be FULL.*got 0"),
-        (lambda: CachePlan((None, True)), r"branches\[1\].*got True"),
-        (lambda: CachePlan((None, None), unguided_steps=[1]), r"unguided_steps to be a tuple.*got \[1\]"),  # pyright: ignore[reportArgumentType]
-        (lambda: CachePlan((None, None), unguided_steps=(1, 1)), r"each once, got \(1, 1\)"),
-        (lambda: CachePlan((None, 0), unguided_steps=(0,)), "SHALLOW step 1 to reuse.*unguided step 0 stored; make"),
-        (lambda: CachePlan((None, 2, 0), unguided_steps=(1,)), "SHALLOW step 2 to reuse.*unguided step 1 stored; make"),
-        (lambda: CachePlan.uniform(6, 3).guided_within(2, 5), "SHALLOW step 2 to reuse.*unguided step 0 stored; make"),
+        (lambda: CachePlan(()), r"passes to be a tuple.*got \(\)"),
+        (lambda: CachePlan(["full"]), r"passes to be a tuple.*got \['full'\]"),  # pyright: ignore[reportArgumentType]
+        (lambda: CachePlan.from_branches((0, None)), r"first step to be FULL.*got 'shallow-0'"),
+        (lambda: CachePlan.from_branches((None, True)), "branch_id to be an integer.*got True"),
+        (lambda: CachePlan(("full", 0)), r"passes\[1\] to name a pass, got 0"),  # pyright: ignore[reportArgumentType]
+        (lambda: CachePlan(("full", "Shallow 0")), r"passes\[1\] to name a pass, got 'Shallow 0'"),
+        (lambda: CachePlan(("full", "full"), unguided_steps=[1]), r"unguided_steps to be a tuple.*got \[1\]"),  # pyright: ignore[reportArgumentType]
+        (lambda: CachePlan(("full", "full"), unguided_steps=(1, 1)), r"each once, got \(1, 1\)"),
         (lambda: CachePlan.uniform(6, 3).guided_within(3, 7), r"up to 6, got \(3, 7\)"),
         (lambda: CachePlan.uniform(6, 3).guided_within(3, 3), r"up to 6, got \(3, 3\)"),
-        (lambda: CachePlan((None,), forecast=1), "Forecast or None, got 1"),  # pyright: ignore[reportArgumentType]
+        (lambda: CachePlan(("full",), forecast=1), "Forecast or None, got 1"),  # pyright: ignore[reportArgumentType]
         (lambda: Forecast(0), "order 1 or 2, got 0"),
         (lambda: Forecast(by="index"), "by step or sigma, got 'index'"),  # pyright: ignore[reportArgumentType]
         (lambda: Forecast(1, math.nan), "damping from 0 to 1, got nan"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from controlled import STEPS, command, latents, live, picture, pil, seeded, text
 from fastcache import BundleError, CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.bench.lineup import Wishes, of_bundle
 from fastcache.health.verify import verify_bundle
-from fastcache.loop.denoise import denoise
-from fastcache.loop.drivers.cudagraph import denoise_captured
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.cudagraph import CapturedRun
+from fastcache.loop.steps import PlainRun
 from fastcache.serve.engine.executor import Executor
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
@@ -273,20 +275,17 @@ def test_a_server_refuses_a_bundle_that_needs_pictures_at_its_start(pipe: FastCa
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_a_scale_that_changes_is_in_the_recorded_loop(stepwise: bool, pipe: FastCachePipeline) -> None:
     """The same recording runs with other scales; steps without guidance have a row of their own."""
-    plan = CachePlan((None, 0, None, None, 0, None, 0, 0)).guided_within(0, 5)
+    plan = CachePlan.from_branches((None, 0, None, None, 0, None, 0, 0)).guided_within(0, 5)
     table = pipe.schedule("ddim", STEPS).sampler
     recorder = ListRecorder(anything=True)
     results: list[Tensor] = []
     for scales in ([1.0] * 3 + [0.0] * 5, [0.0] * 3 + [0.7] * 5):
         run = pipe.begin(**texts(), **others(controlnet_conditioning_scale=1.0), num_inference_steps=STEPS)
-        pool, noise = run.pool, torch.randn(1, 4, 8, 8, generator=seeded(6))
-        drawn: list[Tensor] = []
-        for loop in (denoise, denoise_captured):
-            pool.latents[0].copy_(noise)
-            first = (recorder,) if loop is denoise_captured else ()
-            options = {"stepwise": stepwise} if loop is denoise_captured else {}
-            steps = loop(*first, pool, table, plan, guidance_scale=5.0, conditioning_scales=scales, **options)
-            drawn.append(list(steps)[-1].latents.clone())
+        noise, drawn = torch.randn(1, 4, 8, 8, generator=seeded(6)), list[Tensor]()
+        for kind in (PlainRun, partial(CapturedRun, recorder, stepwise=stepwise)):
+            again = kind(run.lane, table, plan, Guidance(5.0), conditioning_scales=scales)
+            again.latents.copy_(noise)
+            drawn.append(list(again.steps)[-1].latents.clone())
         torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
         results.append(drawn[0])
     assert not torch.allclose(results[0], results[1], atol=1e-2)

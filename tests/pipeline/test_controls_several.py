@@ -18,8 +18,9 @@ from controlled import STEPS, command, latents, live, picture, pil, seeded, text
 from fastcache import CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.bundle.recipe import recipe_from
 from fastcache.health.verify import verify_bundle
-from fastcache.loop.denoise import denoise
-from fastcache.loop.drivers.cudagraph import denoise_captured
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.cudagraph import CapturedRun
+from fastcache.loop.steps import PlainRun
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet
@@ -87,15 +88,15 @@ def test_cached_runs_draw_what_the_helper_draws(pipe: FastCachePipeline, referen
 
 
 def test_scales_that_change_are_in_the_recorded_loop(pipe: FastCachePipeline) -> None:
-    plan, table = CachePlan((None, 0, None, 0, None, 0, 0, 0)), pipe.schedule("ddim", STEPS).sampler
+    plan, table = CachePlan.from_branches((None, 0, None, 0, None, 0, 0, 0)), pipe.schedule("ddim", STEPS).sampler
     results: list[Tensor] = []
     for scales in ([[1.0, 0.2]] * 4 + [[0.0, 0.2]] * 4, [[0.0, 0.2]] * 4 + [[1.0, 0.9]] * 4):
-        pool = pipe.begin(**texts(), **PICTURES, num_inference_steps=STEPS).pool
+        lane = pipe.begin(**texts(), **PICTURES, num_inference_steps=STEPS).lane
         noise, drawn = torch.randn(1, 4, 8, 8, generator=seeded(6)), list[Tensor]()
-        for loop in (denoise, partial(denoise_captured, ListRecorder(anything=True))):
-            pool.latents[0].copy_(noise)
-            steps = loop(pool, table, plan, guidance_scale=5.0, conditioning_scales=scales)
-            drawn.append(list(steps)[-1].latents.clone())
+        for kind in (PlainRun, partial(CapturedRun, ListRecorder(anything=True))):
+            run = kind(lane, table, plan, Guidance(5.0), conditioning_scales=scales)
+            run.latents.copy_(noise)
+            drawn.append(list(run.steps)[-1].latents.clone())
         torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
         results.append(drawn[0])
     assert not torch.allclose(results[0], results[1], atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -288,13 +289,13 @@ def test_every_sampler_draws_what_diffusers_draws(
 
 
 def plan_for(**named: Any) -> CachePlan:
-    return CachePlan(CachePlan.uniform(STEPS, 2).branches, **named)
+    return replace(CachePlan.uniform(STEPS, 2), **named)
 
 
 def test_a_plan_made_for_this_model_and_sampler_runs(pipe: FastCachePipeline) -> None:
     plan = CachePlan.from_json(plan_for(model=pipe.bundle.manifest.model.name, sampler="ddim").to_json())
     assert torch.equal(images(pipe, plan=plan), images(pipe, cache_interval=2))
-    other_name = CachePlan.uniform(STEPS + 1, 2).branches  # pndm calls the U-Net once more
+    other_name = CachePlan.uniform(STEPS + 1, 2).passes  # pndm calls the U-Net once more
     assert images(pipe, plan=CachePlan(other_name, sampler="pndm"), sampler="plms").isfinite().all()
 
 

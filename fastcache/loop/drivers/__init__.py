@@ -1,1 +1,49 @@
-"""What carries out a step's own work: PyTorch's operations, compiled C, or a CUDA graph."""
+"""What carries out a step's own work, around its pass: PyTorch's operations, compiled C, or one kernel on a device.
+
+A driver is made for one run on one lane. It keeps the run's last calls in the lane's ring, call i in place i % calls:
+the latents x, the guided prediction e and the noise z. All drivers mean the same: the pass's input is the scaled
+latents, once a half; e is the halves guided; the row's weights sum x, e and z of the last calls to the next x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from torch import Tensor
+
+from fastcache.loop.lane import Rows
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance of a run; `image_scale` counts where it has three parts."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    image_scale: float = 0.0
+
+
+UNGUIDED: Final = Guidance()
+
+
+class Driver(Protocol):
+    """One run's own work, as calls on tensors that exist, every view made and every number in place."""
+
+    ring: Tensor
+
+    def input(self, step: int, rows: Rows) -> Sequence[Call]:
+        """What writes the pass's input to the rows that it runs on: sample and timestep."""
+        ...
+
+    def update(self, step: int, rows: Rows) -> Sequence[Call]:
+        """What follows the pass: guidance, then the row."""
+        ...
+
+
+def latents_of(ring: Tensor, step: int) -> Tensor:
+    """The latents before a step; those of the step after the last are the result. Shapes: (N, C, ...)."""
+    return ring[step % len(ring), 0]

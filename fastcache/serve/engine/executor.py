@@ -5,7 +5,7 @@ The one place of the serving side that computes. Knows nothing about queues, thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from fastcache.bundle.recipe import Size
 from fastcache.errors import BundleError
-from fastcache.loop.between import Around
-from fastcache.loop.features import Moves
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.lanes import Lanes
+from fastcache.loop.noise import draw
+from fastcache.loop.plan import CachePlan
+from fastcache.loop.steps import PlainRun, foretold
+from fastcache.loop.streams import load_streams
 from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, Sizes
-from fastcache.serve.engine.slots import Slots
-from fastcache.serve.engine.steps import Place, RingTable, Steps
-from fastcache.serve.engine.streams import load_streams
 
 
 class DeviceBroken(RuntimeError):
@@ -34,10 +35,7 @@ class DeviceBroken(RuntimeError):
 
 @dataclass(eq=False)
 class Drawing:
-    """What a job draws: the text, and how; `moves` are its plan's, by branch.
-
-    `conditioning` is made when its first image starts, for all of them.
-    """
+    """What a job draws: the text, and how. `conditioning` is made when its first image starts, for all of them."""
 
     prompt: str
     negative_prompt: str | None
@@ -46,35 +44,33 @@ class Drawing:
     sampler: str
     num_inference_steps: int
     size: Size
-    table: RingTable
-    moves: Mapping[int, Moves] = field(default_factory=dict[int, Moves])
+    table: SamplerTable
+    plan: CachePlan
     conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 1
 
 
 @dataclass(eq=False)
 class _InFlight:
-    """A drawing in its slot: its steps, and what each does where the image runs alone, in its own `place`."""
+    """An image on its lane, among those of its size."""
 
-    drawing: Drawing
-    slots: Slots
-    steps: Steps
-    place: Place
-    alone: Sequence[Around]
-
-    def around(self, step: int, place: Place) -> Around:
-        return self.alone[step] if place is self.place else self.steps.around(step, place)
+    lanes: Lanes
+    run: PlainRun
 
 
 @dataclass(eq=False)
 class _Made:
     """A sampler's table, once a thread has made it; the others wait for that one."""
 
-    table: RingTable | None = None
+    table: SamplerTable | None = None
     making: Lock = field(default_factory=Lock)
 
 
 class Executor:
-    """A bundle's engines, and slots for at most `most` images in flight, for each size that is drawn.
+    """A bundle's engines, and a lane for each of at most `most` images in flight, for each size that is drawn.
 
     `threads` are those of streams on a CPU; 0 means as many as torch uses.
 
@@ -104,11 +100,11 @@ class Executor:
         self._asking = Lock()
         # People ask for a prompt again and again, and for the empty negative one always.
         self._embeds = lru_cache(maxsize=32)(lambda text: pipe.prompts.encode([text]))
-        self._slots: dict[Size, Slots] = {}
+        self._lanes: dict[Size, Lanes] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._paced: Any = None
 
-    def table(self, sampler: str, num_steps: int) -> RingTable:
+    def table(self, sampler: str, num_steps: int) -> SamplerTable:
         """A sampler's table, made once, however many threads ask for it at the same time.
 
         Raises: `ValueError` for steps that the sampler cannot take.
@@ -119,63 +115,66 @@ class Executor:
             made.table = made.table or self._make_table(sampler, num_steps)
         return made.table
 
-    def _make_table(self, sampler: str, num_steps: int) -> RingTable:
+    def _make_table(self, sampler: str, num_steps: int) -> SamplerTable:
         table = self.pipe.schedule(sampler, num_steps).sampler
         if not isinstance(table, SamplerTable):
             raise ValueError(f"expected a sampler that is a table, got {sampler}, which runs its own step here")
-        kind = self.pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon")
-        return RingTable.of(table, self.device, kind)
+        return table
 
-    def slots(self, size: Size) -> Slots:
-        """The slots for images of a size, made when it is first drawn."""
-        if size not in self._slots:
+    def lanes(self, size: Size) -> Lanes:
+        """The lanes for images of a size, made when it is first drawn."""
+        if size not in self._lanes:
             runtime, manifest = self.pipe.runtime, self.pipe.bundle.manifest
-            self._slots[size] = Slots(
-                {None: runtime.full, **runtime.shallow_engines},
+            self._lanes[size] = Lanes(
+                runtime.pass_engines,
+                manifest.passes,
                 count=self.count,
                 channels=manifest.model.latent_channels,
                 sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
                 device=self.device,
                 streams=self._streams,
             )
-        return self._slots[size]
+        return self._lanes[size]
 
     @property
     def held_bytes(self) -> int:
         """What the images in flight take now, of all sizes."""
-        return sum(slots.held_bytes for slots in list(self._slots.values()))
+        return sum(lanes.held_bytes for lanes in list(self._lanes.values()))
 
     def warm_up(self) -> None:
         """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
         manifest = self.pipe.bundle.manifest
+        table = self.table("ddim", 50)
         with ThreadPoolExecutor(1) as beside:
             # Native code works, while Python spends 4 s on importing the tokenizer's and the sampler's packages.
-            loading = beside.submit(lambda: self.slots(manifest.sizes[0]).bind())
-            drawing = Drawing("", None, 2.0, 0, "ddim", 50, manifest.sizes[0], self.table("ddim", 50))
+            loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
             self._embeds("")
             loading.result()
-        self.fill(0, drawing, 0)
-        for branch in (None, *manifest.branches):
-            self.run([(0, 0)], branch=branch, guided=True)
+        plan = CachePlan.all_full(table.num_calls)
+        self.fill(0, Drawing("", None, 2.0, 0, "ddim", 50, manifest.sizes[0], table, plan), 0)
+        for name in manifest.passes:
+            for guided in (True, False):
+                self.run([(0, 0)], name=name, guided=guided)
         self.pictures([0])
         self.clear(0)
 
-    def fill(self, slot: int, drawing: Drawing, index: int) -> None:
+    def fill(self, lane: int, drawing: Drawing, index: int) -> None:
         """Encode the text, unless an image of the same job did, and draw the noise of image `index`."""
         if drawing.conditioning is None:
             drawing.conditioning = self._condition(drawing)
-        slots, guidance = self.slots(drawing.size), drawing.guidance_scale
-        slots.fill(slot, drawing.conditioning)
-        slots.make_room(slot, {branch: moves.count for branch, moves in drawing.moves.items()})
-        steps = Steps(slots.history[slot], slots.latent_shape, drawing.table, guidance, drawing.seed + index)
-        (place,) = slots.places([slot], 1 + (guidance > 1))
-        alone = [steps.around(step, place) for step in range(len(drawing.table.timesteps))]
-        self._in_flight[slot] = _InFlight(drawing, slots, steps, place, alone)
+        lanes, generator = self.lanes(drawing.size), torch.Generator().manual_seed(drawing.seed + index)
+        own = lanes.lanes[lane]
+        own.set_inputs(drawing.conditioning, drawing.is_guided)
+        guidance = Guidance(drawing.guidance_scale)
+        run = PlainRun(own, drawing.table, drawing.plan, guidance, generator=[generator], guided=drawing.is_guided)
+        draw(run.latents, [generator])
+        run.latents.mul_(drawing.table.init_noise_sigma)
+        self._in_flight[lane] = _InFlight(lanes, run)
 
     def _condition(self, drawing: Drawing) -> dict[str, Tensor]:
-        """What the U-Net takes besides latents, the conditional row first. Shapes: (halves, ...)."""
+        """What the U-Net takes besides latents. Shapes: (halves, ...), the unconditional one first."""
         model = self.pipe.bundle.manifest.model
-        guided, num_ids, unwanted = drawing.guidance_scale > 1, model.time_ids, drawing.negative_prompt
+        guided, num_ids, unwanted = drawing.is_guided, model.time_ids, drawing.negative_prompt
         negative = Prompt("negative_prompt")
         if guided and not (unwanted is None and model.zero_negative):
             negative = self._encoded("negative_prompt", unwanted or "")
@@ -185,37 +184,35 @@ class Executor:
             size = drawing.size.height, drawing.size.width
             ids = Sizes().time_ids(size, num_ids=num_ids, rows=1 + guided, guided=guided, from_image=False)
             found |= {"text_embeds": embeds.pooled, "time_ids": ids}
-        return {name: value.flip(0) for name, value in found.items()}
+        return found
 
     def _encoded(self, name: str, text: str) -> Prompt:
         embeds = self._embeds(text)
         return Prompt(name, embeds=embeds.hidden, pooled=embeds.pooled)
 
-    def clear(self, slot: int) -> None:
-        """Let go of a slot's drawing. Its tensors stay for the next."""
-        self._in_flight.pop(slot, None)
+    def clear(self, lane: int) -> None:
+        """Let go of a lane's drawing. Its tensors stay for the next."""
+        self._in_flight.pop(lane, None)
 
-    def run(self, steps: Sequence[tuple[int, int]], *, branch: int | None, guided: bool) -> None:
-        """One U-Net call for these (slot, step) of one size, and their updates. If it raises, nothing has moved."""
-        numbers, halves = [slot for slot, _ in steps], 1 + guided
-        slots = self._in_flight[numbers[0]].slots
+    def run(self, steps: Sequence[tuple[int, int]], *, name: str, guided: bool) -> None:
+        """One call of a pass for these (lane, step) of one size, and what each does around it.
+
+        If it raises, nothing has moved.
+        """
+        numbers, runs = [lane for lane, _ in steps], [self._in_flight[lane].run for lane, _ in steps]
+        lanes = self._in_flight[numbers[0]].lanes
         turns = [
-            (self._in_flight[slot], slot, step, self._in_flight[slot].around(step, place))
-            for (slot, step), place in zip(steps, slots.places(numbers, halves), strict=True)
+            run.turns[step] if rows is run.lane.rows(guided) else run.turn(step, rows)
+            for run, (_, step), rows in zip(runs, steps, lanes.rows(numbers, guided), strict=True)
         ]
-        for image, slot, step, around in turns:
-            for call in around.before:
+        for turn in turns:
+            for call in turn.input:
                 call()
-            if branch is not None and branch in image.drawing.moves and step in image.drawing.moves[branch].makes:
-                slots.make(branch, slot, halves, *image.drawing.moves[branch].makes[step])
-        slots.run(branch, numbers, halves)
-        for image, slot, step, around in turns:
-            for stored, moves in image.drawing.moves.items():
-                if step in moves.keeps:
-                    slots.keep(stored, slot, halves, moves.keeps[step])
-            for call in around.after:
+        lanes.run(name, numbers, guided)
+        for run, turn, (_, step) in zip(runs, turns, steps, strict=True):
+            for call in turn.update:
                 call()
-            image.steps.latents = around.latents
+            run.end(step)
         self._pace()
 
     def _pace(self) -> None:
@@ -228,22 +225,23 @@ class Executor:
             self._paced.synchronize()
         self._paced = event
 
-    def latents(self, slot: int) -> Tensor:
+    def latents(self, lane: int) -> Tensor:
         """An image's latents, as the last step left them. Shapes: returns (1, C, H, W)."""
-        return self._in_flight[slot].steps.latents
+        return self._in_flight[lane].run.latents
 
-    def pictures(self, slots: Sequence[int]) -> list[Pillow.Image]:
-        """The pictures of the latents in these slots, of one size, as they are now."""
-        return self.pipe.decode(torch.cat([self.latents(slot) for slot in slots]))
+    def pictures(self, lanes: Sequence[int]) -> list[Pillow.Image]:
+        """The pictures of the latents on these lanes, of one size, as they are now."""
+        return self.pipe.decode(torch.cat([self.latents(lane) for lane in lanes]))
 
-    def preview(self, slot: int, step: int) -> Pillow.Image:
+    def preview(self, lane: int, step: int) -> Pillow.Image:
         """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
-        (picture,) = self.pipe.decode(self.foretold(slot, step))
+        (picture,) = self.pipe.decode(self.foretold(lane, step))
         return picture
 
-    def foretold(self, slot: int, step: int) -> Tensor:
+    def foretold(self, lane: int, step: int) -> Tensor:
         """The latents without noise that the step just taken foretells. Shapes: returns (1, C, H, W)."""
-        return self._in_flight[slot].steps.foretold(step)
+        kind = self.pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon")
+        return foretold(self._in_flight[lane].run, step, kind)
 
     def check_device(self) -> None:
         """Raises: `DeviceBroken` if the device fails at what cannot fail."""

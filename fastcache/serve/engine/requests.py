@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.bundle.manifest import Manifest
-from fastcache.loop.features import moves
+from fastcache.loop.features import check_reuse, moves
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import same_sampler
+from fastcache.loop.table import SamplerTable
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing, Executor
 from fastcache.serve.engine.scheduler import Job
-from fastcache.serve.engine.steps import RingTable
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
@@ -88,7 +88,7 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
         raise _bad("plan", "expected plan or cache_interval, got both")
 
 
-def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None]) -> Job:
+def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None]) -> Job[Order]:
     """The job a checked request stands for; takes milliseconds, or seconds for a new sampler of many steps.
 
     Raises: `ApiError`.
@@ -104,7 +104,8 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         raise _bad("num_inference_steps", f"{sampler} cannot take {steps} steps: {error}") from None
     plan = _plan(asked, served, table, sampler)
     try:
-        forecast = moves(plan, table.sigmas)
+        check_reuse(plan, served.manifest.passes)
+        moves(plan, served.manifest.passes, table.sigmas)
     except ValueError as error:
         raise _bad("plan", str(error)) from None
     wanted = asked.size if asked.size in served.sizes else served.sizes[0]
@@ -117,7 +118,7 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         num_inference_steps=steps,
         size=served.manifest.sizes[served.sizes.index(wanted)],
         table=table,
-        moves=forecast,
+        plan=plan,
     )
     partial = asked.partial_images or 0
     previews = sorted({(k + 1) * plan.num_steps // (partial + 1) - 1 for k in range(partial)} - {-1})
@@ -127,14 +128,14 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         bundle=served.number,
         size=wanted,
         plan=plan,
-        guided=drawing.guidance_scale > 1,
+        guided=drawing.is_guided,
         count=asked.n or 1,
         deadline=order.created + min(asked.timeout or limits.timeout_s, limits.timeout_s),
         content=order,
     )
 
 
-def _plan(asked: ImageRequest, served: Served, table: RingTable, sampler: str) -> CachePlan:
+def _plan(asked: ImageRequest, served: Served, table: SamplerTable, sampler: str) -> CachePlan:
     manifest, calls = served.manifest, len(table.timesteps)
     if asked.plan is None:
         return CachePlan.uniform(calls, asked.cache_interval or 1, manifest.branch_id)
@@ -144,9 +145,6 @@ def _plan(asked: ImageRequest, served: Served, table: RingTable, sampler: str) -
         raise _bad("plan", str(error)) from None
     if plan.num_steps != calls:
         raise _bad("plan", f"expected a plan for the sampler's {calls} U-Net calls, got one for {plan.num_steps}")
-    if not set(plan.branch_ids) <= set(manifest.branches):
-        built = " and ".join(map(str, manifest.branches))
-        raise _bad("plan", f"expected a plan for branch {built}, which the bundle was cut at, got others")
     if plan.model not in (None, manifest.model.name, served.model):
         raise _bad("plan", f"expected a plan made for model {served.model}, got one for another")
     if plan.sampler is not None and not same_sampler(plan.sampler, sampler):

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, Generic, NamedTuple, TypeVar
 
-from fastcache.loop.plan import FULL, CachePlan
+from fastcache.cut.names import FULL
+from fastcache.loop.plan import CachePlan
 
 # Engine calls that an image lets pass before its own group runs: a shallow step costs a tenth of a full one, so this
 # costs it less than a step, and requests that need a full step gather meanwhile.
 PATIENCE: Final = 8
+
+Content = TypeVar("Content")  # what a job brings along for who runs it
 
 
 class QueueFull(RuntimeError):
@@ -27,15 +30,15 @@ class Kind(NamedTuple):
 
     bundle: int
     size: str
-    branch: int | None
+    name: str  # of the pass
     guided: bool
 
 
 @dataclass(eq=False)
-class Image:
+class Image(Generic[Content]):
     """One image of a job: where it lies, and which U-Net call it runs next."""
 
-    job: Job
+    job: Job[Content]
     index: int
     slot: int | None = None
     step: int = 0
@@ -45,7 +48,7 @@ class Image:
     @property
     def kind(self) -> Kind:
         job = self.job
-        return Kind(job.bundle, job.size, job.plan.branches[self.step], job.guided and job.plan.is_guided(self.step))
+        return Kind(job.bundle, job.size, job.plan.passes[self.step], job.guided and job.plan.is_guided(self.step))
 
     @property
     def is_finished(self) -> bool:
@@ -53,7 +56,7 @@ class Image:
 
 
 @dataclass(eq=False)
-class Job:
+class Job(Generic[Content]):
     """A request: `count` images of a size after one plan, by one bundle's engines. `content` is for who runs it."""
 
     id: str
@@ -63,8 +66,8 @@ class Job:
     guided: bool
     count: int
     deadline: float
-    content: Any = None
-    images: list[Image] = field(init=False)
+    content: Content
+    images: list[Image[Content]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.images = [Image(self, index) for index in range(self.count)]
@@ -74,21 +77,22 @@ class Job:
         return any(image.slot is not None or image.step for image in self.images)
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch(Generic[Content]):
     """Images that take their next step together: in one engine call, or on a CPU in one each at once."""
 
     kind: Kind
-    images: Sequence[Image]
+    images: Sequence[Image[Content]]
 
 
-class Scheduler:
+class Scheduler(Generic[Content]):
     """Who runs next. Images wait in order of arrival for a slot of their bundle; those that have one run in groups."""
 
     def __init__(self, queue: int) -> None:
         self.queue = queue
-        self.waiting: deque[Image] = deque()
-        self.running: list[Image] = []
-        self.jobs: dict[str, Job] = {}
+        self.waiting: deque[Image[Content]] = deque()
+        self.running: list[Image[Content]] = []
+        self.jobs: dict[str, Job[Content]] = {}
         self._slots: dict[int, int] = {}
         self._free: dict[int, list[int]] = {}
         self._most: dict[int, int] = {}
@@ -126,20 +130,20 @@ class Scheduler:
         """Give up what was reserved."""
         self._reserved -= images
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job[Content]) -> None:
         """Put a job, for which room was reserved, into the queue."""
         self._reserved -= job.count
         self.jobs[job.id] = job
         self.waiting.extend(job.images)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: Job[Content]) -> None:
         """Take a job out, wherever it is: done, cancelled or late. Twice is as good as once."""
         self.jobs.pop(job.id, None)
         self.waiting = deque(image for image in self.waiting if image.job is not job)
         for image in job.images:
             self._vacate(image)
 
-    def overdue(self, now: float) -> list[Job]:
+    def overdue(self, now: float) -> list[Job[Content]]:
         return [job for job in self.jobs.values() if job.deadline <= now]
 
     @property
@@ -147,13 +151,13 @@ class Scheduler:
         return min((job.deadline for job in self.jobs.values()), default=None)
 
     @property
-    def queued(self) -> list[Job]:
+    def queued(self) -> list[Job[Content]]:
         """The jobs of which no image has begun."""
         return [job for job in self.jobs.values() if not job.has_begun]
 
-    def admit(self) -> list[Image]:
+    def admit(self) -> list[Image[Content]]:
         """Give the free slots to the images that have waited longest."""
-        admitted = list[Image]()
+        admitted = list[Image[Content]]()
         for image in list(self.waiting):
             free = self._free[image.job.bundle]
             if free:
@@ -163,25 +167,25 @@ class Scheduler:
                 admitted.append(image)
         return admitted
 
-    def next_batch(self) -> Batch | None:
+    def next_batch(self) -> Batch[Content] | None:
         """The group to run now: shallow before full, for it is cheap and full steps gather; none waits for ever."""
         if not self.running:
             return None
         if len(self.running) == 1:
             return Batch(self.running[0].kind, tuple(self.running))
-        groups: dict[Kind, list[Image]] = {}
+        groups: dict[Kind, list[Image[Content]]] = {}
         for image in sorted(self.running, key=lambda image: -image.waited):
             groups.setdefault(image.kind, []).append(image)
         oldest, group = next(iter(groups.items()))
         if group[0].waited < PATIENCE:
-            oldest = min(groups, key=lambda kind: (kind.branch is FULL, -len(groups[kind])))
+            oldest = min(groups, key=lambda kind: (kind.name == FULL, -len(groups[kind])))
         chosen = groups[oldest][: self._most[oldest.bundle]]
         for image in self.running:
             image.waited += 1
         # In the same order whenever the same images meet: what they share then lies where it lay.
         return Batch(oldest, sorted(chosen, key=lambda image: image.slot or 0))
 
-    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+    def split(self, batch: Batch[Content]) -> tuple[Batch[Content], Batch[Content]]:
         """After a batch was too large: its two halves, and no larger ones of its bundle from now on."""
         half = len(batch.images) // 2
         if not half:
@@ -189,14 +193,14 @@ class Scheduler:
         self._most[batch.kind.bundle] = len(batch.images) - half
         return Batch(batch.kind, batch.images[:-half]), Batch(batch.kind, batch.images[-half:])
 
-    def advance(self, images: Sequence[Image]) -> list[Image]:
+    def advance(self, images: Sequence[Image[Content]]) -> list[Image[Content]]:
         """These have run. Returns those that took a step; a finished one keeps its slot until `finish`."""
         moved = [image for image in images if image.slot is not None]
         for image in moved:
             image.step, image.waited = image.step + 1, 0
         return moved
 
-    def finish(self, image: Image) -> bool:
+    def finish(self, image: Image[Content]) -> bool:
         """An image is drawn and its slot free. Returns whether it was its job's last."""
         self._vacate(image)
         image.is_drawn = True
@@ -205,7 +209,7 @@ class Scheduler:
         self.drop(image.job)
         return True
 
-    def _vacate(self, image: Image) -> None:
+    def _vacate(self, image: Image[Content]) -> None:
         if image.slot is not None:
             self._free[image.job.bundle].append(image.slot)
             self.running.remove(image)

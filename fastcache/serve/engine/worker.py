@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from fastcache.loop.plan import FULL
+from fastcache.cut.names import FULL
 from fastcache.serve.engine.events import Done, Drawn, Event, Failure, Preview, Stepped
 from fastcache.serve.engine.executor import DeviceBroken, Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
@@ -52,7 +52,7 @@ class Worker:
     """Owns the scheduler and the executors. `broken` is called, once, when only a new process can help."""
 
     def __init__(self, queue: int, metrics: Metrics, broken: Callable[[Exception], None]) -> None:
-        self._scheduler, self._metrics, self._broken = Scheduler(queue), metrics, broken
+        self._scheduler, self._metrics, self._broken = Scheduler[Order](queue), metrics, broken
         self._executors: dict[int, Executor] = {}
         self._changed = threading.Condition()
         self._stopping = False
@@ -114,8 +114,8 @@ class Worker:
         with self._changed:
             self._scheduler.release(images)
 
-    def submit(self, job: Job) -> None:
-        """Queue a job, for which room was reserved. Its `content` is an `Order`."""
+    def submit(self, job: Job[Order]) -> None:
+        """Queue a job, for which room was reserved."""
         with self._changed:
             self._scheduler.add(job)
             self._changed.notify()
@@ -163,7 +163,7 @@ class Worker:
             self._fail_all("broken")
             self._broken(error)
 
-    def _next_turn(self) -> tuple[list[Image], Batch | None] | None:
+    def _next_turn(self) -> tuple[list[Image[Order]], Batch[Order] | None] | None:
         """What to do now; the batch only once nobody is to be admitted, so that newcomers may share it."""
         for job in self._scheduler.overdue(time.monotonic()):
             self._end(job, "late")
@@ -178,9 +178,9 @@ class Worker:
         deadline = self._scheduler.next_deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def _begin(self, image: Image) -> None:
+    def _begin(self, image: Image[Order]) -> None:
         """Fill an admitted image's slot."""
-        order, start = _order(image.job), time.monotonic()
+        order, start = image.job.content, time.monotonic()
         with self._changed:
             slot, executor = image.slot, self._executors.get(image.job.bundle)
         if slot is None or executor is None:  # cancelled meanwhile
@@ -194,7 +194,7 @@ class Worker:
             self._blame(error, executor, [image])
         self._metrics.stages.labels("encode").observe(time.monotonic() - start)
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch[Order]) -> None:
         """A batch's engine call; after running out of memory once more, in two halves."""
         try:
             self._step(batch)
@@ -212,7 +212,7 @@ class Worker:
                 except _TooLarge as again:
                     self._blame(again.cause, again.executor, half.images)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch[Order]) -> None:
         """One engine call, and what follows from it for each image. Raises: `_TooLarge`, nothing having moved."""
         with self._changed:
             images = [image for image in batch.images if image.slot is not None]
@@ -220,9 +220,9 @@ class Worker:
             executor = self._executors.get(batch.kind.bundle)
         if not steps or executor is None:
             return
-        full, start = batch.kind.branch is FULL, time.monotonic()
+        full, start = batch.kind.name == FULL, time.monotonic()
         try:
-            executor.run(steps, branch=batch.kind.branch, guided=batch.kind.guided)
+            executor.run(steps, name=batch.kind.name, guided=batch.kind.guided)
         except Exception as error:
             if is_out_of_memory(error):
                 raise _TooLarge(error, executor) from error
@@ -244,16 +244,16 @@ class Worker:
         except Exception as error:
             self._blame(error, executor, moved)
 
-    def _tell(self, moved: list[Image], full: bool, executor: Executor) -> None:
+    def _tell(self, moved: list[Image[Order]], full: bool, executor: Executor) -> None:
         for image in moved:
-            order, slot, step = _order(image.job), image.slot, image.step - 1
+            order, slot, step = image.job.content, image.slot, image.step - 1
             if order.each_step:
                 order.notify(Stepped(image.index, step, image.job.plan.num_steps, full))
             if step in order.preview_steps and slot is not None:
                 picture = executor.preview(slot, step)
                 order.notify(Preview(image.index, sorted(order.preview_steps).index(step), picture))
 
-    def _draw(self, finished: list[Image], executor: Executor) -> None:
+    def _draw(self, finished: list[Image[Order]], executor: Executor) -> None:
         with self._changed:
             left = [(image, image.slot) for image in finished if image.slot is not None]
         if not left:
@@ -267,7 +267,7 @@ class Worker:
                 if image.slot is None:  # cancelled while it was decoded
                     continue
                 executor.clear(slot)
-                order = _order(image.job)
+                order = image.job.content
                 order.notify(Drawn(image.index, picture))
                 if order.started is not None:
                     self._metrics.stages.labels("draw").observe(end - order.started)
@@ -276,7 +276,7 @@ class Worker:
                     self._metrics.stages.labels("total").observe(end - order.created)
                     self._end(image.job, None)
 
-    def _blame(self, error: Exception, executor: Executor, images: Sequence[Image]) -> None:
+    def _blame(self, error: Exception, executor: Executor, images: Sequence[Image[Order]]) -> None:
         """Fail the jobs of images that failed. Raises: `DeviceBroken` if it is the device that fails."""
         failure: Failure = "out_of_memory" if is_out_of_memory(error) else "failed"
         _log.error("an engine failed: %s", type(error).__name__, exc_info=error)
@@ -295,9 +295,9 @@ class Worker:
             for job in list(self._scheduler.jobs.values()):
                 self._end(job, failure)
 
-    def _end(self, job: Job, failure: Failure | None) -> None:
+    def _end(self, job: Job[Order], failure: Failure | None) -> None:
         """Under the lock: a job's end, told once."""
-        order = _order(job)
+        order = job.content
         if failure is not None and job.id not in self._scheduler.jobs:
             return
         self._scheduler.drop(job)
@@ -320,9 +320,3 @@ def _give_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _order(job: Job) -> Order:
-    if not isinstance(job.content, Order):
-        raise TypeError(f"expected an Order in job {job.id}, got {type(job.content).__name__}")
-    return job.content

@@ -13,10 +13,11 @@ from pydantic import BaseModel
 from fastcache.pipeline.pipeline import png_bytes
 from fastcache.serve.engine.requests import Served
 from fastcache.serve.engine.scheduler import Job
+from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.schema import OutputFormat
 
 
-def provenance(job: Job, served: Served, image: int) -> dict[str, object]:
+def provenance(job: Job[Order], served: Served, image: int) -> dict[str, object]:
     """How an image was made, for its PNG. The prompt goes back to who sent it and nowhere else."""
     drawing = job.content.drawing
     return served.executor.pipe.provenance(job.plan) | {

@@ -42,7 +42,7 @@ _REMEMBERED: Final = 4096  # jobs whose end a late cancel can still ask for
 class Ticket:
     """An accepted job, and its events until `Done`."""
 
-    job: Job
+    job: Job[Order]
     served: Served
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue, repr=False)
 
@@ -132,7 +132,7 @@ class Service:
         self.served = served
         manifest, slots = served.manifest, served.executor.count
         _log.info("serving %s, %s, bundle %s", served.model, ", ".join(served.sizes), manifest.bundle_sha256[:16])
-        most = served.executor.slots(manifest.sizes[0]).most_bytes / 2**20
+        most = served.executor.lanes(manifest.sizes[0]).most_bytes / 2**20
         _log.info("%d images at once, which take at most %.0f MiB of the usual size", slots, most)
         if slots < self.limits.max_batch:
             _log.warning(
@@ -203,7 +203,7 @@ class Service:
             return self._past[job_id]
         raise ApiError(404, "there is no job of this name, or it ended long ago", code="job_not_found", param="job_id")
 
-    def _post(self, job: Job, events: asyncio.Queue[Event], event: Event) -> None:
+    def _post(self, job: Job[Order], events: asyncio.Queue[Event], event: Event) -> None:
         """An event, from the worker's thread or another, to whoever follows the job."""
 
         def put() -> None:

@@ -18,14 +18,12 @@ import cpu_library
 import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
-from fastcache.loop.features import moves
 from fastcache.loop.plan import Forecast
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.loop.streams import Streams
 from fastcache.loop.table import compile_sampler
 from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
-from fastcache.serve.engine.steps import RingTable
-from fastcache.serve.engine.streams import Streams
 from tiny_model import save_tiny_sdxl
 
 # numpy's word to diffusers, not to us
@@ -48,7 +46,7 @@ def executor(pipe: FastCachePipeline, request: pytest.FixtureRequest) -> Executo
 @pytest.fixture(params=["compiled", "composed"])
 def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's own work in compiled C, and in PyTorch's operations."""
-    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.serve.engine.steps")
+    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.loop.steps")
 
 
 def wish(k: int, **changes: Any) -> dict[str, Any]:
@@ -70,10 +68,10 @@ def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
     forecast = fields.pop("forecast", None)
     table = executor.table(fields["sampler"], fields["num_inference_steps"])
-    plan = CachePlan.uniform(len(table.timesteps), interval, executor.pipe.bundle.manifest.branch_id)
+    plan = CachePlan.uniform(table.num_calls, interval, executor.pipe.bundle.manifest.branch_id)
     size = executor.pipe.bundle.manifest.sizes[0]
     plan = replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
-    drawing = Drawing(**fields, size=size, table=table, moves=moves(plan, table.sigmas))
+    drawing = Drawing(**fields, size=size, table=table, plan=plan)
     return Job(f"{k}", 0, str(size), plan, fields["guidance_scale"] > 1, 1, 1e9, drawing)
 
 
@@ -106,7 +104,7 @@ def slot_of(image: Image) -> int:
 
 def run(executor: Executor, batch: Batch) -> None:
     steps = [(slot_of(image), image.step) for image in batch.images]
-    executor.run(steps, branch=batch.kind.branch, guided=batch.kind.guided)
+    executor.run(steps, name=batch.kind.name, guided=batch.kind.guided)
 
 
 def from_pipeline(pipe: FastCachePipeline, k: int, plan: CachePlan | None = None, **changes: Any) -> Tensor:
@@ -174,15 +172,15 @@ def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, 
 def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
     """Forecasts included, whatever plans come: of the highest order in all slots it is the bound, and no more."""
     executor = Executor(pipe, 3, threads=1)
-    slots = executor.slots(pipe.bundle.manifest.sizes[0])
-    before = slots.held_bytes
+    lanes = executor.lanes(pipe.bundle.manifest.sizes[0])
+    before = lanes.held_bytes
     drawn(executor, [job_of(executor, k, interval=2) for k in range(3)])
-    plain = slots.held_bytes
-    assert before < plain < slots.most_bytes
+    plain = lanes.held_bytes
+    assert before < plain < lanes.most_bytes
     for order in (1, 2, 1, 2):
         drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(6)])
-        assert plain < executor.held_bytes <= slots.most_bytes
-    assert executor.held_bytes == slots.most_bytes
+        assert plain < executor.held_bytes <= lanes.most_bytes
+    assert executor.held_bytes == lanes.most_bytes
 
 
 def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
@@ -191,7 +189,7 @@ def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
     drawn(executor, [job_of(executor, k) for k in (5, 6, 7, 8, 9)])
     assert torch.equal(drawn(executor, [job_of(executor, 3)])["3"], expected)
     executor.fill(0, job_of(executor, 0).content, 0)
-    executor.run([(0, 0)], branch=0, guided=True)
+    executor.run([(0, 0)], name="shallow-0", guided=True)
     assert executor.latents(0).isnan().any()
 
 
@@ -208,15 +206,15 @@ def test_a_table_is_made_once_for_all_who_ask(executor: Executor) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_ring_is_the_table(name: str, steps: int, pipe: FastCachePipeline) -> None:
     table = compile_sampler(make_scheduler(name, pipe.bundle.manifest.model.scheduler), steps)
-    ring_table, generator = RingTable.of(table, "cpu"), torch.Generator().manual_seed(0)
+    weights, generator = table.numbers.weights.flatten(1), torch.Generator().manual_seed(0)
     calls = table.num_calls
     x, eps, noise = (torch.randn(n, 5, generator=generator) for n in (1, calls, calls))
-    ring = torch.zeros(ring_table.weights[0].shape[1], 5)
+    ring = torch.zeros(weights.shape[1], 5)
     ring[0] = x[0]
     for call in range(calls):
         row = 3 * (call % (len(ring) // 3))
         ring[row + 1], ring[row + 2] = eps[call], noise[call]
-        following = (ring_table.weights[call] @ ring)[0]
+        following = weights[call] @ ring
         ring[(row + 3) % len(ring)] = following
         expected = table.x[call] * x[0] + table.eps[call].float() @ eps + table.noise[call].float() @ noise
         torch.testing.assert_close(following, expected.float(), rtol=2e-4, atol=2e-4)
@@ -232,14 +230,13 @@ def test_the_ring_is_the_table(name: str, steps: int, pipe: FastCachePipeline) -
 def test_what_a_step_foretells_is_the_schedulers_own(name: str, kind: str, pipe: FastCachePipeline) -> None:
     scheduler: Any = make_scheduler(name, {**pipe.bundle.manifest.model.scheduler, "prediction_type": kind})
     table, generator = compile_sampler(scheduler, 7), torch.Generator().manual_seed(0)
-    ring = RingTable.of(table, "cpu", kind)
     scheduler.set_timesteps(7)
     x = torch.randn(1, 4, 2, 2, generator=generator) * table.init_noise_sigma
     for call, timestep in enumerate(scheduler.timesteps):
         scheduler.scale_model_input(x, timestep)
         output = torch.randn(x.shape, generator=generator)
         step = scheduler.step(output, timestep, x)
-        of_sample, of_noise = ring.clean[call]
+        of_sample, of_noise = table.foretells(kind)[call]
         found = of_sample * x + of_noise * output
         torch.testing.assert_close(found, step.pred_original_sample, rtol=1e-3, atol=1e-3)
         x = step.prev_sample
@@ -260,7 +257,7 @@ def test_streams_end_all_calls_before_they_raise() -> None:
 
     good = [Call(None) for _ in range(3)]
     with pytest.raises(MemoryError, match="no room"):
-        Streams({}, threads=2).run([Call(MemoryError("no room")), *good])
+        Streams({}, threads=2).run([call.run for call in (Call(MemoryError("no room")), *good)])
     assert all(call.has_ended for call in good)
 
 
@@ -269,7 +266,7 @@ def test_the_last_step_foretells_the_picture(executor: Executor) -> None:
     executor.fill(0, job_of(executor, 0, num_inference_steps=8, interval=1).content, 0)
     off = list[float]()
     for step in range(8):
-        executor.run([(0, step)], branch=None, guided=True)
+        executor.run([(0, step)], name="full", guided=True)
         off.append(psnr_db(executor.foretold(0, step), executor.latents(0)))
     assert off[-1] > max(off[:-1])
     assert off[-1] > 25
@@ -292,16 +289,16 @@ def test_sdxl_in_two_sizes_and_of_two_branches(tmp_path: Path) -> None:
     pipe = fastcache.load(tmp_path / "bundle", threads=1)
     executor, forecast = Executor(pipe, 4), Forecast(2, by="sigma")
     plans = [
-        CachePlan((None, 0, 2, 0, None, 2)),
-        CachePlan((None, 2, 0, None, 0, 0), forecast=forecast, unguided_steps=(4, 5)),
-        CachePlan((None,) * 6),
+        CachePlan.from_branches((None, 0, 2, 0, None, 2)),
+        CachePlan.from_branches((None, 2, 0, None, 0, 0), forecast=forecast, unguided_steps=(4, 5)),
+        CachePlan.all_full(6),
     ]
     sizes = pipe.bundle.manifest.sizes
     jobs = list[Job]()
     for k in range(12):
         size, table = sizes[k % 2], executor.table("ddim", 6)
         plan, negative = plans[k // 2 % 3], None if k % 3 else "z"
-        content = Drawing("abc", negative, 5.0, k, "ddim", 6, size, table, moves(plan, table.sigmas))
+        content = Drawing("abc", negative, 5.0, k, "ddim", 6, size, table, plan)
         jobs.append(Job(f"{k}", 0, str(size), plan, True, 1, 1e9, content))
     together = drawn(executor, jobs, apart=1)
     for k, job in enumerate(jobs):

@@ -22,7 +22,7 @@ def job(
     bundle: int = 0,
     size: str = "8x8",
 ) -> Job:
-    return Job(name, bundle, size, CachePlan.uniform(steps, interval), guided, count, deadline=1e9)
+    return Job(name, bundle, size, CachePlan.uniform(steps, interval), guided, count, deadline=1e9, content=None)
 
 
 def added(scheduler: Scheduler, *jobs: Job) -> None:
@@ -46,7 +46,7 @@ def tick(scheduler: Scheduler) -> tuple[list[str], bool] | None:
     for image in scheduler.advance(batch.images):
         if image.is_finished:
             scheduler.finish(image)
-    return [image.job.id for image in batch.images], batch.kind.branch is None
+    return [image.job.id for image in batch.images], batch.kind.name == "full"
 
 
 def test_requests_at_different_steps_share_calls() -> None:

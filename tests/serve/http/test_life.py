@@ -118,15 +118,15 @@ class Failing:
     """An engine that fails as told, in place of its call."""
 
     def __init__(self, executor: Executor, *failures: Exception, when: int = 1) -> None:
-        slots = executor.slots(executor.pipe.bundle.manifest.sizes[0])
-        self.run, self.failures, self.when, self.sizes = slots.run, list(failures), when, list[int]()
-        slots.run = self  # type: ignore[method-assign]
+        lanes = executor.lanes(executor.pipe.bundle.manifest.sizes[0])
+        self.run, self.failures, self.when, self.sizes = lanes.run, list(failures), when, list[int]()
+        lanes.run = self  # type: ignore[method-assign]
 
-    def __call__(self, branch: int | None, slots: Any, halves: int) -> None:
-        self.sizes.append(len(slots))
-        if self.failures and len(slots) >= self.when:
+    def __call__(self, name: str, lanes: Any, guided: bool) -> None:
+        self.sizes.append(len(lanes))
+        if self.failures and len(lanes) >= self.when:
             raise self.failures.pop(0)
-        self.run(branch, slots, halves)
+        self.run(name, lanes, guided)
 
 
 def executor_of(served: Running) -> Executor:

@@ -13,11 +13,15 @@ from torch import Tensor
 
 import cpu_library
 from fastcache import CachePlan, compile_sampler
-from fastcache.loop import between
-from fastcache.loop.between import Guidance, ScheduledSampler, composed
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import Step, denoise
+from fastcache.bundle.manifest import PassEntry
+from fastcache.loop import steps as loop_steps
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers.c import CDriver
+from fastcache.loop.drivers.pytorch import TorchDriver
+from fastcache.loop.lane import Lane
+from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.loop.steps import PlainRun, Step, driver_of
 from fastcache_engines import TensorSpec
 from fastcache_kernels.cpu_step import Library
 from fastcache_kernels.launch import KernelError
@@ -27,6 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 STEPS, IMAGES = 9, 2
+PASSES = {
+    "full": PassEntry(engines=("full",), takes=(), stores=("cached_feature",)),
+    "shallow-0": PassEntry(engines=("shallow-0",), takes=("cached_feature",), stores=()),
+}
 Use = Callable[[bool], None]
 
 
@@ -40,7 +48,7 @@ def use(library: Library, monkeypatch: pytest.MonkeyPatch) -> Use:
     """Makes the loop find the C, or none."""
 
     def choose(compiled: bool) -> None:
-        monkeypatch.setattr(between, "found_library", lambda: library if compiled else KernelError("not to be used"))
+        monkeypatch.setattr(loop_steps, "found_library", lambda: library if compiled else KernelError("not to be used"))
 
     return choose
 
@@ -69,23 +77,27 @@ class RowsBinding:
         out.copy_(own * sample[:, :4] + 0.05 * sample[:, :4].flip(2, 3) + 0.02 * scale.view(-1, 1, 1, 1))
 
 
-def pool_of(num_calls: int, halves: int, dtype: str = "float32") -> BufferPool:
-    full, shallow = RowsEngine(stores=True, dtype=dtype), RowsEngine(stores=False, dtype=dtype)
-    pool = BufferPool(full, {0: shallow}, batch=IMAGES, halves=halves, num_calls=num_calls, channels=4)
-    pool.set_inputs({})
-    pool.latents[0].normal_(generator=torch.Generator().manual_seed(0))
-    return pool
+def lane_of(halves: int, dtype: str = "float32") -> Lane:
+    engines = {name: RowsEngine(stores=name == "full", dtype=dtype) for name in PASSES}
+    lane = Lane(engines, PASSES, images=IMAGES, halves=halves, channels=4)
+    lane.set_inputs({})
+    return lane
+
+
+def begun(run: PlainRun) -> PlainRun:
+    run.latents.normal_(generator=torch.Generator().manual_seed(0))
+    return run
 
 
 def steps_of(
     sampler: str, *, halves: int = 2, within: tuple[int, int] | None = None, **options: float
 ) -> Iterator[Step]:
     table = compile_sampler(make_scheduler(sampler, CONFIG), STEPS)
-    pool = pool_of(table.num_calls, halves)
     plan = CachePlan.uniform(table.num_calls, 3)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     plan = plan if within is None else plan.guided_within(*within)
-    return denoise(pool, table, plan, guidance_scale=3.0, **options, generator=generators)
+    guidance = Guidance(3.0, options.get("guidance_rescale", 0.0), options.get("image_guidance_scale", 0.0))
+    return begun(PlainRun(lane_of(halves), table, plan, guidance, generator=generators)).steps
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
@@ -135,26 +147,24 @@ def test_a_step_is_three_calls(use: Use) -> None:
     use(True)
     for sampler, after in (("dpm++_2m", 1), ("euler_a", 2)):
         table = compile_sampler(make_scheduler(sampler, CONFIG), STEPS)
-        around = between.compiled(pool_of(STEPS, 2), table, CachePlan.uniform(STEPS, 3), Guidance(3.0, 0.7, 0.0), None)
-        assert around is not None
-        assert {(len(own.before), len(own.after)) for own in around} == {(1, after)}
+        run = PlainRun(lane_of(2), table, CachePlan.uniform(STEPS, 3), Guidance(3.0, 0.7))
+        assert {(len(turn.input), len(turn.update)) for turn in run.turns} == {(1, after)}
 
 
 def test_what_the_c_is_not_for(use: Use) -> None:
     """Other dtypes and schedulers that run themselves; and where there is none."""
-    table, guidance = compile_sampler(make_scheduler("ddim", CONFIG), STEPS), Guidance(3.0, 0.0, 0.0)
+    table, guidance = compile_sampler(make_scheduler("ddim", CONFIG), STEPS), Guidance(3.0)
     scheduler = make_scheduler("ddim", CONFIG)
     scheduler.set_timesteps(STEPS)
-    plan, pool = CachePlan.uniform(STEPS, 3), pool_of(STEPS, 2)
+    lane, narrow = lane_of(2), lane_of(2, "bfloat16")
     use(True)
-    assert between.compiled(pool, table, plan, guidance, None) is not None
-    assert between.compiled(pool, ScheduledSampler(scheduler, {}), plan, guidance, None) is None
-    narrow = pool_of(STEPS, 2, "bfloat16")
-    assert between.compiled(narrow, table, plan, guidance, None) is None
-    *_, last = denoise(narrow, table, plan, guidance_scale=3.0)
+    assert isinstance(driver_of(lane, table, guidance, None), CDriver)
+    assert isinstance(driver_of(lane, ScheduledSampler(scheduler, {}), guidance, None), TorchDriver)
+    assert isinstance(driver_of(narrow, table, guidance, None), TorchDriver)
+    *_, last = begun(PlainRun(narrow, table, CachePlan.uniform(STEPS, 3), guidance)).steps
     assert last.latents.isfinite().all()
     use(False)
-    assert between.compiled(pool, table, plan, guidance, None) is None
+    assert isinstance(driver_of(lane, table, guidance, None), TorchDriver)
 
 
 @given(st.sampled_from((4, 64, 1000, 20000)), st.floats(-30, 30), st.floats(0.1, 1.0), st.integers(0, 100))
@@ -163,14 +173,15 @@ def test_rescaling_in_pytorchs_operations(size: int, mean: float, rescale: float
     spec = TensorSpec("sample", "float32", ("batch", 1, 1, size))
     engine = type("Engine", (), {"inputs": (spec, TensorSpec("timestep", "float32", ("batch",)))})()
     engine.outputs = (TensorSpec("noise_pred", "float32", ("batch", 1, 1, size)),)
-    pool = BufferPool(engine, {}, batch=2, halves=2, num_calls=1, channels=1)
-    noise_pred = pool.tensors["noise_pred"].normal_(generator=torch.Generator().manual_seed(seed)).add_(mean)
+    passes = {"full": PassEntry(engines=("full",), takes=(), stores=())}
+    lane = Lane({"full": engine}, passes, images=2, halves=2, channels=1)
+    noise_pred = lane.tensors["noise_pred"].normal_(generator=torch.Generator().manual_seed(seed)).add_(mean)
     table = compile_sampler(make_scheduler("ddim", CONFIG), 1)
-    (own,) = composed(pool, table, CachePlan.all_full(1), Guidance(7.5, rescale, 0.0), None)
-    for call in own.after:
+    driver = TorchDriver(lane, table, Guidance(7.5, rescale), None)
+    for call in driver.update(0, lane.rows()):
         call()
     unconditional, conditional = noise_pred.double().split(2)
     plain = torch.lerp(unconditional, conditional, 7.5)
     factor = conditional.flatten(1).std(1) / plain.flatten(1).std(1)
     expected = plain * (rescale * factor + 1 - rescale)[:, None, None, None]
-    assert float((pool.guided[0].double() - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((driver.ring[0, 1].double() - expected).abs().max() / expected.abs().max()) < 1e-5

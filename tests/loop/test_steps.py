@@ -16,9 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 import cpu_library
 import fastcache
 from fastcache import CachePlan, Forecast, SamplerTable, compile_sampler
-from fastcache.loop.buffers import BufferPool
-from fastcache.loop.denoise import Step, denoise
+from fastcache.bundle.manifest import PassEntry
+from fastcache.loop.drivers import Guidance
+from fastcache.loop.lane import Lane
 from fastcache.loop.scheduler import make_scheduler
+from fastcache.loop.steps import PlainRun, Step
 from fastcache_engines import TensorSpec
 
 # numpy's word to diffusers, not to us
@@ -30,12 +32,16 @@ TIMESTEP = TensorSpec("timestep", "float32", ("batch",))
 NOISE_PRED = TensorSpec("noise_pred", "float32", ("batch", 4, 8, 8))
 FEATURE = TensorSpec("cached_feature", "float32", ("batch", 16, 8, 8))
 STEPS = 12
+PASSES = {
+    "full": PassEntry(engines=("full",), takes=(), stores=("cached_feature",)),
+    "shallow-0": PassEntry(engines=("shallow-0",), takes=("cached_feature",), stores=()),
+}
 
 
 @pytest.fixture(autouse=True, params=["compiled", "composed"])
 def own_work(request: pytest.FixtureRequest, _shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop's own work in compiled C, and in PyTorch's operations."""
-    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.loop.between")
+    cpu_library.choose(request.param, _shared_folder, monkeypatch, "fastcache.loop.steps")
 
 
 class FakeEngine:
@@ -66,17 +72,16 @@ class Loop:
 
     def __init__(self, sampler: str, *, guided: bool = True, steps: int = STEPS) -> None:
         self.calls: list[tuple[str, float]] = []
-        full, shallow = (FakeEngine(name, self.calls) for name in ("full", "shallow"))
+        engines = {name: FakeEngine(name, self.calls) for name in ("full", "shallow-0")}
         self.table: SamplerTable = compile_sampler(make_scheduler(sampler, CONFIG), steps)
-        sizes = {"batch": 2, "halves": 1 + guided, "num_calls": self.table.num_calls, "channels": 4}
-        self.pool = BufferPool(full, {0: shallow}, **sizes)
+        self.lane = Lane(engines, PASSES, images=2, halves=1 + guided, channels=4)
 
     def run(self, plan: CachePlan, *, rescale: float = 0.0) -> Iterator[Step]:
-        self.pool.set_inputs({})
-        self.pool.latents[0].normal_(generator=torch.Generator().manual_seed(0))
+        self.lane.set_inputs({})
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        options = {"guidance_scale": 7.5, "guidance_rescale": rescale}
-        return denoise(self.pool, self.table, plan, **options, generator=generators)
+        run = PlainRun(self.lane, self.table, plan, Guidance(7.5, rescale), generator=generators)
+        run.latents.normal_(generator=torch.Generator().manual_seed(0))
+        return run.steps
 
 
 def allocations(work: Callable[[], Any]) -> list[int]:
@@ -118,23 +123,23 @@ def test_an_allocation_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_full_engine_stores_is_what_the_shallow_one_reads() -> None:
-    pool = Loop("ddim").pool
-    full, shallow = pool.full.tensors, pool.shallow.tensors
+    lane: Any = Loop("ddim").lane
+    (full,), (shallow,) = lane.bindings("full"), lane.bindings("shallow-0")
     for name in ("cached_feature", "sample", "timestep", "noise_pred"):
-        assert full[name].data_ptr() == shallow[name].data_ptr() == pool.tensors[name].data_ptr()
+        assert full.tensors[name].data_ptr() == shallow.tensors[name].data_ptr() == lane.tensors[name].data_ptr()
 
 
 def test_a_bundles_engines_share_the_feature_too(demo_bundle: Callable[[int], fastcache.Bundle]) -> None:
     """Whatever the full engine writes to the one buffer there is, the shallow one takes."""
-    pool = fastcache.load(demo_bundle(0).path).runtime.pool(batch=1, guided=True, num_calls=1)
-    pool.set_inputs({"encoder_hidden_states": torch.zeros(2, 32, 128)})
-    pool.full.run()
-    expected = pool.tensors["noise_pred"].clone()
-    pool.shallow.run()
-    torch.testing.assert_close(pool.tensors["noise_pred"], expected)
-    pool.tensors["cached_feature"].neg_()
-    pool.shallow.run()
-    assert not torch.allclose(pool.tensors["noise_pred"], expected, atol=1e-2)
+    lane = fastcache.load(demo_bundle(0).path).runtime.lane(images=1, guided=True)
+    lane.set_inputs({"encoder_hidden_states": torch.zeros(2, 32, 128)})
+    lane.call("full")()
+    expected = lane.tensors["noise_pred"].clone()
+    lane.call("shallow-0")()
+    torch.testing.assert_close(lane.tensors["noise_pred"], expected)
+    lane.tensors["cached_feature"].neg_()
+    lane.call("shallow-0")()
+    assert not torch.allclose(lane.tensors["noise_pred"], expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(("sampler", "num_calls"), [("ddim", STEPS), ("heun", 2 * STEPS - 1), ("pndm", STEPS + 1)])
@@ -142,7 +147,7 @@ def test_the_plan_says_which_engine_a_call_runs(sampler: str, num_calls: int) ->
     loop = Loop(sampler)
     refreshes = (0, 1, 5, 9)
     steps = list(loop.run(CachePlan.from_refresh_steps(num_calls, refreshes)))
-    assert [name for name, _ in loop.calls] == ["full" if i in refreshes else "shallow" for i in range(num_calls)]
+    assert [name for name, _ in loop.calls] == ["full" if i in refreshes else "shallow-0" for i in range(num_calls)]
     assert [timestep for _, timestep in loop.calls] == pytest.approx(loop.table.timesteps.tolist())
     assert [step.full for step in steps] == [i in refreshes for i in range(num_calls)]
     assert [step.index for step in steps] == list(range(num_calls))
@@ -151,10 +156,10 @@ def test_the_plan_says_which_engine_a_call_runs(sampler: str, num_calls: int) ->
 def test_the_engines_see_scaled_latents_once_for_each_half() -> None:
     loop = Loop("euler")
     steps = loop.run(CachePlan.all_full(STEPS))
-    sample, latents = loop.pool.tensors["sample"], loop.pool.latents[0]
-    for i in range(3):
-        before = latents.clone()
-        latents = next(steps).latents
+    sample, step = loop.lane.tensors["sample"], next(steps)
+    for i in range(1, 4):
+        before = step.latents.clone()
+        step = next(steps)
         torch.testing.assert_close(sample, torch.cat([before, before]) * loop.table.input_scale[i].float())
 
 
@@ -168,14 +173,13 @@ def test_a_plan_of_another_length_is_refused_at_once() -> None:
 def test_old_noise_and_old_features_do_not_reach_a_new_run() -> None:
     """A longer stochastic run leaves noise where a multistep sampler's rows are read with weight 0."""
     used, fresh = Loop("dpm++_2m"), Loop("dpm++_2m")
-    for noise in used.pool.noise:
-        noise.normal_()
+    used.lane.ring(5).normal_()
     plan = CachePlan.uniform(STEPS, 3)
     *_, expected = fresh.run(plan)
     *_, result = used.run(plan)
     assert torch.equal(result.latents, expected.latents)
-    used.pool.set_inputs({})
-    assert used.pool.tensors["cached_feature"][:, 0].isnan().all()
+    used.lane.set_inputs({})
+    assert used.lane.tensors["cached_feature"][:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("taken", [0, 1])

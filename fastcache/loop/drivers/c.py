@@ -1,0 +1,57 @@
+"""A run's own work on a CPU in compiled C: one call before each pass and one after it.
+
+PyTorch draws the noise of stochastic samplers, in a call of its own. The C is `fastcache_kernels.cpu_step`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+
+from fastcache.loop.drivers import Call, Guidance
+from fastcache.loop.lane import WRITTEN, Lane, Rows
+from fastcache.loop.noise import Generators, draw
+from fastcache.loop.table import SamplerTable
+from fastcache_kernels.cpu_step import CpuSteps, Library, StepRows
+
+
+def fits(lane: Lane) -> bool:
+    """Whether the C is for this lane's tensors: float32 on a CPU."""
+    tensors = [lane.tensors[name] for name in WRITTEN]
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+
+
+class CDriver:
+    """A run's steps in compiled C, laid out once."""
+
+    def __init__(
+        self, library: Library, lane: Lane, table: SamplerTable, guidance: Guidance, generator: Generators
+    ) -> None:
+        self._table, self._generator = table, generator
+        self.ring = lane.ring(table.numbers.ring_calls)
+        self._steps = CpuSteps(
+            library,
+            self.ring,
+            [(update.first, update.weights) for update in table.recursion()],
+            input_scales=table.input_scale.tolist(),
+            timesteps=table.timesteps.tolist(),
+            guidance_scale=guidance.scale,
+            image_guidance_scale=guidance.image_scale,
+            rescale=guidance.rescale,
+        )
+        self._rows = lru_cache(maxsize=8)(self._rows_of)
+        self._calls = lru_cache(maxsize=1)(self._steps.calls)
+
+    def input(self, step: int, rows: Rows) -> list[Call]:
+        begin, _ = self._calls(step, self._rows(rows))
+        return [begin]
+
+    def update(self, step: int, rows: Rows) -> list[Call]:
+        _, end = self._calls(step, self._rows(rows))
+        if not self._table.draws_noise(step):
+            return [end]
+        return [partial(draw, self.ring[step % len(self.ring), 2], self._generator), end]
+
+    def _rows_of(self, rows: Rows) -> StepRows:
+        return self._steps.rows(*(rows.tensors[name] for name in WRITTEN))

@@ -1,0 +1,137 @@
+"""Lanes of one image each, out of step with each other -> the engine calls that they share.
+
+An image alone runs on its own lane's rows. Images in company run on shared rows, which are filled from their lanes, or
+where there are streams each on its own, at once. Knows nothing about plans, samplers, prompts or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from fastcache.loop.lane import WRITTEN, Lane, Pass, Rows, allocate, in_turn, specs_of
+from fastcache.loop.streams import Streams
+from fastcache_engines import Engine
+
+Call = Callable[[], object]
+
+
+class Lanes:
+    """`count` lanes of one size, guided images taking two rows each, and the rows that those in company share."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        passes: Mapping[str, Pass],
+        *,
+        count: int,
+        channels: int,
+        sizes: Mapping[str, int],
+        device: str,
+        streams: Streams | None = None,
+    ) -> None:
+        self._engines, self._passes, self._streams = engines, passes, streams
+        self._sizes, self._device = dict(sizes), device
+        self.lanes = [
+            Lane(engines, passes, images=1, halves=2, channels=channels, device=device, sizes=sizes)
+            for _ in range(count)
+        ]
+        self._taken = {name: _taken([engines[role] for role in one.engines]) for name, one in passes.items()}
+        self._place = lru_cache(maxsize=None)(self._make_place)
+        self._binding = lru_cache(maxsize=None)(self._bind)
+        self._apart = lru_cache(maxsize=None)(self._bind_apart)
+        self._holds: dict[str, tuple[int, ...]] = {}  # what the shared rows hold, by when it was new
+
+    @property
+    def held_bytes(self) -> int:
+        """What the tensors take now."""
+        shared: dict[str, Tensor] = self.__dict__.get("_shared", {})
+        return sum(lane.held_bytes for lane in self.lanes) + sum(tensor.nbytes for tensor in shared.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """What they take at most: where every image's plan forecasts each of its features, in the highest order."""
+        every = sum(lane.most_bytes for lane in self.lanes)
+        alone = len(self.lanes) == 1 or self._streams is not None
+        return every if alone else every + sum(t.nbytes for lane in self.lanes for t in lane.tensors.values())
+
+    def rows(self, lanes: Sequence[int], guided: bool) -> list[Rows]:
+        """Where these lanes' rows of an engine call lie, in order."""
+        if len(lanes) == 1 or self._streams is not None:
+            return [self.lanes[lane].rows(guided) for lane in lanes]
+        return [self._place(j, guided) for j in range(len(lanes))]
+
+    def run(self, name: str, lanes: Sequence[int], guided: bool) -> None:
+        """One call of a pass for these lanes, or one each, with their samples and timesteps in their rows."""
+        stores = self._passes[name].stores
+        if len(lanes) == 1:
+            self.lanes[lanes[0]].call(name, guided)()
+        elif self._streams is not None:
+            self._streams.run([self._apart(name, guided, lane) for lane in lanes])
+        else:
+            self._gather(self._taken[name], lanes, guided)
+            self._binding(name, guided, len(lanes))()
+            self._scatter(stores, lanes, guided)
+            return
+        for lane in lanes:
+            self.lanes[lane].touch(*stores)
+
+    def bind(self) -> None:
+        """Bind every pass for an image alone, guided and not, and for two: some backends compile for each shape."""
+        for name in self._passes:
+            for guided in (True, False):
+                self.lanes[0].call(name, guided)
+                if self._streams is not None:
+                    self._apart(name, guided, 0)
+                elif len(self.lanes) > 1:
+                    self._binding(name, guided, 2)
+
+    @cached_property
+    def _shared(self) -> dict[str, Tensor]:
+        """The rows of lanes in company: (lanes, halves) of them from the start."""
+        sizes = self._sizes | {"batch": 2 * len(self.lanes)}
+        return {n: allocate(spec, sizes, self._device) for n, spec in specs_of(self._engines, self._passes).items()}
+
+    def _gather(self, names: Sequence[str], lanes: Sequence[int], guided: bool) -> None:
+        """Bring what the lanes hold to the shared rows, unless it is there from the call before."""
+        for name in names:
+            state = self._state(name, lanes, guided)
+            if self._holds.get(name) != state:
+                own = [self.lanes[lane].rows(guided).tensors[name] for lane in lanes]
+                torch.cat(own, out=self._shared[name][: len(lanes) * len(own[0])])
+                self._holds[name] = state
+
+    def _scatter(self, names: Sequence[str], lanes: Sequence[int], guided: bool) -> None:
+        """Bring what a pass stored to the lanes. It stays in the shared rows as well."""
+        for name in names:
+            for place, lane in zip(self.rows(lanes, guided), lanes, strict=True):
+                self.lanes[lane].rows(guided).tensors[name].copy_(place.tensors[name])
+                self.lanes[lane].touch(name)
+            self._holds[name] = self._state(name, lanes, guided)
+
+    def _state(self, name: str, lanes: Sequence[int], guided: bool) -> tuple[int, ...]:
+        return (guided, *(self.lanes[lane].changed[name] for lane in lanes))
+
+    def _bind(self, name: str, guided: bool, images: int) -> Call:
+        tensors = {n: shared[: images * (1 + guided)] for n, shared in self._shared.items()}
+        return in_turn([self._engines[role].bind(tensors) for role in self._passes[name].engines])
+
+    def _bind_apart(self, name: str, guided: bool, lane: int) -> Call:
+        if self._streams is None:
+            raise ValueError("expected streams for images at once, got none")
+        rows = self.lanes[lane].rows(guided).tensors
+        return in_turn([self._streams.engines[role].bind(rows) for role in self._passes[name].engines])
+
+    def _make_place(self, which: int, guided: bool) -> Rows:
+        halves = 1 + guided
+        rows = {name: shared[which * halves : (which + 1) * halves] for name, shared in self._shared.items()}
+        return Rows.of(rows, 1, self.lanes[0].latent_shape[1])
+
+
+def _taken(engines: Sequence[Engine]) -> tuple[str, ...]:
+    """What engines take beside what is written at every step."""
+    inputs = dict.fromkeys(spec.name for engine in engines for spec in engine.inputs)
+    return tuple(name for name in inputs if name not in WRITTEN)
