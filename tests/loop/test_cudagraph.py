@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +22,7 @@ import fastcache
 import fastcache_engines
 from eager_engines import GUIDANCE, generators, plain_run, refill, small_lane, start
 from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTable, compile_sampler
-from fastcache.loop.drivers import Guidance
+from fastcache.loop.drivers import Call, Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder, Recorder
 from fastcache.loop.lane import Lane
 from fastcache.loop.scheduled import ScheduledSampler
@@ -120,6 +123,31 @@ def test_latents_written_between_two_steps_are_taken_up(device: str) -> None:
         results.append(last(steps))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
     assert float((results[0] - last(run(None, lane, table, plan))).abs().max()) > 0.01
+
+
+class ForgetfulRecorder(ListRecorder):
+    """As a graph does, it keeps nothing of the calls that it recorded; what nobody else keeps is gone at a replay."""
+
+    def record(self, calls: Sequence[Call]) -> Any:
+        self.recordings += 1
+        kept = [weakref.WeakMethod(call) if inspect.ismethod(call) else weakref.ref(call) for call in calls]
+
+        def launch() -> None:
+            for call in kept:
+                call()()
+
+        return launch
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_what_was_recorded_keeps_its_memory(stepwise: bool) -> None:
+    lane, table, plan = small_lane(), table_of("dpm++_2m"), PLANS["interval"](STEPS)
+    expected = last(run(None, lane, table, plan, guidance_rescale=0.7))
+    recorder = ForgetfulRecorder()
+    for _ in range(2):
+        gc.collect()
+        drawn = last(run(recorder, lane, table, plan, guidance_rescale=0.7, stepwise=stepwise))
+        torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_recording_serves_every_run_with_its_plan_sampler_and_addresses() -> None:

@@ -316,7 +316,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"plan": plan_for(), "num_inference_steps": 9}, "9 U-Net calls, got one for 8"),
     ({"plan": plan_for(model="another")}, "model demo, got one for another"),
     ({"plan": plan_for(sampler="euler")}, "sampler ddim, got one for euler"),
-    ({"plan": CachePlan.uniform(STEPS, 2, branch_id=3)}, "branch 0"),
+    ({"plan": CachePlan.uniform(STEPS, 2, branch_id=3)}, "of the passes full, shallow-0"),
     ({"sampler": "magic"}, "a sampler out of"),
     ({"generator": seeded(0, 1)}, "one for each of 1 images, got 2"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents of shape \[1, 4, 16, 16\]"),

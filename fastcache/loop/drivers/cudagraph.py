@@ -204,18 +204,23 @@ class DeviceLoop:
 
 @dataclass
 class Recorded:
-    """A loop, what of it has been recorded (under None the whole, else a kind of step), and the bindings it runs."""
+    """A loop, what of it has been recorded (under None the whole, else a kind of step), and the bindings it runs.
+
+    The calls that were recorded are kept with it: a graph goes on reading and writing the memory that they hold.
+    """
 
     loop: DeviceLoop
     bindings: list[Binding]
     launches: dict[Hashable, Callable[[], object]] = field(default_factory=dict)
+    calls: dict[Hashable, Sequence[Call]] = field(default_factory=dict)
 
     def launch(self, recorder: Recorder, kind: Hashable, calls: Callable[[], Sequence[Call]]) -> Callable[[], object]:
         """A recording, made when it is first asked for."""
         if not self.launches:
             recorder.warm_up(self.loop.passes())
         if kind not in self.launches:
-            self.launches[kind] = recorder.record(calls())
+            self.calls[kind] = calls()
+            self.launches[kind] = recorder.record(self.calls[kind])
         return self.launches[kind]
 
 
