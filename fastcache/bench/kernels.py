@@ -24,12 +24,10 @@ from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable
 from fastcache_engines import DType
 from fastcache_kernels import launch, norm, reference
-from fastcache_kernels.feature import empty_feature, store_feature
 from fastcache_kernels.guidance import GuidanceStep
-from fastcache_kernels.values import QUANTISED, StoredFeature, step_tables
+from fastcache_kernels.values import step_tables
 
 MODELS, SIZES = ("sd15", "sdxl"), (512, 1024)
-GROUPS = 32
 CALLS = 20  # in one captured graph: a replay costs microseconds, as does a call
 REPLAYS = 10  # of each arm, in a repeat
 Shape = tuple[int, int, int, int]
@@ -122,7 +120,6 @@ def kernel_cases(batch: int, dtype: DType, device: str, branch_id: int = 0, size
                 groups = first.num_groups * (first.num_channels - cached) // first.num_channels
                 found.append(_norm((2 * batch, first.num_channels - cached, side, side), groups, dtype, device))
             found.append(_guidance(batch, size // scale, dtype, device))
-            found += [_store((2 * batch, cached, side, side), stored, dtype, device) for stored in QUANTISED]
             for case in found:
                 cases.setdefault((case.kernel, case.shape), case).models.append(f"{name} {size}")
     return list(cases.values())
@@ -261,26 +258,6 @@ def _guidance(batch: int, side: int, dtype: DType, device: str) -> Case:
 
     moved = _bytes(noise_pred, model_input, timestep) + 5 * _bytes(latents)  # x twice and e are read, x and e written
     return Case("guidance_step", tuple(noise_pred.shape), moved, run, eager)
-
-
-def _store(shape: Shape, stored: torch.dtype, dtype: DType, device: str) -> Case:
-    """A feature into its slot in one byte a value, a scale for each of 32 groups of channels."""
-    feature = _random(torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device))
-    own, other = (empty_feature(shape, stored, groups=GROUPS, device=device) for _ in range(2))
-
-    def write(store: Callable[[Tensor, StoredFeature], None], to: StoredFeature) -> Sequence[Tensor]:
-        store(feature, to)
-        return (to.values,) if to.scales is None else (to.values, to.scales)
-
-    num_bytes = _bytes(feature, own.values) + 4 * shape[0] * GROUPS
-    name = f"store_feature {'int8' if stored == torch.int8 else 'fp8'}"
-    return Case(
-        name,
-        shape,
-        num_bytes,
-        run=lambda: write(store_feature, own),
-        eager=lambda: write(reference.store_feature, other),
-    )
 
 
 def _random(like: Tensor) -> Tensor:

@@ -73,20 +73,15 @@ def specifications(config: Mapping[str, Any]) -> Iterator[Specification]:
         name: str = table["name"]
         if name not in KERNELS:
             raise ValueError(f"aot.toml: expected a kernel out of {', '.join(KERNELS)}, got {name!r}")
-        types: dict[str, list[str]] = table["types"]
-        for choice in itertools.product(*types.values()):
-            chosen = dict(zip(types, choice, strict=True))
-            chosen = {key: value.format(**chosen) for key, value in chosen.items()}
-            for configuration in table["configurations"]:
-                constants = {key: value for key, value in configuration.items() if key != "num_warps"}
-                words = (name, *chosen.values(), *map(str, constants.values()))
-                yield Specification(
-                    f"fastcache_{'_'.join(words)}",
-                    name,
-                    tuple(_parameter(key, text.format(**chosen)) for key, text in table["parameters"].items()),
-                    tuple(constants.items()),
-                    configuration["num_warps"],
-                )
+        for dtype, configuration in itertools.product(table["dtypes"], table["configurations"]):
+            constants = {key: value for key, value in configuration.items() if key != "num_warps"}
+            yield Specification(
+                "_".join(["fastcache", name, dtype, *map(str, constants.values())]),
+                name,
+                tuple(_parameter(key, text.format(dtype=dtype)) for key, text in table["parameters"].items()),
+                tuple(constants.items()),
+                configuration["num_warps"],
+            )
 
 
 def _parameter(name: str, text: str) -> Parameter:

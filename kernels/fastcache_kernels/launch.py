@@ -31,8 +31,6 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
 }
 _C_TYPES: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
@@ -190,13 +188,6 @@ def prepare(
             run()
 
     return launch
-
-
-def can_launch(device: torch.device) -> bool:
-    """Whether some kernels can be launched on a device at all."""
-    if device.type == "cuda":
-        return source()[0] != "reference"
-    return device.type == "cpu" and _interpreted()
 
 
 @cache

@@ -21,7 +21,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 @pytest.mark.parametrize("branch_id", [0, 3])
 def test_a_kernel_and_its_rival_compute_the_same(branch_id: int) -> None:
     cases = kernel_cases(1, "fp32", "cpu", branch_id, sizes=(128,))
-    assert len({case.kernel for case in cases}) == (5 if branch_id == 0 else 4)  # branch 3 cannot be projected
+    assert len({case.kernel for case in cases}) == (3 if branch_id == 0 else 2)  # branch 3 cannot be projected
     for case in cases:
         for got, expected in zip(case.run(), case.eager(), strict=True):
             assert expected.float().abs().sum() > 0
@@ -43,9 +43,7 @@ def test_shapes_and_bytes_are_those_of_the_models() -> None:
     latents = 2 * 4 * 16 * 16
     guidance = cases["guidance_step", "sd15 128"]
     assert guidance.num_bytes == 2 * 2 * latents * 2 + 5 * 4 * latents + 4 * 4  # timesteps, four of four bytes
-    for stored in ("int8", "fp8"):
-        assert cases[f"store_feature {stored}", "sd15 128"].num_bytes == rows * (values * 3 + 32 * 4)
-    assert len(cases) == 2 * 5
+    assert len(cases) == 2 * 3
 
 
 def test_figures_follow_from_the_medians(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +83,7 @@ def test_kernels_are_timed_apart_from_arms() -> None:
 def test_every_kernel_is_timed() -> None:
     document, rows = bench_kernels(1, "fp16", 1, 0, lambda message: None)
     assert {row.kernel for row in rows} >= {"concat_groupnorm_silu", "groupnorm_silu", "guidance_step"}
-    assert len(document["kernels"]) == len(rows) == 10
+    assert len(document["kernels"]) == len(rows) == 6
     for row in rows:
         assert row.kernel_us > 0
         assert 0 < row.share_of_copy < 3

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastcache_kernels import aot, cpu_step, feature, guidance, norm
+from fastcache_kernels import aot, cpu_step, guidance, norm
 from fastcache_kernels.launch import Library
 from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, source_hash
-from fastcache_kernels.values import StoredFeature, step_tables
+from fastcache_kernels.values import step_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tomllib.loads((ROOT / "kernels" / "aot.toml").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> lis
     def prepare(kernel: str, grid: Any, arguments: Mapping[str, Any], *, num_warps: int, **constants: int) -> None:
         launches.append((kernel, arguments, num_warps, constants))
 
-    for module in (norm, guidance, feature):
+    for module in (norm, guidance):
         monkeypatch.setattr(module, "prepare", prepare)
     work()
     return launches
@@ -86,15 +86,7 @@ def everything(dtype: torch.dtype) -> None:
     weight = torch.ones(640, dtype=dtype)
     for plane in ((8, 8), (64, 64)):
         cached, skip = torch.zeros(2, 320, *plane, dtype=dtype), torch.zeros(2, 320, *plane, dtype=dtype)
-        for stored in (
-            StoredFeature(cached),
-            feature.empty_feature((2, 320, *plane), torch.int8, groups=32),
-            feature.empty_feature((2, 320, *plane), torch.float8_e4m3fn, groups=32),
-        ):
-            norm.concat_groupnorm_silu(
-                stored, skip, weight, weight, 32, joined=torch.empty(2, 640, *plane, dtype=dtype)
-            )
-            feature.store_feature(cached, stored)
+        norm.concat_groupnorm_silu(cached, skip, weight, weight, 32, joined=torch.empty(2, 640, *plane, dtype=dtype))
     for calls in (1, 5):
         tables = step_tables(
             [(max(0, i + 1 - calls), [1.0] * 3 * min(i + 1, calls)) for i in range(6)],
@@ -335,7 +327,7 @@ def test_parameters_that_are_not_the_kernels_are_refused() -> None:
     table = CONFIG["kernel"][0]
     wrong = table | {"parameters": {"cached": "*fp32"}}
     with pytest.raises(
-        ValueError, match=r"expected the parameters of channel_statistics, cached, scales, .* got cached, BLOCK"
+        ValueError, match=r"expected the parameters of channel_statistics, cached, skip, .* got cached, BLOCK"
     ):
         aot.compile_kernel(next(aot.specifications({"kernel": [wrong]})), 80)
 
