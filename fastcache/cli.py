@@ -6,6 +6,7 @@ failed. The commands themselves are in `commands/`.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     name="fastcache",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -46,6 +48,7 @@ def main() -> None:
     debug = debug_asked()
     quiet_libraries()
     try:
+        _check_text(arguments)
         sys.exit(app(arguments, standalone_mode=False) or 0)
     except typer.Exit as error:
         sys.exit(error.exit_code)
@@ -60,6 +63,15 @@ def main() -> None:
         end(str(error) or type(error).__name__, exit_code(error))
 
 
+def _check_text(arguments: list[str]) -> None:
+    """Raises: `ValueError` for bytes that are no text, which Python hands on as lone surrogates."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"expected arguments in UTF-8, got {os.fsencode(argument)!r}; write it as text") from None
+
+
 def _version(asked: bool) -> None:
     if asked:
         import fastcache
@@ -71,8 +83,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; at any place.")] = False,
 ) -> None:
-    """The fastest way to run a diffusion U-Net: full and shallow engines, switched step by step."""
+    """A diffusion U-Net compiled as a full and a shallow engine, which a plan switches between step by step."""
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import typer
 import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
-from fastcache.evaluate.evaluate import Arm, arms_of, draw_batch, frechet_estimate
-from fastcache.evaluate.quality import mean_of, psnr_db_each
+from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch
+from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
 from fastcache.planning.calibration import Calibration
 from fastcache.planning.planning import (
     kept_calibration,
@@ -49,7 +49,7 @@ FORECASTS = {
     "over sigma": Forecast(order=1, by="sigma"),
     "squared over sigma": Forecast(order=2, by="sigma"),
 }
-# what an experiment's arms are compared with, where that is not uniform
+# what an experiment's candidates are compared with, where that is not uniform
 BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"}
 CHARTS = ("plans", "forecast", "steps")
 SLACK = 1.002  # of a time, for what counting it in ticks rounds up
@@ -177,12 +177,12 @@ def refine_command(
     pipe, plans = pipeline(work), read_plans(results / "plans.json")
     prompts = judges.calibration_prompts(CALIBRATION_PROMPTS)
 
-    uncached, *_ = arms_of(pipe, {"plan": plans[f"optimal-{count}"]}, SAMPLER, STEPS)
+    uncached, *_ = candidates_of(pipe, {"plan": plans[f"optimal-{count}"]}, SAMPLER, STEPS)
     (reference,) = draw_batch(pipe, [uncached], prompts, range(len(prompts)), GUIDANCE)
 
     def score(steps: tuple[int, ...]) -> float:
-        arm = replace(uncached, plan=CachePlan.from_refresh_steps(STEPS, steps))
-        (drawn,) = draw_batch(pipe, [arm], prompts, range(len(prompts)), GUIDANCE)
+        candidate = replace(uncached, plan=CachePlan.from_refresh_steps(STEPS, steps))
+        (drawn,) = draw_batch(pipe, [candidate], prompts, range(len(prompts)), GUIDANCE)
         psnr = float(psnr_db_each(drawn.images, reference.images).mean())
         say(f"{psnr:.3f} dB {steps}")
         return -psnr
@@ -228,46 +228,50 @@ def draw_command(
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
         pipe = pipeline(work, depths=name == "choices")
-        arms = arms_of(pipe, known[name], SAMPLER, STEPS)
+        candidates = candidates_of(pipe, known[name], SAMPLER, STEPS)
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
             if file.is_file() or left == 0:
                 continue
-            say(f"{name}: batch {number + 1} of {len(files)}, {len(arms)} plans")
-            draw_one(pipe, arms, prompts, number, file)
+            say(f"{name}: batch {number + 1} of {len(files)}, {len(candidates)} plans")
+            draw_one(pipe, candidates, prompts, number, file)
             left = None if left is None else left - 1
         if all(file.is_file() for file in files):
-            summarise(name, arms, files, prompts, results)
+            summarise(name, candidates, files, prompts, results)
 
 
-def draw_one(pipe: FastCachePipeline, arms: Sequence[Arm], prompts: Sequence[str], number: int, file: Path) -> None:
+def draw_one(
+    pipe: FastCachePipeline, candidates: Sequence[Candidate], prompts: Sequence[str], number: int, file: Path
+) -> None:
     start = number * BATCH
     batch = prompts[start : start + BATCH]
     seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(batch))
-    drawn = draw_batch(pipe, arms, batch, seeds, GUIDANCE, first=number)
+    drawn = draw_batch(pipe, candidates, batch, seeds, GUIDANCE, first=number)
     row = {
-        arm.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}
+        candidate.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}
         | {"features": judges.demo_features(own.images).round(4).tolist(), "loop_ms": own.loop_ms}
-        for arm, own in zip(arms, drawn, strict=True)
+        for candidate, own in zip(candidates, drawn, strict=True)
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".part").write_text(json.dumps(row))
     file.with_suffix(".part").rename(file)
 
 
-def summarise(name: str, arms: Sequence[Arm], files: Sequence[Path], prompts: Sequence[str], results: Path) -> None:
+def summarise(
+    name: str, candidates: Sequence[Candidate], files: Sequence[Path], prompts: Sequence[str], results: Path
+) -> None:
     """Per-picture numbers and means with intervals, of all batches."""
     batches = [json.loads(file.read_text()) for file in files]
     truth = judges.true_features(prompts)
     rows: dict[str, Any] = {}
-    for arm in arms:
-        own = [batch[arm.name] for batch in batches]
+    for candidate in candidates:
+        own = [batch[candidate.name] for batch in batches]
         values = {judge: [value for part in own for value in part[judge]] for judge in JUDGES}
         features = np.concatenate([np.array(part["features"]) for part in own])
-        rows[arm.name] = {
-            "refresh_steps": list(arm.plan.refresh_steps),
-            "unet_calls": arm.plan.num_steps,
-            "made_by": arm.plan.made_by,
+        rows[candidate.name] = {
+            "refresh_steps": list(candidate.plan.refresh_steps),
+            "unet_calls": candidate.plan.num_steps,
+            "made_by": candidate.plan.made_by,
             "loop_ms": float(np.median([part["loop_ms"] for part in own])),
             "means": {judge: vars(mean_of(np.array(v))) for judge, v in values.items()},
             "frechet_distance": vars(frechet_estimate(features, truth)),
@@ -306,7 +310,7 @@ def show_command(
         baselines = plans | rows
         typer.echo(f"\n{name}: {conditions['images']} pictures, {conditions['backend']}\n")
         typer.echo(tables.table(rows, baselines, baseline))
-        if any(tables.gain_over(rows, arm, baselines, baseline) for arm in rows):
+        if any(tables.gain_over(rows, candidate, baselines, baseline) for candidate in rows):
             typer.echo(f"\n{tables.gains(rows, baselines, baseline)}")
         title = f"{conditions['images']} held-out pictures, 95% intervals"
         if name in CHARTS:

@@ -19,7 +19,7 @@ from fastcache.analysis.dit import DiTStudy
 from fastcache.analysis.experiments import GuidedInterval, PromptSwitch
 from fastcache.analysis.measure import ALIKE, Analysis, SimilarityFacts, share_alike
 from fastcache.analysis.probes import FOLDS, GRID, Probes
-from fastcache.analysis.recorder import Array, Recorded
+from fastcache.analysis.recorder import Array, FeatureMeasures
 from fastcache.planning.calibrate import GAIN_LAG
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def sections(analysis: Analysis, experiments: Experiments) -> Iterator[Section]:
         yield from _dit(analysis, experiments.dit)
 
 
-def _similarity(recorded: Recorded, prefix: str, what: str) -> Iterator[Section]:
+def _similarity(recorded: FeatureMeasures, prefix: str, what: str) -> Iterator[Section]:
     similarity = recorded.similarity
     means = {name: values.mean(0) for name, values in similarity.items()}
     facts = {name: SimilarityFacts.of(values) for name, values in similarity.items()}
@@ -103,7 +103,7 @@ def _similarity(recorded: Recorded, prefix: str, what: str) -> Iterator[Section]
     )
 
 
-def _change(recorded: Recorded, kinds: dict[str, str], prefix: str) -> Iterator[Section]:
+def _change(recorded: FeatureMeasures, kinds: dict[str, str], prefix: str) -> Iterator[Section]:
     panels: dict[str, dict[str, tuple[Array, Array]]] = {}
     for name, values in recorded.change.items():
         panel = panels.setdefault(f"{name.split()[0]}: {_PLURALS[kinds[name]]}", {})

@@ -51,7 +51,7 @@ def analyze(
     """
     from fastcache.analysis.dit import study_dit
     from fastcache.analysis.experiments import guide_in_intervals, switch_prompt
-    from fastcache.analysis.measure import Settings, analyse
+    from fastcache.analysis.measure import AnalysisSettings, analyse
     from fastcache.analysis.probes import probe
     from fastcache.analysis.report import check_drawable, document, write_report
     from fastcache.analysis.sections import Experiments
@@ -73,7 +73,7 @@ def analyze(
             device=device,
         )
         scale = guidance_scale if guidance_scale is not None else 4.0 if model == "demo" else 7.5
-        settings = Settings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
+        settings = AnalysisSettings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
         # The short experiments first: what they refuse is said before the long measurement.
         experiments = Experiments(
             switches=switch_prompt(subject, settings, switch_prompt_at) if switch_prompt_at else (),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.calibration import Calibration
-    from fastcache.planning.ways import LoopTimes
+    from fastcache.planning.ways import StepTimes
 
 
 def plan(
@@ -212,7 +212,7 @@ def _prompts(pipe: FastCachePipeline, file: Path | None, count: int) -> list[str
 
 
 def _conditions(
-    pipe: FastCachePipeline, made: CachePlan, measured: Calibration, times: LoopTimes | None
+    pipe: FastCachePipeline, made: CachePlan, measured: Calibration, times: StepTimes | None
 ) -> dict[str, Any]:
     """What the plan was made from, and for a latency what was timed."""
     found: dict[str, Any] = {"calibration_samples": len(measured.samples)}

@@ -35,7 +35,7 @@ from fastcache.planning.search import (
     refresh_moves,
     threshold_refreshes,
 )
-from fastcache.planning.ways import LoopTimes, expected_moves, plan_of, prices, way_costs, ways_of
+from fastcache.planning.ways import StepTimes, expected_moves, plan_of, prices, way_costs, ways_of
 
 Say = Callable[[str], None]
 _TICKS = 20_000  # in which a latency is counted: rounding 50 intervals up leaves at most 0.25% of it unused
@@ -61,7 +61,7 @@ def optimal_plan(calibration: Calibration, branch_id: int, refreshes: int) -> Ca
     return _named(made, calibration, f"optimal(refreshes={refreshes}")
 
 
-def latency_plan(calibration: Calibration, times: LoopTimes, latency_ms: float, *, guidance: bool = False) -> CachePlan:
+def latency_plan(calibration: Calibration, times: StepTimes, latency_ms: float, *, guidance: bool = False) -> CachePlan:
     """The plan that is expected to move the pictures least, of all whose loop takes no longer.
 
     Every interval between refreshes runs in its own way: at one depth out of the branches that were timed, or at the
@@ -124,7 +124,7 @@ def measure_loop(
     *,
     guidance: bool = False,
     repeats: int = 5,
-) -> LoopTimes:
+) -> StepTimes:
     """Times of full and shallow steps, from loops run in turn: all steps in full, and all but the first shallow.
 
     With `guidance` also of such loops without it.
@@ -152,7 +152,7 @@ def measure_loop(
     loops = {key: statistics.median(own[1:]) for key, own in times.items()}
     each = {on: _step_times({b: ms for (own, b), ms in loops.items() if own == on}, calls) for on in (True, False)}
     full_ms = each[True].pop(None)
-    return LoopTimes(full_ms, {b: ms for b, ms in each[True].items() if b is not None}, batch, each[False])
+    return StepTimes(full_ms, {b: ms for b, ms in each[True].items() if b is not None}, batch, each[False])
 
 
 def _step_times(loops: dict[int | None, float], calls: int) -> dict[int | None, float]:

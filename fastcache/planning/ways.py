@@ -39,7 +39,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class LoopTimes:
+class StepTimes:
     """What a U-Net call and all that a step does besides take on this machine: in full, and shallow by branch id.
 
     `unguided_ms` is of steps without guidance, by branch id, None in full; empty where that was not timed.
@@ -78,7 +78,7 @@ def ways_of(branch_ids: Sequence[int], *, guidance: bool = False) -> list[Way]:
     return [Way(cycle, *on) for on in guided for cycle in cycles]
 
 
-def prices(times: LoopTimes, ways: Sequence[Way], calls: int, tick_ms: float) -> Prices:
+def prices(times: StepTimes, ways: Sequence[Way], calls: int, tick_ms: float) -> Prices:
     """What an interval of so many steps takes, in whole ticks, rounded up. Shapes: returns (ways, calls + 1)."""
     each_ms = np.array([[0, *(times.step_ms(*step) for step in way.steps(calls))] for way in ways])
     return np.ceil(each_ms.cumsum(axis=1) / tick_ms - _ROUNDING).astype(np.int64)

@@ -54,7 +54,7 @@ class Specification:
 
 
 @dataclass(frozen=True)
-class Image:
+class CompiledImage:
     """A specification compiled for one architecture, with the name of its entry."""
 
     architecture: int
@@ -93,7 +93,7 @@ def _parameter(name: str, text: str) -> Parameter:
     return Parameter(name, kind, bool(multiple))
 
 
-def compile_kernel(specification: Specification, architecture: int) -> Image:
+def compile_kernel(specification: Specification, architecture: int) -> CompiledImage:
     """Compile one variant for one architecture.
 
     Raises: `ValueError` where its parameters are not the kernel's, or it needs memory that the launcher does not give.
@@ -135,12 +135,12 @@ def compile_kernel(specification: Specification, architecture: int) -> Image:
             f"{specification.symbol}: expected {wanted} parameters and no scratch memory, got {taken} and "
             f"{metadata.global_scratch_size + metadata.profile_scratch_size} bytes; this Triton launches otherwise"
         )
-    return Image(architecture, metadata.name, metadata.shared, compiled.asm["cubin"], ptx)
+    return CompiledImage(architecture, metadata.name, metadata.shared, compiled.asm["cubin"], ptx)
 
 
 def _compile_all(
     listed: Sequence[Specification], architectures: Sequence[int], jobs: int
-) -> dict[Specification, list[Image]]:
+) -> dict[Specification, list[CompiledImage]]:
     tasks = [(specification, number) for specification in listed for number in architectures]
     _log.info("compiling %d kernels for %d architectures", len(listed), len(architectures))
     # spawn: a child starts from the environment, and not amid what Triton holds here
@@ -178,8 +178,8 @@ def build(config: Mapping[str, Any], folder: Path, jobs: int) -> None:
 
 
 def _images(
-    specification: Specification, images: Sequence[Image], ptx: int
-) -> Iterator[tuple[str, bytes, Image, bool]]:
+    specification: Specification, images: Sequence[CompiledImage], ptx: int
+) -> Iterator[tuple[str, bytes, CompiledImage, bool]]:
     """Each image's file name and content, and whether it is PTX."""
     for image in images:
         yield f"{specification.symbol}.sm_{image.architecture}.cubin", image.cubin, image, False
@@ -209,7 +209,7 @@ def _prototype(specification: Specification) -> str:
     )
 
 
-def _table(specification: Specification, entry: str, files: Sequence[tuple[str, bytes, Image, bool]]) -> str:
+def _table(specification: Specification, entry: str, files: Sequence[tuple[str, bytes, CompiledImage, bool]]) -> str:
     """A kernel's images and its launch function, in C."""
     name = specification.symbol
     images = "".join(
@@ -250,7 +250,7 @@ def _source(tables: Sequence[str]) -> str:
     )
 
 
-def _manifest(config: Mapping[str, Any], compiled: Mapping[Specification, Sequence[Image]]) -> dict[str, Any]:
+def _manifest(config: Mapping[str, Any], compiled: Mapping[Specification, Sequence[CompiledImage]]) -> dict[str, Any]:
     import triton
 
     return {

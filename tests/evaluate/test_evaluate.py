@@ -25,7 +25,7 @@ from fastcache.cli import main
 from fastcache.demo.scenes import COLOURS, held_out_scenes, render
 from fastcache.evaluate import judges
 from fastcache.evaluate.chart import frontier
-from fastcache.evaluate.evaluate import arms_of
+from fastcache.evaluate.evaluate import candidates_of
 from fastcache.evaluate.quality import frechet_distance, mean_of, psnr_db, psnr_db_each
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.pipeline import FastCachePipeline
@@ -186,8 +186,8 @@ def test_what_evaluate_refuses(run: Any, tiny_bundle: Bundle, prompts_file: Path
 def test_steps_of_samplers_that_call_twice(tiny_bundle: Bundle) -> None:
     pipe = FastCachePipeline(tiny_bundle)
     plans = {"heun": replace(CachePlan.uniform(9, 3), sampler="heun"), "pndm": CachePlan.uniform(6, 2)}
-    arms = arms_of(pipe, plans, "pndm", None)
-    assert [(arm.name, arm.sampler, arm.steps) for arm in arms] == [
+    candidates = candidates_of(pipe, plans, "pndm", None)
+    assert [(candidate.name, candidate.sampler, candidate.steps) for candidate in candidates] == [
         ("uncached", "pndm", 5),
         ("heun", "heun", 5),
         ("pndm", "pndm", 5),

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fastcache_kernels import aot, cpu_step, guidance, norm
-from fastcache_kernels.launch import Library
+from fastcache_kernels.launch import GpuLibrary
 from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, source_hash
 from fastcache_kernels.values import step_tables
 
@@ -160,7 +160,7 @@ def test_launch_parameters_are_those_of_the_sources(build: Path, manifest: dict[
 @needs_tools
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def test_what_is_launched_is_there(dtype: torch.dtype, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Library(installed)
+    library = GpuLibrary(installed)
     launches = recorded(monkeypatch, lambda: everything(dtype))
     assert {kernel for kernel, *_ in launches} == set(KERNELS)
     assert [kernel for kernel, *rest in launches if library.find(kernel, *rest) is None] == []
@@ -170,7 +170,7 @@ def test_what_is_launched_is_there(dtype: torch.dtype, installed: Path, monkeypa
 @needs_tools
 def test_what_is_not_there_is_not_found(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes of an odd size, and tensors that begin anywhere, would be read past what a load may touch."""
-    library = Library(installed)
+    library = GpuLibrary(installed)
 
     def odd() -> None:
         weight = torch.ones(8)
@@ -267,7 +267,7 @@ def test_ahead_of_time_kernels_give_what_triton_gives(installed: Path, monkeypat
     cached, skip = (torch.randn(2, 320, 64, 64, generator=generator).half().to(device) for _ in range(2))
     weight = torch.randn(640, generator=generator).half().to(device)
     results = []
-    for found in (Library(installed), launch.KernelError("not to be used")):
+    for found in (GpuLibrary(installed), launch.KernelError("not to be used")):
         monkeypatch.setattr(launch, "_found_library", lambda found=found: found)
         results.append(norm.concat_groupnorm_silu(cached, skip, weight, weight, 32))
     torch.testing.assert_close(*results)
@@ -287,7 +287,7 @@ def test_a_wheel_carries_the_library_where_it_is_asked_to(tmp_path: Path) -> Non
     assert re.search(r"-py3-none-(linux|manylinux)_", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "wheel")
-    library = Library(tmp_path / "wheel" / "fastcache_kernels")
+    library = GpuLibrary(tmp_path / "wheel" / "fastcache_kernels")
     assert library.manifest["architectures"] == [89]
     assert len(library.variants) == len(list(aot.specifications(CONFIG)))
     cpu_step.Library(tmp_path / "wheel" / "fastcache_kernels")

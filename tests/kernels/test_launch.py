@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache_kernels import launch, ops
-from fastcache_kernels.launch import KernelError, Library
+from fastcache_kernels.launch import GpuLibrary, KernelError
 from fastcache_kernels.manifest import MANIFEST, source_hash
 
 WITHOUT_TRITON = """
@@ -93,7 +93,7 @@ def test_folders_without_kernels_of_these_sources(manifest: object, expected: st
     if manifest is not None:
         (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(KernelError, match=expected) as caught:
-        Library(tmp_path)
+        GpuLibrary(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -13,9 +13,9 @@ from fastcache.loop.plan import CachePlan
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.planning import latency_plan, optimal_plan
 from fastcache.planning.search import interval_costs, moved
-from fastcache.planning.ways import LoopTimes, Way, expected_moves, plan_of, prices, step_errors, way_costs, ways_of
+from fastcache.planning.ways import StepTimes, Way, expected_moves, plan_of, prices, step_errors, way_costs, ways_of
 
-TIMES = LoopTimes(10.0, {0: 1.0, 2: 2.5}, 1, {None: 5.5, 0: 0.6, 2: 1.4})
+TIMES = StepTimes(10.0, {0: 1.0, 2: 2.5}, 1, {None: 5.5, 0: 0.6, 2: 1.4})
 
 
 def drawn_calibration(seed: int, calls: int, branch_ids: tuple[int, ...] = (0, 2)) -> Calibration:
