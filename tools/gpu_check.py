@@ -21,17 +21,15 @@ from typing import Annotated, Any
 import platformdirs
 import torch
 import typer
+from macs import MultiplyAdds, multiply_adds
 from pieces import Board, Piece, end_with_parent, run_pieces
 
 import fastcache_engines
 from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
 from fastcache.bench.bench import document, run_bench
-from fastcache.bench.kernels import KernelResult, bench_kernels
+from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_table
 from fastcache.bench.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
-from fastcache.bench.machine import environment, gpus
-from fastcache.bench.work import multiply_adds
-from fastcache.commands.bench import show_kernels
-from fastcache.compile.models import find_model
+from fastcache.bench.machine import environment, gpus, load_average
 from fastcache.console import figure, print_table
 from fastcache.files import write_whole
 from fastcache_engines import BACKENDS, DType
@@ -248,8 +246,7 @@ def table_rows(task: Task, found: dict[str, Any]) -> list[dict[str, Any]]:
     Beside what was measured stand the ceiling that the multiply-adds set to caching on one backend, and the speed-up
     that was published for DeepCache.
     """
-    model = find_model(task.model, random_weights=True)
-    work = {branch: multiply_adds(model, branch, task.size, task.size) for _, branch in CACHINGS}
+    work: dict[int, MultiplyAdds] = {b: multiply_adds(task.model, b, task.size, task.size) for _, b in CACHINGS}
     published = dict(zip(CACHINGS, PUBLISHED.get((task.size, task.batch), ()), strict=False))
     arms = [arm for arm in found.get("arms", []) if "skipped" not in arm]
     uncached = {arm["backend"]: arm["loop_ms_p50"] for arm in arms if arm["cache_interval"] == 1}
@@ -302,8 +299,9 @@ def run_loop(task: Task, folder: Path) -> dict[str, Any]:
 
 def run_task(task: Task, folder: Path) -> dict[str, Any]:
     """A benchmark's document, as `fastcache bench --json` writes it."""
+    before = load_average()
     bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
-    return document(task.settings, bundles, run_bench(task.settings, lineup, bundles, say))
+    return document(task.settings, bundles, run_bench(task.settings, lineup, bundles, say), before)
 
 
 def new_board(output: Path) -> Board:
@@ -331,7 +329,7 @@ def show_check(pieces: dict[str, Any]) -> None:
     print_table("fp16, milliseconds", ["model", "arm", "loop", "full", "shallow", "rest", "x eager"], rows)
     timed = pieces.get("kernels", {})
     if "kernels" in timed:
-        show_kernels(timed["settings"], [KernelResult(**row) for row in timed["kernels"]])
+        print_table(*kernel_table(timed["settings"], [KernelResult(**row) for row in timed["kernels"]]))
     if rows := pieces.get("loop", {}).get("rows"):
         columns = [name for name in rows[0] if name != "steps"]
         told = [[str(row[name]).replace("_", " ") for name in columns] for row in rows]

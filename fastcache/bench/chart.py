@@ -6,6 +6,7 @@ Bars differ in lightness as well as in hue, so that the chart reads the same in 
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _COLOURS = {
     "engine+graph": _FULL,
     "engine+cache+graph": _CACHED,
 }
+_WARNING = "#b00020"
 _LEGEND = {
     _PYTORCH: "PyTorch",
     _DEEPCACHE: "PyTorch with the DeepCache package",
@@ -70,6 +72,9 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
     axes.set_xlabel(f"speed-up of the denoising loop over {reference}, median (times: full / shallow step, ms)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(_title(document)), fontsize=10, x=0.01, ha="left")
+    if document["doubts"]:
+        told = textwrap.fill(f"Not to be relied on: {'; '.join(document['doubts'])}.", 110)
+        axes.set_title(told, fontsize=9, color=_WARNING, loc="left")
     present = [colour for colour in _LEGEND if colour in colours]
     handles = [Patch(facecolor=colour, edgecolor="#333333", label=_LEGEND[colour]) for colour in present]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8.5, frameon=False)
@@ -77,9 +82,10 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
 
 
 def _name(arm: Mapping[str, Any]) -> str:
-    """The arm's name, and what it leaves out."""
+    """The arm's name, what it leaves out, and whether its rounds differ."""
     own = [part for part in (arm["backend"], arm["dtype"]) if part not in ("torch", *arm["name"].split(":"))]
-    return f"{arm['name']} ({', '.join(own)})" if own else arm["name"]
+    named = f"{arm['name']} ({', '.join(own)})" if own else arm["name"]
+    return f"{named} (?)" if arm["unsteady"] else named
 
 
 def _label(arm: Mapping[str, Any]) -> str:

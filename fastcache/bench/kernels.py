@@ -146,6 +146,33 @@ def summarise(case: Case, times: Mapping[str, Sequence[float]], compile_skipped:
     )
 
 
+def kernel_table(settings: Mapping[str, Any], rows: Sequence[KernelResult]) -> tuple[str, list[str], list[list[str]]]:
+    """The kernels' times as a table: its title, columns and rows."""
+    title = (
+        f"kernels in {settings['dtype']}, batch {settings['batch']} under guidance, branch {settings['branch_id']}, "
+        "microseconds a call\ncopy: of as many bytes on the same device; share: the copy's time over the kernel's"
+    )
+    columns = ["kernel", "models", "shape", "MB", "kernel", "eager", "compile", "copy", "GB/s", "share"]
+    return title, [*columns, "x eager", "x compile"], [_kernel_row(row) for row in rows]
+
+
+def _kernel_row(row: KernelResult) -> list[str]:
+    def told(number: float | None, unit: str = "") -> str:
+        return "-" if number is None else f"{number:.2f}{unit}"
+
+    return [
+        row.kernel,
+        ", ".join(row.models),
+        "x".join(map(str, row.shape)),
+        told(row.num_bytes / 1e6),
+        *map(told, (row.kernel_us, row.eager_us, row.compile_us, row.copy_us)),
+        f"{row.gb_per_s:.0f}",
+        f"{row.share_of_copy:.0%}",
+        told(row.speedup_vs_eager, "x"),
+        told(row.speedup_vs_compile, "x"),
+    ]
+
+
 def _time_case(case: Case, repeats: int, say: Callable[[str], None]) -> KernelResult:
     say(f"timing {case.kernel} on {'x'.join(map(str, case.shape))}")
     torch.compiler.reset()  # else it gives up on a function that it has compiled for eight shapes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sampler
+from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sampler, read_prompts
 from fastcache.console import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def analyze(
             revision=revision,
             height=height,
             width=width,
-            prompts_file=prompts,
+            prompts=None if prompts is None else read_prompts(prompts),
             num_prompts=num_prompts,
             seeds=seeds,
             device=device,

@@ -10,9 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_cases, summarise
+from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_cases, kernel_table, summarise
 from fastcache.cli import app
-from fastcache.commands.bench import show_kernels
 from fastcache.errors import BackendUnavailable
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -46,7 +45,7 @@ def test_shapes_and_bytes_are_those_of_the_models() -> None:
     assert len(cases) == 2 * 3
 
 
-def test_figures_follow_from_the_medians(capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_follow_from_the_medians() -> None:
     case = next(case for case in kernel_cases(1, "fp16", "cpu", sizes=(64,)) if case.kernel == "groupnorm_silu")
     times = {"kernel": [2.0, 4.0, 90.0], "eager": [8.0, 6.0, 10.0], "compile": [5.0, 6.0, 7.0], "copy": [3.0, 3.0, 1.0]}
     result = summarise(case, times)
@@ -57,11 +56,11 @@ def test_figures_follow_from_the_medians(capsys: pytest.CaptureFixture[str]) -> 
     lacking = summarise(case, times, "RuntimeError: no compiler")
     assert lacking.compile_us is lacking.speedup_vs_compile is None
     again = KernelResult(**json.loads(json.dumps(lacking.to_json())))  # as it is shown from a file
-    show_kernels({"dtype": "fp16", "batch": 1, "branch_id": 0}, [result, again])
-    printed = capsys.readouterr().out
-    assert "75%" in printed
-    assert "2.00x" in printed
-    assert "groupnorm_silu 2x320x8x8: torch.compile skipped, RuntimeError: no compiler" in printed
+    title, columns, rows = kernel_table({"dtype": "fp16", "batch": 1, "branch_id": 0}, [result, again])
+    assert "fp16, batch 1" in title
+    assert [len(row) for row in rows] == [len(columns)] * 2
+    assert rows[0][-3:] == ["75%", "2.00x", "1.50x"]
+    assert rows[1][-3:] == ["75%", "2.00x", "-"]
 
 
 @needs_no_gpu

@@ -176,7 +176,7 @@ BAD = [
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--plan", "none.json"), 2, "none.json"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--guidance-scale", "nan"), 2, "finite"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--seed", 2**64), 2, "--seed"),
-    (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 4, "nowhere"),
+    (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 2, "nowhere"),
     (("plan", "--engines", "BUNDLE", "--steps", 5, "--output", "p.json"), 2, "--uniform"),
     (("plan", "--engines", "BUNDLE", "--steps", 0, "--uniform", 2, "--output", "p.json"), 2, "steps"),
     (("build-engines", "--output", "e"), 2, "--model"),
@@ -188,7 +188,13 @@ BAD = [
     (("build-engines", "--model", "sd15", "--output", "e"), 2, "--random-weights"),
     (("bench", "--arms", "engine,warp", "--engines", "BUNDLE"), 2, "warp"),
     (("bench", "--engines", "BUNDLE", "--height", 999), 2, "--height"),
-    (("verify", "nowhere"), 4, "nowhere"),
+    (("verify", "nowhere"), 2, "nowhere"),
+    (("inspect", "nowhere"), 2, "nowhere"),
+    (("bench", "--engines", "nowhere"), 2, "nowhere"),
+    (("plan", "--engines", "BUNDLE", "--steps", 5, "--uniform", 2, "--output", "/proc/p.json"), 2, "/proc/p.json"),
+    (("evaluate", "--engines", "BUNDLE", "--plan", "p.json", "--output", "/proc/e"), 2, "/proc/e"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "/proc/x.png"), 2, "/proc/x.png"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "\udcff", "--output", "x.png"), 2, "UTF-8"),
     (("nonsense",), 2, "nonsense"),
 ]
 
