@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ from fastcache.planning.planning import (
     optimal_plan,
     threshold_plan,
 )
-from fastcache.planning.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
+from fastcache.planning.search import Steps, interval_costs, moved, optimal_refreshes, threshold_refreshes
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
@@ -320,6 +320,51 @@ def show_command(
         cached |= documents.get("forecast", {"rows": {}})["rows"]
         pairs = list(zip(INTERVALS, FEWER_STEPS, strict=True))
         typer.echo(f"\nequal time\n\n{tables.equal_time(cached, documents['steps']['rows'], pairs)}")
+
+
+def threshold_for(changes: Sequence[float] | np.ndarray, refreshes: int) -> float:
+    """A threshold that gives as many refreshes as asked for, or the nearest number above it that one gives.
+
+    Raises: `ValueError` for fewer than one refresh or more than there are steps.
+    """
+    if not 1 <= refreshes <= len(changes):
+        raise ValueError(f"expected 1 to {len(changes)} refreshes, got {refreshes}")
+    low, high = 0.0, float(np.sum(changes[1:])) + 1.0  # the upper end gives one refresh
+    for _ in range(60):
+        middle = (low + high) / 2
+        if len(threshold_refreshes(changes, middle)) > refreshes:
+            low = middle
+        else:
+            high = middle
+    # the count falls as the threshold grows, but may pass over some numbers
+    return high if len(threshold_refreshes(changes, high)) == refreshes else low
+
+
+def local_search(refreshes: Steps, num_steps: int, score: Callable[[Steps], float], moves: int, seed: int = 0) -> Steps:
+    """Move a refresh at random, by a few steps or anywhere, and keep what lowers a score that is dear to compute.
+
+    Each set of refreshes is scored once; the first refresh stays at 0.
+    """
+    rng = np.random.default_rng(seed)
+    best = tuple(sorted(refreshes))
+    scores = {best: score(best)}
+    for _ in range(moves):
+        candidate = _random_move(best, num_steps, rng)
+        if candidate not in scores:
+            scores[candidate] = score(candidate)
+        if scores[candidate] < scores[best]:
+            best = candidate
+    return best
+
+
+def _random_move(refreshes: Steps, num_steps: int, rng: np.random.Generator) -> Steps:
+    free = [step for step in range(1, num_steps) if step not in refreshes]
+    if len(refreshes) < 2 or not free:
+        return refreshes
+    gone = int(rng.choice(refreshes[1:]))
+    near = [step for step in free if abs(step - gone) <= 3]
+    target = int(rng.choice(near if near and rng.random() < 0.7 else free))
+    return tuple(sorted({*refreshes, target} - {gone}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fastcache.planning.eager import EagerDenoiser
 
 Say = Callable[[str], None]
 ALIKE = 0.95  # the similarity above which DeepCache's figure 2 counts a step as alike
+SIMILARITY_COLUMNS = ("feature", "all pairs", f"above {ALIKE}", "step to step", "dip", "at step")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class SimilarityFacts:
     adjacent_mean: float
     dip: float
     dip_step: int
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """The cells under `SIMILARITY_COLUMNS`."""
+        dip = f"{self.dip:.3f}", str(self.dip_step)
+        return name, f"{self.mean:.3f}", f"{self.share_above:.0%}", f"{self.adjacent_mean:.4f}", *dip
 
     @classmethod
     def of(cls, similarity: Array) -> SimilarityFacts:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sampler, read_prompts
+from fastcache.commands.options import (
+    Device,
+    Height,
+    Json,
+    OutputFolder,
+    RandomWeights,
+    Sampler,
+    UsualGuidance,
+    Width,
+    check_writable,
+    read_prompts,
+)
 from fastcache.console import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -23,12 +34,12 @@ def analyze(
     num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    guidance_scale: UsualGuidance = None,
     gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
     random_weights: RandomWeights = False,
     revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
     switch_prompt_at: Annotated[
@@ -58,6 +69,7 @@ def analyze(
     from fastcache.analysis.subject import find_subject
 
     check_drawable()
+    check_writable(output)
     intervals = [_interval(text) for text in guidance_interval or ()]
     with progress() as say:
         say(f"loading {model}")
@@ -99,16 +111,13 @@ def _interval(text: str) -> tuple[int, int]:
 
 
 def _show(analysis: Analysis) -> None:
-    from fastcache.analysis.measure import ALIKE, SimilarityFacts
+    from fastcache.analysis.measure import SIMILARITY_COLUMNS, SimilarityFacts
 
     weights = ", random weights: no conclusions" if analysis.subject.source.random_weights else ""
-    facts = {name: SimilarityFacts.of(values) for name, values in analysis.recorded.similarity.items()}
+    similarity = analysis.recorded.similarity
     print_table(
         f"{analysis.subject.name}, {analysis.settings.steps} {analysis.settings.sampler} steps, "
         f"samples: {len(analysis.subject.prompts)}{weights}; cosine similarity between steps",
-        ["feature", "all pairs", f"above {ALIKE}", "step to step", "dip", "at step"],
-        [
-            [name, f"{f.mean:.3f}", f"{f.share_above:.0%}", f"{f.adjacent_mean:.4f}", f"{f.dip:.3f}", str(f.dip_step)]
-            for name, f in facts.items()
-        ],
+        SIMILARITY_COLUMNS,
+        [SimilarityFacts.of(values).row(name) for name, values in similarity.items()],
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import RandomWeights, Sampler, check_writable
+from fastcache.commands.options import Device, Height, RandomWeights, Sampler, Steps, Width, check_writable, existing
 from fastcache.console import figure, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.")] = None,
+    engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.", callback=existing)] = None,
     model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
     random_weights: RandomWeights = False,
     arms: Annotated[
@@ -32,12 +32,12 @@ def bench(
     backend: Annotated[
         str, typer.Option(help="Of engine arms that name none: auto, or one that doctor lists.")
     ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
+    device: Device = None,
     cache_interval: Annotated[int, typer.Option(min=1, help="Refresh every N steps in the caching arms.")] = 3,
     branch_id: Annotated[int | None, typer.Option(min=0, help="The cut; the bundle's own if left out, else 0.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    height: Annotated[int | None, typer.Option(help="Image height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Image width in pixels.")] = None,
+    steps: Steps = 50,
+    height: Height = None,
+    width: Width = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="Of engine arms that name none: fp32, fp16 or bf16; fp32 if left out.")

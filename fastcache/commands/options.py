@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
 
 
-def existing(folder: Path) -> Path:
+def existing(folder: Path | None) -> Path | None:
     """Raises: `ValueError` for a folder that is not there; what is wrong with one that is, its reader says."""
-    if not folder.exists():
+    if folder is not None and not folder.exists():
         raise ValueError(f"expected a bundle's folder, got {folder}, which is not there; make one with build-engines")
     return folder
 
@@ -27,6 +27,13 @@ EnginesOption = Annotated[
 ]
 Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
+Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
+UsualGuidance = Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")]
+CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastcache.bundle.manifest import Manifest
 from fastcache.evaluate.quality import Estimate, frechet_estimate, mean_of, ratio_of_medians
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import make_scheduler, same_sampler
@@ -59,7 +60,7 @@ def candidates_of(
     """
     candidates = [_candidate(pipe, name, plan, sampler) for name, plan in plans.items()]
     most = steps or max(candidate.steps for candidate in candidates)
-    calls = num_calls(pipe, sampler, most)
+    calls = num_calls(pipe.bundle.manifest, sampler, most)
     return [Candidate(UNCACHED, CachePlan.all_full(calls), sampler, most), *candidates]
 
 
@@ -74,7 +75,7 @@ def _candidate(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str
         sampler = plan.sampler
     calls = plan.num_steps
     for steps in (calls, calls - 1, (calls + 1) // 2):  # one call a step; pndm makes one more, heun two but at the last
-        if steps > 0 and num_calls(pipe, sampler, steps) == calls:
+        if steps > 0 and num_calls(manifest, sampler, steps) == calls:
             return Candidate(name, plan, sampler, steps)
     raise ValueError(f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {calls}")
 
@@ -84,9 +85,9 @@ def usual_guidance(pipe: FastCachePipeline) -> float:
     return 4.0 if pipe.bundle.manifest.model.name == "demo" else 7.5
 
 
-def num_calls(pipe: FastCachePipeline, sampler: str, steps: int) -> int:
+def num_calls(manifest: Manifest, sampler: str, steps: int) -> int:
     """How often a sampler calls the U-Net."""
-    return compile_sampler(make_scheduler(sampler, pipe.bundle.manifest.model.scheduler), steps).num_calls
+    return compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
 
 
 def timed_loop(run: Run) -> tuple[Tensor, float]:

@@ -131,7 +131,7 @@ def measure_loop(
     """
     manifest = pipe.bundle.manifest
     branches = branch_ids or manifest.branches
-    batch, calls = manifest.profiles["batch"].opt, num_calls(pipe, sampler, num_steps)
+    batch, calls = manifest.profiles["batch"].opt, num_calls(manifest, sampler, num_steps)
     guided = {None: CachePlan.all_full(calls)} | {b: CachePlan.uniform(calls, calls, b) for b in branches}
     plans = {(True, branch): plan for branch, plan in guided.items()}
     if guidance:

@@ -1,4 +1,4 @@
-"""The plans' dynamic programming against all plans there are, the threshold rule, and the local search."""
+"""The plans' dynamic programming against all plans there are, and the threshold rule."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from fastcache.planning.search import (
     interval_costs,
     interval_moves,
     least_price,
-    local_search,
     moved,
     optimal_intervals,
     optimal_refreshes,
     refresh_moves,
-    threshold_for,
     threshold_refreshes,
 )
 
@@ -132,26 +130,6 @@ def test_threshold_adds_up_changes_since_the_last_refresh() -> None:
     assert threshold_refreshes([9, 1, 1, 1, 1, 4, 1], 2.5) == (0, 3, 5)
     assert threshold_refreshes([9, 1, 1, 1], 0.5) == (0, 1, 2, 3)
     assert threshold_refreshes([9, 1, 1, 1], 3) == (0,)
-
-
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=60), st.data())
-def test_a_threshold_is_found_for_a_number_of_refreshes(changes: list[float], data: st.DataObject) -> None:
-    refreshes = data.draw(st.integers(1, len(changes)))
-    count = len(threshold_refreshes(changes, threshold_for(changes, refreshes)))
-    assert count >= refreshes
-    if len(set(changes)) == 1 and refreshes in (1, len(changes)):
-        assert count == refreshes
-
-
-def test_local_search_improves_and_keeps_the_number() -> None:
-    wanted = (0, 4, 5, 17)
-
-    def score(steps: tuple[int, ...]) -> float:
-        return float(sum(abs(a - b) for a, b in zip(steps, wanted, strict=True)))
-
-    assert local_search((0, 10, 12, 14), 20, score, moves=400) == wanted
-    assert local_search((0,), 20, lambda _: 0.0, moves=5) == (0,)
-    assert local_search((0, 1, 2), 3, lambda _: 0.0, moves=5) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("refreshes", [0, 6])
