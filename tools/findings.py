@@ -35,7 +35,8 @@ from fastcache.planning.planning import (
     optimal_plan,
     threshold_plan,
 )
-from fastcache.planning.search import Steps, interval_costs, moved, optimal_refreshes, threshold_refreshes
+from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_refreshes
+from fastcache.planning.ways import Way, way_costs
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
@@ -106,7 +107,8 @@ def make_plans(calibration: Calibration) -> dict[str, CachePlan]:
     made: dict[str, CachePlan] = {}
     errors, changes = calibration.errors[:, 0], calibration.change[0]
     couplings = calibration.couplings
-    apart = couplings * np.eye(STEPS)  # as if the steps' errors were at right angles: their squares add up
+    # as if the steps' errors were at right angles: their squares add up
+    apart = replace(calibration, couplings=couplings * np.eye(STEPS))
     for count, interval in INTERVALS.items():
         candidates = nonuniform_candidates(interval)
         expected = [np.log(moved(errors, couplings, plan.refresh_steps)).mean() for plan in candidates]
@@ -114,7 +116,7 @@ def make_plans(calibration: Calibration) -> dict[str, CachePlan]:
         made[f"nonuniform-{count}"] = candidates[int(np.argmin(expected))]
         made[f"threshold-{count}"] = threshold_plan(calibration, 0, threshold_for(changes, count))
         made[f"optimal-{count}"] = optimal_plan(calibration, 0, count)
-        steps = optimal_refreshes(interval_costs(errors, apart), count)
+        steps = optimal_refreshes(way_costs(apart, Way((0,))), count)
         plan = CachePlan.from_refresh_steps(STEPS, steps)
         made[f"squares-{count}"] = replace(plan, made_by="optimal for the sum of squares")
     return {name: replace(plan, model="demo", sampler=SAMPLER) for name, plan in made.items()}

@@ -215,10 +215,6 @@ class EngineArms:
         """An engine of a pass with a clock around each run; what runs once a picture is no call of the U-Net."""
         return TimedEngine(engine, self._clock) if "noise_pred" in [spec.name for spec in engine.outputs] else engine
 
-    def _timed(self, engine: Engine) -> Engine:
-        """An engine of a pass with a clock around each run; what runs once a picture is no call of the U-Net."""
-        return TimedEngine(engine, self._clock) if "noise_pred" in [spec.name for spec in engine.outputs] else engine
-
     def _latents(self, arm: Arm, full: list[bool]) -> Tensor:
         run = self.pipe.start(
             **self.conditioning,

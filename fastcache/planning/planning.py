@@ -26,7 +26,6 @@ from fastcache.planning.calibration import Calibration
 from fastcache.planning.search import (
     Intervals,
     descend,
-    interval_costs,
     interval_moves,
     least_price,
     moved,
@@ -35,7 +34,7 @@ from fastcache.planning.search import (
     refresh_moves,
     threshold_refreshes,
 )
-from fastcache.planning.ways import StepTimes, expected_moves, plan_of, prices, way_costs, ways_of
+from fastcache.planning.ways import StepTimes, Way, expected_moves, plan_of, prices, way_costs, ways_of
 
 Say = Callable[[str], None]
 _TICKS = 20_000  # in which a latency is counted: rounding 50 intervals up leaves at most 0.25% of it unused
@@ -52,7 +51,7 @@ def optimal_plan(calibration: Calibration, branch_id: int, refreshes: int) -> Ca
     """
     _check_gains(calibration)
     errors, couplings = calibration.errors[:, calibration.branch(branch_id)], calibration.couplings
-    start = optimal_refreshes(interval_costs(errors, couplings), refreshes)
+    start = optimal_refreshes(way_costs(calibration, Way((branch_id,))), refreshes)
     calls = calibration.num_calls
     steps = descend(
         start, lambda steps: refresh_moves(steps, calls), lambda steps: _decibels(moved(errors, couplings, steps))

@@ -1,6 +1,6 @@
 """What intervals between refreshes do to the picture, and how long they take -> which steps refresh, and what between.
 
-A plan is cut at its refreshes into intervals. What an interval does is known beforehand (`interval_costs`), so the best
+A plan is cut at its refreshes into intervals. What an interval does is known beforehand (`ways.way_costs`), so the best
 plan is found exactly by dynamic programming over intervals; what intervals do to each other is not, and `descend` takes
 it into account afterwards. Pure Python and numpy: knows nothing about tensors, engines or samplers, and `calibrate.py`
 measures the numbers.
@@ -22,35 +22,10 @@ Prices = npt.NDArray[np.int64]
 State = TypeVar("State")
 
 
-def interval_costs(errors: Array, couplings: Array) -> Array:
-    """How far an interval alone moves the picture: mean square, for a refresh at s and the next one at r.
-
-    An error at step j moves the final picture in proportion, and movements add up as vectors, whose products the
-    couplings are: so the cost is the sum of e(j, s) e(k, s) couplings[j, k] over the steps j, k between s and r.
-
-    Shapes: `errors` (N, T, T), [n, j, s]; `couplings` (N, T, T); returns (T, T + 1), [s, r], infinite where r <= s.
-    Raises: `ValueError` for errors or couplings that are no numbers.
-    """
-    samples, num_steps, _ = errors.shape
-    below = np.tril_indices(num_steps, -1)
-    if not (np.isfinite(errors[:, *below]).all() and np.isfinite(couplings).all()):
-        raise ValueError("expected an error for every step and every earlier refresh, and couplings, got inf or nan")
-    costs = np.full((num_steps, num_steps + 1), np.inf)
-    for s in range(num_steps):
-        so_far = np.zeros(samples)
-        costs[s, s + 1] = 0
-        for r in range(s + 2, num_steps + 1):
-            own, before = errors[:, r - 1, s], errors[:, s + 1 : r - 1, s]
-            across = (couplings[:, r - 1, s + 1 : r - 1] * before).sum(1)
-            so_far = so_far + own * (2 * across + own * couplings[:, r - 1, r - 1])
-            costs[s, r] = so_far.mean()
-    return costs
-
-
 def optimal_refreshes(costs: Array, refreshes: int) -> Steps:
     """The refresh steps, 0 among them, whose intervals cost least together, of all choices of as many.
 
-    Shapes: `costs` (T, T + 1), as `interval_costs` gives them.
+    Shapes: `costs` (T, T + 1), as `ways.way_costs` gives them.
     Raises: `ValueError` for more refreshes than steps or fewer than one.
     """
     num_steps = len(costs)

@@ -114,6 +114,8 @@ def step_errors(calibration: Calibration, branches: Sequence[int | None], first:
 def way_costs(calibration: Calibration, way: Way) -> Array:
     """How far an interval alone moves the picture: mean square, for a refresh at s and the next one at r.
 
+    An error at step j moves the final picture in proportion, and movements add up as vectors, whose products the
+    couplings are: so the cost is the sum of e(j, s) e(k, s) couplings[j, k] over the steps j, k between s and r.
     Reuse and missing guidance are taken to move it at right angles, and a step without guidance to err by reuse as one
     with it, though that has the error of one half only, not of their difference many times.
     Shapes: returns (T, T + 1), [s, r], infinite where r <= s.

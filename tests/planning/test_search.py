@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fastcache.planning.search import (
     Intervals,
     descend,
-    interval_costs,
     interval_moves,
     least_price,
     moved,
@@ -91,16 +90,6 @@ def test_intervals_may_take_another_way_or_move() -> None:
     assert set(moves) == {((0, 1), (2, 1)), ((0, 0), (2, 0)), ((0, 0), (1, 1)), ((0, 0), (3, 1))}
 
 
-@given(st.integers(2, 9), st.data())
-def test_interval_costs_are_what_a_plan_of_one_interval_moves(num_steps: int, data: st.DataObject) -> None:
-    errors, couplings = drawn_samples(data.draw(st.integers(0, 2**32)), 3, num_steps)
-    costs = interval_costs(errors, couplings)
-    s, r = sorted(data.draw(st.lists(st.integers(0, num_steps), min_size=2, max_size=2, unique=True)))
-    refreshes = (*range(s + 1), *range(r, num_steps))
-    assert costs[s, r] == pytest.approx(moved(errors, couplings, refreshes).mean())
-    assert np.isinf(costs[r - 1, s])
-
-
 def test_moved_adds_vectors() -> None:
     errors = np.array([[[0, 0, 0, 0], [2.0, 0, 0, 0], [9, 3, 0, 0], [9, 9, 4, 0]]])
     vectors = np.array([[0, 0], [1, 0], [1.0, 0], [0, 1]])
@@ -117,7 +106,8 @@ def test_descending_ends_where_no_move_helps(num_steps: int, data: st.DataObject
     def score(steps: tuple[int, ...]) -> float:
         return float(moved(errors, couplings, steps).sum())
 
-    start = optimal_refreshes(interval_costs(errors, couplings), data.draw(st.integers(1, num_steps)))
+    count = data.draw(st.integers(1, num_steps))
+    start = optimal_refreshes(drawn_costs(data.draw(st.integers(0, 2**32)), 1, num_steps)[0], count)
     found = descend(start, lambda steps: refresh_moves(steps, num_steps), score)
     assert len(found) == len(start)
     assert found[0] == 0
@@ -138,10 +128,6 @@ def test_a_number_of_refreshes_that_no_plan_has(refreshes: int) -> None:
         optimal_refreshes(drawn_costs(0, 1, 5)[0], refreshes)
 
 
-def test_bad_numbers_are_refused() -> None:
-    errors, couplings = drawn_samples(0, 2, 5)
-    errors[1, 3, 1] = np.nan
-    with pytest.raises(ValueError, match="got inf or nan"):
-        interval_costs(errors, couplings)
+def test_a_threshold_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold above 0"):
         threshold_refreshes([1, 1], 0)
