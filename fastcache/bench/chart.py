@@ -5,13 +5,12 @@ Bars differ in lightness as well as in hue, so that the chart reads the same in 
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcache.errors import BackendUnavailable
+from fastcache.evaluate.chart import require_matplotlib
 
 # Torch arms in greys, engines in blues, the darker with caching: lightness 89, 70, 54 and 25 of 100.
 _PYTORCH, _DEEPCACHE, _FULL, _CACHED = "#e0e0e0", "#ababab", "#4f86b5", "#123f66"
@@ -38,8 +37,7 @@ def check_chartable(arms: str | None) -> None:
 
     Raises: `BackendUnavailable` without matplotlib; `ValueError` without an eager arm.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
+    require_matplotlib()
     if arms is not None and not any(name.strip().split(":")[0] == "eager" for name in arms.split(",")):
         raise ValueError(f"expected an eager arm for a chart, which shows speed-ups over it, got {arms}")
 

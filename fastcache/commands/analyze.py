@@ -42,18 +42,14 @@ def analyze(
     device: Device = None,
     random_weights: RandomWeights = False,
     revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
-    switch_prompt_at: Annotated[
-        list[int] | None, typer.Option(help="Switch to the next prompt at this step; repeatable.")
-    ] = None,
+    switch_prompt_at: Annotated[list[int] | None, typer.Option(help="Switch prompts at this step.")] = None,
     guidance_interval: Annotated[
-        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only; repeatable.")
+        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only.")
     ] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Linear probes for what demo's pictures show.")] = False,
     probe_images: Annotated[int, typer.Option(min=20, help="Pictures that probes learn from.")] = 512,
     dit: Annotated[bool, typer.Option("--dit", help="The same measures on a small diffusion transformer.")] = False,
-    dit_weights: Annotated[
-        Path | None, typer.Option(help="What tools/train_dit.py trained; random weights if left out.")
-    ] = None,
+    dit_weights: Annotated[Path | None, typer.Option(help="From tools/train_dit.py; else random.")] = None,
     json_: Json = False,
 ) -> None:
     """Measure how a model's features change from step to step, and write a report that opens offline.
@@ -64,11 +60,12 @@ def analyze(
     from fastcache.analysis.experiments import guide_in_intervals, switch_prompt
     from fastcache.analysis.measure import AnalysisSettings, analyse
     from fastcache.analysis.probes import probe
-    from fastcache.analysis.report import check_drawable, document, write_report
+    from fastcache.analysis.report import document, write_report
     from fastcache.analysis.sections import Experiments
     from fastcache.analysis.subject import find_subject
+    from fastcache.evaluate.chart import require_matplotlib
 
-    check_drawable()
+    require_matplotlib()
     check_writable(output)
     intervals = [_interval(text) for text in guidance_interval or ()]
     with progress() as say:

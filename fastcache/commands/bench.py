@@ -29,9 +29,7 @@ def bench(
             "each [:BACKEND][:DTYPE]."
         ),
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="Of engine arms that name none: auto, or one that doctor lists.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Of engine arms that name none: auto, or as doctor lists.")] = "auto",
     device: Device = None,
     cache_interval: Annotated[int, typer.Option(min=1, help="Refresh every N steps in the caching arms.")] = 3,
     branch_id: Annotated[int | None, typer.Option(min=0, help="The cut; the bundle's own if left out, else 0.")] = None,
@@ -39,15 +37,11 @@ def bench(
     height: Height = None,
     width: Width = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of engine arms that name none: fp32, fp16 or bf16; fp32 if left out.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of engine arms that name none; fp32 if left out.")] = None,
     sampler: Sampler = "ddim",
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    kernels: Annotated[
-        bool, typer.Option("--kernels", help="Time the GPU kernels alone, against PyTorch's operations.")
-    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
 ) -> None:

@@ -79,33 +79,19 @@ def build_engines(
     device: Device = None,
     height: Height = None,
     width: Width = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="Several sizes, by commas, the usual one first: 512x512,768x512 (width first).")
-    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="Several, the usual first: 512x512,768x512 (width first).")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
-    max_tokens: Annotated[
-        int | None, typer.Option(help="For prompts longer than the text encoder's, as embeddings.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT] (safetensors); may be repeated.")
-    ] = None,
-    controlnet: Annotated[
-        list[str] | None, typer.Option(help="A folder with a ControlNet to build in; several if repeated.")
-    ] = None,
-    t2i_adapter: Annotated[str | None, typer.Option(help="A folder with a T2I-Adapter to build in.")] = None,
-    ip_adapter: Annotated[
-        str | None, typer.Option(help="An IP-Adapter to build in (safetensors), its image_encoder folder beside it.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="For longer prompts, as embeddings.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT]; repeatable.")] = None,
+    controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet's folder; repeatable.")] = None,
+    t2i_adapter: Annotated[str | None, typer.Option(help="A T2I-Adapter's folder.")] = None,
+    ip_adapter: Annotated[str | None, typer.Option(help="An IP-Adapter, its image_encoder folder beside it.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
-    compute_capability: Annotated[
-        str | None, typer.Option(help="GPUs to build for, by commas: 8.6,8.9 (tensorrt-rtx).")
-    ] = None,
+    compute_capability: Annotated[str | None, typer.Option(help="GPUs: 8.6,8.9 (tensorrt-rtx).")] = None,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
-    kernels: Annotated[
-        bool, typer.Option("--kernels", help="The first norm above the cut by fastcache's own kernel (inductor).")
-    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="The first norm by our own kernel (inductor).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     json_: Json = False,
 ) -> None:

@@ -44,21 +44,15 @@ def evaluate(
     engines: EnginesOption,
     plan: Annotated[list[Path], typer.Option(help="A plan file; give the flag again for more.")],
     output: OutputFolder,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line; the bundled model has held-out ones.")
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32, if left out.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One a line; demo has held-out ones.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32.")] = None,
     sampler: Sampler = "ddim",
     steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
     guidance_scale: UsualGuidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A folder with a CLIP model, for the CLIP score.")] = None,
-    inception: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception in safetensors, for FID to --reference-images.")
-    ] = None,
+    inception: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception in safetensors, for FID.")] = None,
     reference_images: Annotated[Path | None, typer.Option(help="A folder of true pictures, for FID.")] = None,
     json_: Json = False,
 ) -> None:
@@ -69,10 +63,12 @@ def evaluate(
     Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
     """
     from fastcache.bundle.bundle import open_bundle
+    from fastcache.evaluate.chart import require_matplotlib
     from fastcache.evaluate.evaluate import candidates_of, usual_guidance
     from fastcache.evaluate.evaluate import evaluate as run
     from fastcache.pipeline.pipeline import FastCachePipeline
 
+    require_matplotlib()
     check_writable(output)
     plans = _read_plans(plan)
     if (inception is None) != (reference_images is None):

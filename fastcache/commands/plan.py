@@ -37,9 +37,7 @@ def plan(
     power: Annotated[float | None, typer.Option(help="How fast refreshes thin out; 1.4 if left out.")] = None,
     as_shipped: Annotated[bool, typer.Option("--as-shipped", help="As DeepCache's code has it.")] = False,
     refreshes: Annotated[int | None, typer.Option(min=1, help="The best plan of K refreshes.")] = None,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="The best plan whose loop takes no longer here, at the bundle's usual batch.")
-    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="The best plan whose loop takes no longer here.")] = None,
     choose_guidance: Annotated[
         bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
     ] = False,
@@ -48,27 +46,20 @@ def plan(
         typer.Option(help="Of the bundle's branches those to use, by commas; its first, or for a latency all of them."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="A refresh when the feature's relative changes add up to more (Block Caching).")
+        float | None, typer.Option(help="Refresh where changes add up to more (Block Caching).")
     ] = None,
     guidance_steps: Annotated[
-        str | None, typer.Option(help="Guidance at the steps A to B-1 only, written A:B; the others cost half.")
+        str | None, typer.Option(help="A:B, guidance at steps A to B-1; others cost half.")
     ] = None,
     forecast: Annotated[
-        int | None, typer.Option(min=1, max=2, help="Extrapolate the cached feature, linearly (1) or squared (2).")
+        int | None, typer.Option(min=1, max=2, help="Extrapolate features: 1 linear, 2 squared.")
     ] = None,
-    forecast_by: Annotated[
-        str,
-        typer.Option(help="Over the step's number (step), or its noise level (sigma): better on the bundled model."),
-    ] = "step",
+    forecast_by: Annotated[str, typer.Option(help="Over the step, or the noise level (sigma).")] = "step",
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts to calibrate on, one a line; the bundled model has its own.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 16,
     guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; 4 for demo, else 7.5.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Use this calibration; without it one is measured and kept.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
     json_: Json = False,
 ) -> None:
     """Write a plan: which steps refresh the cached feature.

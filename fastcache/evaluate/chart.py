@@ -1,10 +1,11 @@
 """The rows of an evaluation -> a chart of quality over speed, with the plans that no other beats drawn as a frontier.
 
-matplotlib is imported here and nowhere else in this part.
+matplotlib is imported where it draws.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ PANELS = {
 }
 
 
+def require_matplotlib() -> None:
+    """Ask before long work whether its charts can be drawn. Raises: `BackendUnavailable` without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
+
+
 def frontier(points: Sequence[tuple[float, float]], *, higher: bool = True) -> list[int]:
     """The points (speed, quality) that no other point beats in both, by rising speed."""
     best: list[int] = []
@@ -34,14 +41,9 @@ def frontier(points: Sequence[tuple[float, float]], *, higher: bool = True) -> l
 
 
 def draw_frontier(rows: Sequence[Score], title: str, path: Path) -> None:
-    """Draw a panel for each quality that was measured, the uncached row left out of the likeness to itself.
+    """Draw a panel for each quality that was measured, the uncached row left out of the likeness to itself."""
+    from matplotlib.figure import Figure
 
-    Raises: `BackendUnavailable` without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable(f"the chart needs matplotlib ({error}); install fastcache[bench]") from None
     shown = [name for name in PANELS if name in rows[-1].metrics]
     figure = Figure(figsize=(6.4 * len(shown), 5.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
