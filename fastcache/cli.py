@@ -16,6 +16,8 @@ from typer.exceptions import TyperException
 from fastcache.commands import analyze, batch, bench, bundles, demo, evaluate, export_triton, generate, plan, serve
 from fastcache.console import debug_asked, end, exit_code, quiet_libraries
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C, without a word
+
 app = typer.Typer(
     name="fastcache",
     no_args_is_help=True,
@@ -49,14 +51,15 @@ def main() -> None:
     quiet_libraries()
     try:
         _check_text(arguments)
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        code = app(arguments, standalone_mode=False) or 0
+        end("stopped" if code == _INTERRUPTED else "", code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except TyperException as error:
         message = error.format_message()
         end(f"{message} (see --help)" if message else "", 2)
     except (typer.Abort, KeyboardInterrupt):
-        end("stopped", 130)
+        end("stopped", _INTERRUPTED)
     except Exception as error:
         if debug:
             raise
