@@ -6,6 +6,7 @@ failed. The commands themselves are in `commands/`.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -15,10 +16,13 @@ from typer.exceptions import TyperException
 from fastcache.commands import analyze, batch, bench, bundles, demo, evaluate, export_triton, generate, plan, serve
 from fastcache.console import debug_asked, end, exit_code, quiet_libraries
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C, without a word
+
 app = typer.Typer(
     name="fastcache",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -46,18 +50,29 @@ def main() -> None:
     debug = debug_asked()
     quiet_libraries()
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        _check_text(arguments)
+        code = app(arguments, standalone_mode=False) or 0
+        end("stopped" if code == _INTERRUPTED else "", code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except TyperException as error:
         message = error.format_message()
         end(f"{message} (see --help)" if message else "", 2)
     except (typer.Abort, KeyboardInterrupt):
-        end("stopped", 130)
+        end("stopped", _INTERRUPTED)
     except Exception as error:
         if debug:
             raise
         end(str(error) or type(error).__name__, exit_code(error))
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Raises: `ValueError` for bytes that are no text, which Python hands on as lone surrogates."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"expected arguments in UTF-8, got {os.fsencode(argument)!r}; write it as text") from None
 
 
 def _version(asked: bool) -> None:
@@ -71,8 +86,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; at any place.")] = False,
 ) -> None:
-    """The fastest way to run a diffusion U-Net: full and shallow engines, switched step by step."""
+    """A diffusion U-Net compiled as a full and a shallow engine, which a plan switches between step by step."""
 
 
 if __name__ == "__main__":

@@ -70,10 +70,11 @@ def print_json(document: Any) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
 ) -> None:
-    """A table on stdout, or another console, as wide as the terminal, or 120 characters elsewhere."""
+    """A table on stdout, or another console, as wide as the terminal, or 120 characters elsewhere; figures right."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        figures = all(row[i][:1].isdigit() or row[i][:1] in ("", "-") for row in rows)
+        table.add_column(column, justify="right" if i and figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 120

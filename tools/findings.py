@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +25,8 @@ import typer
 import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
-from fastcache.evaluate.evaluate import Arm, arms_of, draw_batch, frechet_estimate
-from fastcache.evaluate.quality import mean_of, psnr_db_each
+from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch
+from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
 from fastcache.planning.calibration import Calibration
 from fastcache.planning.planning import (
     kept_calibration,
@@ -35,7 +35,8 @@ from fastcache.planning.planning import (
     optimal_plan,
     threshold_plan,
 )
-from fastcache.planning.search import interval_costs, local_search, moved, optimal_refreshes, threshold_for
+from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_refreshes
+from fastcache.planning.ways import Way, way_costs
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
@@ -49,7 +50,7 @@ FORECASTS = {
     "over sigma": Forecast(order=1, by="sigma"),
     "squared over sigma": Forecast(order=2, by="sigma"),
 }
-# what an experiment's arms are compared with, where that is not uniform
+# what an experiment's candidates are compared with, where that is not uniform
 BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"}
 CHARTS = ("plans", "forecast", "steps")
 SLACK = 1.002  # of a time, for what counting it in ticks rounds up
@@ -106,7 +107,8 @@ def make_plans(calibration: Calibration) -> dict[str, CachePlan]:
     made: dict[str, CachePlan] = {}
     errors, changes = calibration.errors[:, 0], calibration.change[0]
     couplings = calibration.couplings
-    apart = couplings * np.eye(STEPS)  # as if the steps' errors were at right angles: their squares add up
+    # as if the steps' errors were at right angles: their squares add up
+    apart = replace(calibration, couplings=couplings * np.eye(STEPS))
     for count, interval in INTERVALS.items():
         candidates = nonuniform_candidates(interval)
         expected = [np.log(moved(errors, couplings, plan.refresh_steps)).mean() for plan in candidates]
@@ -114,7 +116,7 @@ def make_plans(calibration: Calibration) -> dict[str, CachePlan]:
         made[f"nonuniform-{count}"] = candidates[int(np.argmin(expected))]
         made[f"threshold-{count}"] = threshold_plan(calibration, 0, threshold_for(changes, count))
         made[f"optimal-{count}"] = optimal_plan(calibration, 0, count)
-        steps = optimal_refreshes(interval_costs(errors, apart), count)
+        steps = optimal_refreshes(way_costs(apart, Way((0,))), count)
         plan = CachePlan.from_refresh_steps(STEPS, steps)
         made[f"squares-{count}"] = replace(plan, made_by="optimal for the sum of squares")
     return {name: replace(plan, model="demo", sampler=SAMPLER) for name, plan in made.items()}
@@ -177,12 +179,12 @@ def refine_command(
     pipe, plans = pipeline(work), read_plans(results / "plans.json")
     prompts = judges.calibration_prompts(CALIBRATION_PROMPTS)
 
-    uncached, *_ = arms_of(pipe, {"plan": plans[f"optimal-{count}"]}, SAMPLER, STEPS)
+    uncached, *_ = candidates_of(pipe, {"plan": plans[f"optimal-{count}"]}, SAMPLER, STEPS)
     (reference,) = draw_batch(pipe, [uncached], prompts, range(len(prompts)), GUIDANCE)
 
     def score(steps: tuple[int, ...]) -> float:
-        arm = replace(uncached, plan=CachePlan.from_refresh_steps(STEPS, steps))
-        (drawn,) = draw_batch(pipe, [arm], prompts, range(len(prompts)), GUIDANCE)
+        candidate = replace(uncached, plan=CachePlan.from_refresh_steps(STEPS, steps))
+        (drawn,) = draw_batch(pipe, [candidate], prompts, range(len(prompts)), GUIDANCE)
         psnr = float(psnr_db_each(drawn.images, reference.images).mean())
         say(f"{psnr:.3f} dB {steps}")
         return -psnr
@@ -228,46 +230,50 @@ def draw_command(
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
         pipe = pipeline(work, depths=name == "choices")
-        arms = arms_of(pipe, known[name], SAMPLER, STEPS)
+        candidates = candidates_of(pipe, known[name], SAMPLER, STEPS)
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
             if file.is_file() or left == 0:
                 continue
-            say(f"{name}: batch {number + 1} of {len(files)}, {len(arms)} plans")
-            draw_one(pipe, arms, prompts, number, file)
+            say(f"{name}: batch {number + 1} of {len(files)}, {len(candidates)} plans")
+            draw_one(pipe, candidates, prompts, number, file)
             left = None if left is None else left - 1
         if all(file.is_file() for file in files):
-            summarise(name, arms, files, prompts, results)
+            summarise(name, candidates, files, prompts, results)
 
 
-def draw_one(pipe: FastCachePipeline, arms: Sequence[Arm], prompts: Sequence[str], number: int, file: Path) -> None:
+def draw_one(
+    pipe: FastCachePipeline, candidates: Sequence[Candidate], prompts: Sequence[str], number: int, file: Path
+) -> None:
     start = number * BATCH
     batch = prompts[start : start + BATCH]
     seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(batch))
-    drawn = draw_batch(pipe, arms, batch, seeds, GUIDANCE, first=number)
+    drawn = draw_batch(pipe, candidates, batch, seeds, GUIDANCE, first=number)
     row = {
-        arm.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}
+        candidate.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}
         | {"features": judges.demo_features(own.images).round(4).tolist(), "loop_ms": own.loop_ms}
-        for arm, own in zip(arms, drawn, strict=True)
+        for candidate, own in zip(candidates, drawn, strict=True)
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".part").write_text(json.dumps(row))
     file.with_suffix(".part").rename(file)
 
 
-def summarise(name: str, arms: Sequence[Arm], files: Sequence[Path], prompts: Sequence[str], results: Path) -> None:
+def summarise(
+    name: str, candidates: Sequence[Candidate], files: Sequence[Path], prompts: Sequence[str], results: Path
+) -> None:
     """Per-picture numbers and means with intervals, of all batches."""
     batches = [json.loads(file.read_text()) for file in files]
     truth = judges.true_features(prompts)
     rows: dict[str, Any] = {}
-    for arm in arms:
-        own = [batch[arm.name] for batch in batches]
+    for candidate in candidates:
+        own = [batch[candidate.name] for batch in batches]
         values = {judge: [value for part in own for value in part[judge]] for judge in JUDGES}
         features = np.concatenate([np.array(part["features"]) for part in own])
-        rows[arm.name] = {
-            "refresh_steps": list(arm.plan.refresh_steps),
-            "unet_calls": arm.plan.num_steps,
-            "made_by": arm.plan.made_by,
+        rows[candidate.name] = {
+            "refresh_steps": list(candidate.plan.refresh_steps),
+            "unet_calls": candidate.plan.num_steps,
+            "made_by": candidate.plan.made_by,
             "loop_ms": float(np.median([part["loop_ms"] for part in own])),
             "means": {judge: vars(mean_of(np.array(v))) for judge, v in values.items()},
             "frechet_distance": vars(frechet_estimate(features, truth)),
@@ -306,7 +312,7 @@ def show_command(
         baselines = plans | rows
         typer.echo(f"\n{name}: {conditions['images']} pictures, {conditions['backend']}\n")
         typer.echo(tables.table(rows, baselines, baseline))
-        if any(tables.gain_over(rows, arm, baselines, baseline) for arm in rows):
+        if any(tables.gain_over(rows, candidate, baselines, baseline) for candidate in rows):
             typer.echo(f"\n{tables.gains(rows, baselines, baseline)}")
         title = f"{conditions['images']} held-out pictures, 95% intervals"
         if name in CHARTS:
@@ -316,6 +322,51 @@ def show_command(
         cached |= documents.get("forecast", {"rows": {}})["rows"]
         pairs = list(zip(INTERVALS, FEWER_STEPS, strict=True))
         typer.echo(f"\nequal time\n\n{tables.equal_time(cached, documents['steps']['rows'], pairs)}")
+
+
+def threshold_for(changes: Sequence[float] | np.ndarray, refreshes: int) -> float:
+    """A threshold that gives as many refreshes as asked for, or the nearest number above it that one gives.
+
+    Raises: `ValueError` for fewer than one refresh or more than there are steps.
+    """
+    if not 1 <= refreshes <= len(changes):
+        raise ValueError(f"expected 1 to {len(changes)} refreshes, got {refreshes}")
+    low, high = 0.0, float(np.sum(changes[1:])) + 1.0  # the upper end gives one refresh
+    for _ in range(60):
+        middle = (low + high) / 2
+        if len(threshold_refreshes(changes, middle)) > refreshes:
+            low = middle
+        else:
+            high = middle
+    # the count falls as the threshold grows, but may pass over some numbers
+    return high if len(threshold_refreshes(changes, high)) == refreshes else low
+
+
+def local_search(refreshes: Steps, num_steps: int, score: Callable[[Steps], float], moves: int, seed: int = 0) -> Steps:
+    """Move a refresh at random, by a few steps or anywhere, and keep what lowers a score that is dear to compute.
+
+    Each set of refreshes is scored once; the first refresh stays at 0.
+    """
+    rng = np.random.default_rng(seed)
+    best = tuple(sorted(refreshes))
+    scores = {best: score(best)}
+    for _ in range(moves):
+        candidate = _random_move(best, num_steps, rng)
+        if candidate not in scores:
+            scores[candidate] = score(candidate)
+        if scores[candidate] < scores[best]:
+            best = candidate
+    return best
+
+
+def _random_move(refreshes: Steps, num_steps: int, rng: np.random.Generator) -> Steps:
+    free = [step for step in range(1, num_steps) if step not in refreshes]
+    if len(refreshes) < 2 or not free:
+        return refreshes
+    gone = int(rng.choice(refreshes[1:]))
+    near = [step for step in free if abs(step - gone) <= 3]
+    target = int(rng.choice(near if near and rng.random() < 0.7 else free))
+    return tuple(sorted({*refreshes, target} - {gone}))
 
 
 if __name__ == "__main__":

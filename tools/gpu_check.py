@@ -1,10 +1,10 @@
 """What this machine's GPU makes of fastcache: python tools/gpu_check.py check
 
 `check` runs the tests marked gpu, times the kernels and the loop without a U-Net, benchmarks SD1.5 at 512x512 and SDXL
-at 1024x1024 in fp16 with random weights on every backend that runs there, launched step by step and as one CUDA graph,
-and takes profiles. `deepcache-table` measures the table of diffusers'
-page on DeepCache on any machine. Neither needs a network. Both work in pieces (`pieces.py`) within --minutes, and the
-same command goes on where the last one stopped; delete the --output file to begin anew.
+at 1024x1024 in fp16 with random weights on every backend that runs there, launched step by step and as one CUDA graph.
+`deepcache-table` measures the table of diffusers' page on DeepCache on any machine. Neither needs a network. Both work
+in pieces (`pieces.py`) within --minutes, and the same command goes on where the last one stopped; delete the --output
+file to begin anew.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from typing import Annotated, Any
 import platformdirs
 import torch
 import typer
+from macs import MultiplyAdds, multiply_adds
 from pieces import Board, Piece, end_with_parent, run_pieces
 
 import fastcache_engines
 from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
-from fastcache.bench.bench import document, make_inputs, run_bench
-from fastcache.bench.kernels import KernelResult, bench_kernels
+from fastcache.bench.bench import document, run_bench
+from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_table
 from fastcache.bench.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
-from fastcache.bench.machine import environment, gpus
-from fastcache.bench.profiling import profile_eager, profile_engines
-from fastcache.bench.work import multiply_adds
-from fastcache.commands.bench import show_kernels
-from fastcache.compile.models import find_model
+from fastcache.bench.machine import environment, gpus, load_average
 from fastcache.console import figure, print_table
 from fastcache.files import write_whole
 from fastcache_engines import BACKENDS, DType
@@ -66,7 +63,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 
 @dataclass(frozen=True)
 class Task:
-    """What a piece does: the gpu tests, the kernels, the loop alone, a benchmark, or a profile.
+    """What a piece does: the gpu tests, the kernels, the loop alone, or a benchmark.
 
     `arms` are names, each with cache interval and branch. `keeps` is whether its bundles stay in the cache folder
     for the next piece.
@@ -125,7 +122,7 @@ def check(
     steps: Steps = 50,
     repeats: Repeats = 3,
 ) -> None:
-    """Run the gpu tests, and benchmark and profile every backend on this machine's GPU.
+    """Run the gpu tests, and benchmark every backend on this machine's GPU.
 
     Example: python tools/gpu_check.py check --minutes 9.5 --output build/gpu-check.json
     """
@@ -200,7 +197,6 @@ def piece(description: str, answer: Path, folder: Path) -> None:
         "kernels": run_kernels,
         "loop": run_loop,
         "bench": run_task,
-        "profile": run_profile,
     }
     found = kinds[task.kind](task, bundles)
     write_whole(answer, json.dumps(found).encode())
@@ -221,8 +217,6 @@ def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]
                 cached = [(f"engine+cache{graph}:{name}:fp16", n, 0) for n in INTERVALS]
                 arms = [(f"engine{graph}:{name}:fp16", 1, 0), *cached]
                 pieces.append(bench_piece(f"{name}{graph}", common, arms))
-        engines = tuple((f"engine:{name}:fp16", 1, 0) for name in backends)
-        pieces.append(Piece(f"{model} profile", replace(common, kind="profile", arms=engines).to_json()))
         slow.append(bench_piece("compile", common, [("compile:fp16", 1, 0)]))
     return pieces + slow
 
@@ -252,8 +246,7 @@ def table_rows(task: Task, found: dict[str, Any]) -> list[dict[str, Any]]:
     Beside what was measured stand the ceiling that the multiply-adds set to caching on one backend, and the speed-up
     that was published for DeepCache.
     """
-    model = find_model(task.model, random_weights=True)
-    work = {branch: multiply_adds(model, branch, task.size, task.size) for _, branch in CACHINGS}
+    work: dict[int, MultiplyAdds] = {b: multiply_adds(task.model, b, task.size, task.size) for _, b in CACHINGS}
     published = dict(zip(CACHINGS, PUBLISHED.get((task.size, task.batch), ()), strict=False))
     arms = [arm for arm in found.get("arms", []) if "skipped" not in arm]
     uncached = {arm["backend"]: arm["loop_ms_p50"] for arm in arms if arm["cache_interval"] == 1}
@@ -306,23 +299,9 @@ def run_loop(task: Task, folder: Path) -> dict[str, Any]:
 
 def run_task(task: Task, folder: Path) -> dict[str, Any]:
     """A benchmark's document, as `fastcache bench --json` writes it."""
+    before = load_average()
     bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
-    return document(task.settings, bundles, run_bench(task.settings, lineup, bundles, say))
-
-
-def run_profile(task: Task, folder: Path) -> dict[str, Any]:
-    """Milliseconds by class of kernel of a full and a shallow call: PyTorch's modules, and every backend's engines."""
-    model = find_model(task.model, random_weights=True)
-    inputs = make_inputs(model, task.settings)
-    found = {"eager": profile_eager(model, inputs, 0, task.dtype, task.device)}
-    bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
-    skipped = {arm.backend: reason for arm, reason in lineup.skipped.items()}
-    for (backend, _, _), bundle in bundles.items():
-        try:
-            found[backend] = profile_engines(bundle, inputs, task.device)
-        except Exception as error:  # one backend's trouble is its own, not the end of the others
-            skipped[backend] = f"{type(error).__name__}: {error}"
-    return {"unit": "ms", "profile": found, "skipped_backends": skipped}
+    return document(task.settings, bundles, run_bench(task.settings, lineup, bundles, say), before)
 
 
 def new_board(output: Path) -> Board:
@@ -334,7 +313,7 @@ def say(message: str) -> None:
 
 
 def show_check(pieces: dict[str, Any]) -> None:
-    """The benchmarks as one table, the kernels, the loop, the profiles, the tests' last line, and what was skipped."""
+    """The benchmarks as one table, the kernels, the loop, the tests' last line, and what was skipped."""
     keys = ("loop_ms_p50", "full_step_ms_p50", "shallow_step_ms_p50", "overhead_ms_per_step")
     rows = [
         [
@@ -350,15 +329,12 @@ def show_check(pieces: dict[str, Any]) -> None:
     print_table("fp16, milliseconds", ["model", "arm", "loop", "full", "shallow", "rest", "x eager"], rows)
     timed = pieces.get("kernels", {})
     if "kernels" in timed:
-        show_kernels(timed["settings"], [KernelResult(**row) for row in timed["kernels"]])
+        print_table(*kernel_table(timed["settings"], [KernelResult(**row) for row in timed["kernels"]]))
     if rows := pieces.get("loop", {}).get("rows"):
         columns = [name for name in rows[0] if name != "steps"]
         told = [[str(row[name]).replace("_", " ") for name in columns] for row in rows]
         print_table("the loop alone, microseconds a step", [name.replace("_", " ") for name in columns], told)
     for name, found in pieces.items():
-        for who, steps in found.get("profile", {}).items():
-            for step, times in steps.items():
-                typer.echo(f"{name}, {who}, {step}: " + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in times.items()))
         if "summary" in found:
             typer.echo(f"{name}: {found['summary']}")
     show_skipped(pieces)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import typer
 
-from fastcache.bench.work import MultiplyAdds, unet_work
+from fastcache.bench.work import unet_work
 from fastcache.compile.models import find_model
 
 INTERVALS = (1, 2, 3, 5, 10, 20)
@@ -34,6 +34,23 @@ class Published:
     macs: dict[int, float]
 
 
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """What one image costs in one U-Net call, in full and above the cut, without guidance."""
+
+    full: int
+    shallow: int
+
+    def ceiling(self, num_calls: int, interval: int) -> float:
+        """The speed-up of a uniform plan over no caching, if time were multiply-adds alone."""
+        return self.full / self.average(num_calls, interval)
+
+    def average(self, num_calls: int, interval: int) -> float:
+        """What a call costs on average under a uniform plan."""
+        refreshes = -(-num_calls // interval)
+        return (refreshes * self.full + (num_calls - refreshes) * self.shallow) / num_calls
+
+
 PAPER = (
     Published("sd15", "SD1.5, 512x512, PLMS", 1, 50, {1: 338.83, 5: 130.45}),  # Table 3
     Published("ldm4g", "LDM-4-G, 256x256, DDIM", 0, 250, {1: 99.82, 2: 52.12, 3: 36.48, 5: 23.50, 10: 13.97, 20: 9.39}),
@@ -51,6 +68,12 @@ def table() -> list[str]:
             beside = "- | -" if theirs is None else f"{theirs:.2f} | {_difference(ours, theirs)}"
             rows.append(f"| {model.title} | {model.branch_id} | {model.steps} | {interval} | {ours:.2f} | {beside} |")
     return rows
+
+
+def multiply_adds(preset: str, branch_id: int, height: int, width: int) -> MultiplyAdds:
+    """Of both passes of a preset, attention included."""
+    work = unet_work(find_model(preset, random_weights=True), height, width)
+    return MultiplyAdds(work.full.total, work.shallow[branch_id].total)
 
 
 def counted(model: Published) -> MultiplyAdds:

@@ -16,12 +16,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from fastcache.analysis.measure import Settings, sampler_table
-from fastcache.analysis.recorder import Recorded, Recorder, joined
+from fastcache.analysis.measure import AnalysisSettings, sampler_table
+from fastcache.analysis.recorder import FeatureMeasures, FeatureRecorder, joined
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import dit_taps
 from fastcache.demo.scenes import COLOURS, SHAPES, Scene
-from fastcache.planning.calibrate import batches
+from fastcache.evaluate.evaluate import batches
 from fastcache.planning.trajectory import draw_noise, guide, run_uncached
 
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
@@ -89,12 +89,12 @@ class DiTStudy:
     """What was measured on a DiT, whether it was trained, and what it drew. Shapes: `latents` (N, 4, 16, 16)."""
 
     trained: bool
-    recorded: Recorded
+    recorded: FeatureMeasures
     kinds: dict[str, str]
     latents: Tensor
 
 
-def study_dit(folder: Path | None, subject: Subject, settings: Settings, images: int, say: Say) -> DiTStudy:
+def study_dit(folder: Path | None, subject: Subject, settings: AnalysisSettings, images: int, say: Say) -> DiTStudy:
     """Draw `images` pictures of as many classes, with the bundled model's noise schedule.
 
     Raises: `ValueError` for another subject than the bundled model, whose latents the transformer draws.
@@ -103,17 +103,17 @@ def study_dit(folder: Path | None, subject: Subject, settings: Settings, images:
         raise ValueError(f"expected --model demo for --dit, which draws in its latents, got {subject.name}")
     model, table = load_dit(folder), sampler_table(subject, settings)
     taps = dit_taps(model)
-    records, latents = list[Recorded](), list[Tensor]()
+    records, latents = list[FeatureMeasures](), list[Tensor]()
     for start, names in batches(CLASSES[:: max(1, len(CLASSES) // images)][:images], settings.batch):
         say(f"measuring the transformer on classes {start + 1} to {start + len(names)}")
         predict = DiTDenoiser(model, [CLASSES.index(name) for name in names])
-        recorder = Recorder(taps, table.num_calls, len(names))
+        recorder = FeatureRecorder(taps, table.num_calls, len(names))
 
         def watched(
             sample: Tensor,
             timestep: float,
             guidance_scale: float,
-            recorder: Recorder = recorder,
+            recorder: FeatureRecorder = recorder,
             predict: DiTDenoiser = predict,
         ) -> Tensor:
             with recorder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcache.analysis.measure import Settings, sampler_table
+from fastcache.analysis.measure import AnalysisSettings, sampler_table
 from fastcache.analysis.recorder import Array, Capture
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
@@ -39,7 +39,7 @@ class PromptSwitch:
     shows_b: float | None
 
 
-def switch_prompt(subject: Subject, settings: Settings, steps: Sequence[int]) -> list[PromptSwitch]:
+def switch_prompt(subject: Subject, settings: AnalysisSettings, steps: Sequence[int]) -> list[PromptSwitch]:
     """Switch each prompt to the next one's at each of `steps`, beside runs that keep the one or the other throughout.
 
     Raises: `ValueError` for random weights, all prompts the same, or a step that the run does not have.
@@ -129,7 +129,7 @@ class GuidedInterval:
 
 
 def guide_in_intervals(
-    subject: Subject, settings: Settings, intervals: Sequence[tuple[int, int]]
+    subject: Subject, settings: AnalysisSettings, intervals: Sequence[tuple[int, int]]
 ) -> list[GuidedInterval]:
     """Draw with guidance throughout, nowhere, and in each interval; likeness is to the pictures guided throughout.
 

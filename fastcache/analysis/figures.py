@@ -31,6 +31,22 @@ def _figure(rows: int, columns: int, width: float, height: float, **axes: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **axes).tolist()
 
 
+def _panels(count: int, width: float, height: float, **axes: Any) -> tuple[Figure, list[Axes]]:
+    """Up to three panels a row; the cells that are left over are blank."""
+    columns = min(3, count)
+    figure, grid = _figure(math.ceil(count / columns), columns, width, height, **axes)
+    cells = [cell for row in grid for cell in row]
+    for cell in cells[count:]:
+        cell.set_axis_off()
+    return figure, cells[:count]
+
+
+def _legend_below(figure: Figure, axes: Axes, most: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = min(most, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
 def _shades(count: int) -> list[Any]:
     """As many colours along viridis, without its palest end."""
     from matplotlib import colormaps
@@ -81,14 +97,11 @@ def _log_scale(axes: Axes) -> None:
 
 def similarity_maps(similarity: Mapping[str, Array]) -> Figure:
     """A heat map of all pairs of steps by feature. Shapes: each (T, T)."""
-    columns = min(3, len(similarity))
-    rows = math.ceil(len(similarity) / columns)
-    figure, grid = _figure(rows, columns, 3.6, 3.3)
+    figure, cells = _panels(len(similarity), 3.6, 3.3)
     least = min(float(matrix.min()) for matrix in similarity.values())
     low = math.floor(10 * max(least, -1.0)) / 10
-    cells = [axes for row in grid for axes in row]
     image: Any = None
-    for axes, (name, matrix) in zip(cells, similarity.items(), strict=False):
+    for axes, (name, matrix) in zip(cells, similarity.items(), strict=True):
         image = axes.imshow(matrix, vmin=low, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
         if matrix.min() < 0.95 < matrix[~np.eye(len(matrix), dtype=bool)].max():
             beside = matrix.copy()  # the diagonal's ones would be ringed one by one
@@ -98,8 +111,6 @@ def similarity_maps(similarity: Mapping[str, Array]) -> Figure:
         axes.set_xlabel("step")
         axes.set_ylabel("step")
         _whole_steps(axes, both=True)
-    for axes in cells[len(similarity) :]:
-        axes.set_axis_off()
     figure.colorbar(image, ax=cells, shrink=0.85, label="cosine similarity (red line: 0.95)")
     return figure
 
@@ -116,24 +127,18 @@ def similarity_curves(adjacent: Mapping[str, Array], shares: Mapping[str, Array]
     _lines(right, {name: 100 * share for name, share in shares.items()})
     right.set_ylim(0, 102)
     _tidy(right, "step", "other steps above 0.95, %", "steps that are alike")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    _legend_below(figure, left, 4)
     return figure
 
 
 def change_curves(panels: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Figure:
     """Relative L1 change by block, a panel for each group of blocks. Shapes: mean and deviation (T,) each."""
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = _figure(rows, columns, 4.4, 3.9, sharex=True, sharey=True)
-    cells = [axes for row in grid for axes in row]
-    for axes, (title, blocks) in zip(cells, panels.items(), strict=False):
+    figure, cells = _panels(len(panels), 4.4, 3.9, sharex=True, sharey=True)
+    for axes, (title, blocks) in zip(cells, panels.items(), strict=True):
         _lines(axes, {name: mean for name, (mean, _) in blocks.items()}, {n: std for n, (_, std) in blocks.items()})
         _log_scale(axes)
         axes.legend(fontsize=7.5, ncols=4, loc="upper center", columnspacing=1, framealpha=0.8, edgecolor="none")
         _tidy(axes, "step", "relative L1 change", title)
-    for axes in cells[len(panels) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -180,21 +185,15 @@ def gain_curve(mean: Array, std: Array) -> Figure:
 
 def switch_curves(switches: Mapping[int, Mapping[str, Array]]) -> Figure:
     """How far each feature has followed the switched prompt, a panel for each switch. Shapes: each (T,)."""
-    columns = min(3, len(switches))
-    rows = math.ceil(len(switches) / columns)
-    figure, grid = _figure(rows, columns, 4.6, 3.5, sharey=True)
-    cells = [axes for row in grid for axes in row]
-    for axes, (step, curves) in zip(cells, switches.items(), strict=False):
+    figure, cells = _panels(len(switches), 4.6, 3.5, sharey=True)
+    for axes, (step, curves) in zip(cells, switches.items(), strict=True):
         _lines(axes, {name: curve for name, curve in curves.items() if name != "latents"})
         if "latents" in curves:
             axes.plot(curves["latents"], color="#d62728", linewidth=1.5, linestyle=(0, (4, 2)), label="latents")
         axes.axvline(step, color="#888888", linewidth=1)
         axes.set_ylim(-0.1, 1.25)
         _tidy(axes, "step", "followed (0: as A, 1: as B)", f"prompt switched at step {step}")
-    for axes in cells[len(switches) :]:
-        axes.set_axis_off()
-    handles, labels = cells[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
+    _legend_below(figure, cells[0], 6)
     return figure
 
 
@@ -202,11 +201,8 @@ def probe_curves(
     steps: Sequence[int], accuracy: Mapping[str, Mapping[str, Array]], chance: Mapping[str, float]
 ) -> Figure:
     """Held-out accuracy by step and depth, a panel for each attribute. Shapes: each (S,)."""
-    columns = min(3, len(accuracy))
-    rows = math.ceil(len(accuracy) / columns)
-    figure, grid = _figure(rows, columns, 4.2, 3.2, sharex=True, sharey=True)
-    cells = [axes for row in grid for axes in row]
-    for axes, (attribute, features) in zip(cells, accuracy.items(), strict=False):
+    figure, cells = _panels(len(accuracy), 4.2, 3.2, sharex=True, sharey=True)
+    for axes, (attribute, features) in zip(cells, accuracy.items(), strict=True):
         names = [name for name in features if name != "latents"]
         for name, colour in zip(names, _shades(len(names)), strict=True):
             axes.plot(steps, 100 * features[name], color=colour, linewidth=1.6, label=name)
@@ -214,10 +210,7 @@ def probe_curves(
         axes.axhline(100 * chance[attribute], color="#888888", linewidth=1, linestyle=":", label="commonest value")
         axes.set_ylim(0, 103)
         _tidy(axes, "step", "held-out accuracy, %", attribute)
-    for axes in cells[len(accuracy) :]:
-        axes.set_axis_off()
-    handles, labels = cells[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False, fontsize=9)
+    _legend_below(figure, cells[0], 7)
     return figure
 
 

@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.analysis.recorder import Array, Recorded, Recorder, joined
+from fastcache.analysis.recorder import Array, FeatureMeasures, FeatureRecorder, joined
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
+from fastcache.evaluate.evaluate import batches
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
-from fastcache.planning.calibrate import Measured, batches, calibrate, sample_names
+from fastcache.planning.calibrate import MeasuredBatch, calibrate, sample_names
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.eager import EagerDenoiser
 
 Say = Callable[[str], None]
 ALIKE = 0.95  # the similarity above which DeepCache's figure 2 counts a step as alike
+SIMILARITY_COLUMNS = ("feature", "all pairs", f"above {ALIKE}", "step to step", "dip", "at step")
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnalysisSettings:
     """What an analysis is asked to do, beside its subject."""
 
     sampler: str = "ddim"
@@ -43,28 +45,28 @@ class Analysis:
     """What came out: e(j, s) and the gains, and the features' similarity and change by tap."""
 
     subject: Subject
-    settings: Settings
+    settings: AnalysisSettings
     calibration: Calibration
-    recorded: Recorded
+    recorded: FeatureMeasures
     kinds: dict[str, str]
 
 
-def sampler_table(subject: Subject, settings: Settings) -> SamplerTable:
+def sampler_table(subject: Subject, settings: AnalysisSettings) -> SamplerTable:
     return compile_sampler(make_scheduler(settings.sampler, subject.source.scheduler), settings.steps)
 
 
-def analyse(subject: Subject, settings: Settings, say: Say) -> Analysis:
+def analyse(subject: Subject, settings: AnalysisSettings, say: Say) -> Analysis:
     """Measure every sample. Raises: `PartitionError` for a branch id that the U-Net does not have."""
     table = sampler_table(subject, settings)
     taps = unet_taps(subject.unet, settings.branch_ids)
-    parts, records = list[Measured](), list[Recorded]()
+    parts, records = list[MeasuredBatch](), list[FeatureMeasures]()
     for start, prompts in batches(subject.prompts, settings.batch):
         say(f"measuring samples {start + 1} to {start + len(prompts)} of {len(subject.prompts)}")
         conditioning = subject.conditioning(prompts)
         denoiser = EagerDenoiser(
             subject.unet, conditioning, len(prompts), subject.latent_size, branch_ids=settings.branch_ids
         )
-        recorder = Recorder(taps, table.num_calls, len(prompts))
+        recorder = FeatureRecorder(taps, table.num_calls, len(prompts))
         seeds = range(start, start + len(prompts))
         scale = settings.guidance_scale
         parts.append(calibrate(denoiser, table, seeds, guidance_scale=scale, gains=settings.gains, watch=recorder))
@@ -92,6 +94,11 @@ class SimilarityFacts:
     adjacent_mean: float
     dip: float
     dip_step: int
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """The cells under `SIMILARITY_COLUMNS`."""
+        dip = f"{self.dip:.3f}", str(self.dip_step)
+        return name, f"{self.mean:.3f}", f"{self.share_above:.0%}", f"{self.adjacent_mean:.4f}", *dip
 
     @classmethod
     def of(cls, similarity: Array) -> SimilarityFacts:
@@ -129,7 +136,7 @@ def numbers(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def similarity_numbers(recorded: Recorded, kinds: Mapping[str, str]) -> dict[str, Any]:
+def similarity_numbers(recorded: FeatureMeasures, kinds: Mapping[str, str]) -> dict[str, Any]:
     """Of each feature: its facts, the share of steps alike to each step, and all pairs."""
     return {
         name: {
@@ -142,7 +149,7 @@ def similarity_numbers(recorded: Recorded, kinds: Mapping[str, str]) -> dict[str
     }
 
 
-def change_numbers(recorded: Recorded, kinds: Mapping[str, str]) -> dict[str, Any]:
+def change_numbers(recorded: FeatureMeasures, kinds: Mapping[str, str]) -> dict[str, Any]:
     return {name: {"kind": kinds[name], **spread(values)} for name, values in recorded.change.items()}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastcache.analysis.experiments import LATENTS, read_pictures
-from fastcache.analysis.measure import Settings, sampler_table
+from fastcache.analysis.measure import AnalysisSettings, sampler_table
 from fastcache.analysis.recorder import Array, Capture
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
@@ -58,7 +58,7 @@ class Probes:
     pictures: dict[str, int]
 
 
-def probe(subject: Subject, settings: Settings, images: int, say: Say, most_steps: int = 20) -> Probes:
+def probe(subject: Subject, settings: AnalysisSettings, images: int, say: Say, most_steps: int = 20) -> Probes:
     """Draw `images` pictures from the empty prompt, unguided, and fit probes at up to `most_steps` steps.
 
     Raises: `ValueError` for another model than the bundled one, or too few images to hold any out.
@@ -80,7 +80,7 @@ def probe(subject: Subject, settings: Settings, images: int, say: Say, most_step
 
 
 def _draw(
-    subject: Subject, settings: Settings, seeds: range, steps: Sequence[int]
+    subject: Subject, settings: AnalysisSettings, seeds: range, steps: Sequence[int]
 ) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
     """One batch's features at the steps asked for, pooled, by (name, step), and its final latents."""
     table = sampler_table(subject, settings)

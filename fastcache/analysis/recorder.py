@@ -43,7 +43,7 @@ class Tap:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class FeatureMeasures:
     """The measures by tap's name, for N samples over T steps.
 
     Shapes: similarity (N, T, T), symmetric; change (N, T), of each step from the one before, nan at step 0.
@@ -53,14 +53,14 @@ class Recorded:
     change: dict[str, Array]
 
 
-def joined(parts: Sequence[Recorded]) -> Recorded:
+def joined(parts: Sequence[FeatureMeasures]) -> FeatureMeasures:
     """The records of several batches of samples as one."""
 
     def join(measure: Measure) -> dict[str, Array]:
         of_parts = [getattr(part, measure) for part in parts]
         return {name: np.concatenate([part[name] for part in of_parts]) for name in of_parts[0]}
 
-    return Recorded(join("similarity"), join("change"))
+    return FeatureMeasures(join("similarity"), join("change"))
 
 
 class Capture:
@@ -93,7 +93,7 @@ class Capture:
         self.found[tap.name] = tap.take(arguments, output).detach()
 
 
-class Recorder(Capture):
+class FeatureRecorder(Capture):
     """A capture that reduces what it finds, pass by pass.
 
     Keeps every step's features for the similarity (T tensors a tap), and the last step's for the change.
@@ -129,14 +129,14 @@ class Recorder(Capture):
             return torch.full((len(found),), torch.nan)
         return ((found - before).abs().sum(1, dtype=torch.float32) / found.abs().sum(1, dtype=torch.float32)).cpu()
 
-    def recorded(self) -> Recorded:
+    def recorded(self) -> FeatureMeasures:
         """The measures over the steps taken so far, each the mean of a sample's two halves."""
         by_measure: dict[Measure, dict[str, Array]] = {"similarity": {}, "change": {}}
         for name, numbers in self._numbers.items():
             measure = self._taps[name].measure
             whole = _symmetric(numbers) if measure == "similarity" else torch.stack(numbers, 1)
             by_measure[measure][name] = whole.double().unflatten(0, (-1, self._images)).mean(0).numpy()
-        return Recorded(**by_measure)
+        return FeatureMeasures(**by_measure)
 
 
 def _symmetric(rows: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,17 +16,10 @@ from fastcache.analysis.measure import Analysis, change_numbers, numbers, rounde
 from fastcache.analysis.probes import Probes
 from fastcache.analysis.sections import Experiments, sections
 from fastcache.bench.machine import environment
-from fastcache.errors import BackendUnavailable
 from fastcache.files import write_whole
 
 SCHEMA = "fastcache.analysis/1"
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-
-
-def check_drawable() -> None:
-    """Ask before a long analysis whether its report can be drawn. Raises: `BackendUnavailable` without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
 
 
 def write_report(analysis: Analysis, experiments: Experiments, output: Path) -> Path:

@@ -17,9 +17,9 @@ import torch
 from fastcache.analysis import figures
 from fastcache.analysis.dit import DiTStudy
 from fastcache.analysis.experiments import GuidedInterval, PromptSwitch
-from fastcache.analysis.measure import ALIKE, Analysis, SimilarityFacts, share_alike
+from fastcache.analysis.measure import ALIKE, SIMILARITY_COLUMNS, Analysis, SimilarityFacts, share_alike
 from fastcache.analysis.probes import FOLDS, GRID, Probes
-from fastcache.analysis.recorder import Array, Recorded
+from fastcache.analysis.recorder import Array, FeatureMeasures
 from fastcache.planning.calibrate import GAIN_LAG
 
 if TYPE_CHECKING:
@@ -71,10 +71,9 @@ def sections(analysis: Analysis, experiments: Experiments) -> Iterator[Section]:
         yield from _dit(analysis, experiments.dit)
 
 
-def _similarity(recorded: Recorded, prefix: str, what: str) -> Iterator[Section]:
+def _similarity(recorded: FeatureMeasures, prefix: str, what: str) -> Iterator[Section]:
     similarity = recorded.similarity
     means = {name: values.mean(0) for name, values in similarity.items()}
-    facts = {name: SimilarityFacts.of(values) for name, values in similarity.items()}
     yield Section(
         f"{prefix}similarity",
         f"Similarity of every pair of steps: {what}",
@@ -83,11 +82,8 @@ def _similarity(recorded: Recorded, prefix: str, what: str) -> Iterator[Section]
         "the order in which they are computed. The table counts pairs of different steps; the dip is the step that is "
         "least like the one before it.",
         _png(figures.similarity_maps(means)),
-        ("feature", "mean of all pairs", f"pairs above {ALIKE}", "mean step to step", "dip", "at step"),
-        [
-            (name, f"{f.mean:.3f}", f"{f.share_above:.0%}", f"{f.adjacent_mean:.4f}", f"{f.dip:.3f}", str(f.dip_step))
-            for name, f in facts.items()
-        ],
+        SIMILARITY_COLUMNS,
+        [SimilarityFacts.of(values).row(name) for name, values in similarity.items()],
     )
     yield Section(
         f"{prefix}similarity-by-step",
@@ -103,7 +99,7 @@ def _similarity(recorded: Recorded, prefix: str, what: str) -> Iterator[Section]
     )
 
 
-def _change(recorded: Recorded, kinds: dict[str, str], prefix: str) -> Iterator[Section]:
+def _change(recorded: FeatureMeasures, kinds: dict[str, str], prefix: str) -> Iterator[Section]:
     panels: dict[str, dict[str, tuple[Array, Array]]] = {}
     for name, values in recorded.change.items():
         panel = panels.setdefault(f"{name.split()[0]}: {_PLURALS[kinds[name]]}", {})

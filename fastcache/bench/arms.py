@@ -16,7 +16,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES: tuple[DType, ...] = get_args(DType)
 TORCH = "torch"
 AUTO = "auto"
-GRAMMAR = "NAME[:BACKEND][:DTYPE]"
+GRAMMAR = "KIND[:BACKEND][:DTYPE]"
 _CACHING: tuple[Kind, ...] = ("deepcache", "engine+cache", "engine+cache+graph")
 GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 7.5, 1.5  # diffusers' defaults
 _T = TypeVar("_T", bound=str)
@@ -120,14 +120,18 @@ def parse_dtype(name: str, where: str = "") -> DType:
 def parse_arm(name: str, defaults: Defaults) -> Arm:
     """An arm from its name. Torch arms take a dtype (fp32 without one), engine arms a backend, a dtype, or both.
 
+    A backend may be left empty: `engine::bf16`.
+
     Raises: `ValueError` naming the part that is unknown and what was expected.
     """
     head, *parts = name.split(":")
     kind = one_of(KINDS, head)
     if kind is None:
-        raise ValueError(f"expected an arm {GRAMMAR} with NAME one of {', '.join(KINDS)}, got {name!r}")
+        raise ValueError(f"expected an arm {GRAMMAR} with KIND one of {', '.join(KINDS)}, got {name!r}")
     backend, dtype = (defaults.backend, defaults.dtype) if kind.startswith("engine") else (TORCH, "fp32")
-    if kind.startswith("engine") and parts and parts[0] not in DTYPES:
+    if parts and parts[0] == "":  # eager::bf16
+        parts.pop(0)
+    elif kind.startswith("engine") and parts and parts[0] not in DTYPES:
         backend = parts.pop(0)
         if backend not in BACKENDS and backend != AUTO:
             raise ValueError(

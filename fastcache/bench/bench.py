@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from fastcache.bench.arms import GUIDANCE_SCALE, TORCH, Arm, BenchSettings
+from fastcache.bench.eager import EagerParts
 from fastcache.bench.lineup import BundleKey, Lineup
-from fastcache.bench.loops import LoopTimes, Task
-from fastcache.bench.machine import environment, gpus, load_average
+from fastcache.bench.loops import Task, TimedRun
+from fastcache.bench.machine import environment, gpus
 from fastcache.bench.pattern import control_pattern
 from fastcache.bench.work import geometry
-from fastcache.bench.workers import ArmFailed, Job, Workers
+from fastcache.bench.workers import ArmFailed, PlannedWorker, Workers
 from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.evaluate.quality import psnr_db
-from fastcache.pipeline.prompts import Sizes
 
+_STEADY = 1.25  # p90 over p50; on a quiet machine it stays below 1.05
+_BUSY = 0.25  # of the cores: load before anything of ours ran, which a quiet machine has near 0
 PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
 
 
@@ -35,7 +37,9 @@ class ArmResult:
 
     `build_s` is what making an engine took, and for torch.compile its first U-Net call, in which it compiles.
     A loop that is one CUDA graph has no times of its U-Net calls, and so none of what is beside them.
-    `latents_error_vs_eager` is the largest difference over the largest latent; none where a latent is not finite.
+    Speed-ups are over the reference in fp32, and over the arm of this one's own dtype; over the DeepCache arm that
+    caches as this one does, where there is one. `latents_error_vs_eager` is the largest difference over the largest
+    latent; none where a latent is not finite.
     """
 
     name: str
@@ -50,6 +54,8 @@ class ArmResult:
     overhead_ms_per_step: float | None = None
     speedup_vs_eager: float | None = None
     speedup_vs_deepcache: float | None = None
+    speedup_vs_eager_same_dtype: float | None = None
+    speedup_vs_deepcache_same_dtype: float | None = None
     psnr_db_vs_eager: float | None = None
     latents_error_vs_eager: float | None = None
     latents_finite: bool | None = None
@@ -57,19 +63,24 @@ class ArmResult:
     build_s: float | None = None
     skipped: str | None = None
 
+    @property
+    def unsteady(self) -> bool:
+        """Whether some rounds took so much longer than others that the medians mean little."""
+        times = self.loop_ms_p50, self.loop_ms_p90
+        return times[0] is not None and times[1] is not None and times[1] > _STEADY * times[0]
+
     def to_json(self) -> dict[str, Any]:
         if self.skipped is not None:
             return {"name": self.name, "skipped": self.skipped}
-        return {name: value for name, value in asdict(self).items() if name != "skipped"}
+        return {name: value for name, value in asdict(self).items() if name != "skipped"} | {"unsteady": self.unsteady}
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchOutcome:
     """A benchmark's outcome: an arm's result each, and what the measuring itself did and met.
 
-    `references` names the arms that speed-ups are against. `reloads` counts the processes that were ended for want of
-    memory and started again. `machine` is what it was like around the measuring: the load before it, which a quiet
-    machine has near 0, and the GPUs before and after.
+    `references` names the arms that speed-ups are over. `reloads` counts the processes that were ended for want of
+    memory and started again. `machine` has the GPUs before and after.
     """
 
     results: tuple[ArmResult, ...]
@@ -80,41 +91,40 @@ class Measured:
 
 def run_bench(
     settings: BenchSettings, lineup: Lineup, bundles: Mapping[BundleKey, Bundle], say: Callable[[str], None]
-) -> Measured:
+) -> BenchOutcome:
     """Warm up and time every arm, one round after the other."""
     model = find_model(settings.model, random_weights=settings.random_weights)
-    on_gpu, machine = settings.device == "cuda", dict[str, Any](load_average_before=load_average())
-    before = gpus() if on_gpu else []
-    jobs = _jobs(settings, model, lineup, bundles)
+    before = gpus() if settings.device == "cuda" else []
+    planned = _workers(settings, model, lineup, bundles)
     # Arms of one process follow each other, so that a process is not ended and started again within a round.
-    order = [arm for key in jobs for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
-    with Workers(jobs, _worker_of) as workers:
+    order = [arm for key in planned for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
+    with Workers(planned, _worker_of) as workers:
         runs, first, failed = _run_rounds(settings, order, workers, say)
     skipped = {**lineup.skipped, **failed}
     ran = {arm: own for arm, own in runs.items() if own and arm not in skipped}
     results = {arm: summary(arm, own, _build_s(arm, first[arm], bundles)) for arm, own in ran.items()}
     latents = {arm: own[-1].latents for arm, own in ran.items()}
-    pictures = {} if model.random_weights else _decode(model, latents)
-    eager = next((a for a in ran if (a.kind, a.dtype) == ("eager", "fp32")), None) or _first(ran, "eager")
-    return Measured(
+    eager = usual_reference("eager", ran)
+    compared = _quality(latents, {} if model.random_weights else _decode(model, latents), eager)
+    return BenchOutcome(
         tuple(
             ArmResult(arm.name, skipped=skipped[arm])
             if arm in skipped
-            else _compared(arm, results, (eager, _deepcache_of(arm, ran)), latents, pictures)
+            else replace(results[arm], **compared[arm], **_speedups(arm, results))
             for arm in lineup.arms
         ),
-        {kind: arm.name if arm else None for kind, arm in (("eager", eager), ("deepcache", _first(ran, "deepcache")))},
+        {kind: arm.name if (arm := usual_reference(kind, ran)) else None for kind in ("eager", "deepcache")},
         workers.reloads,
-        machine | ({"gpus": {"before": before, "after": gpus()}} if on_gpu else {}),
+        {"gpus": {"before": before, "after": gpus()}} if settings.device == "cuda" else {},
     )
 
 
 def _run_rounds(
     settings: BenchSettings, order: Sequence[Arm], workers: Workers, say: Callable[[str], None]
-) -> tuple[dict[Arm, list[LoopTimes]], dict[Arm, LoopTimes], dict[Arm, str]]:
+) -> tuple[dict[Arm, list[TimedRun]], dict[Arm, TimedRun], dict[Arm, str]]:
     """Each arm's timed runs, its first run, and why some arms failed."""
-    runs: dict[Arm, list[LoopTimes]] = {arm: [] for arm in order}
-    first: dict[Arm, LoopTimes] = {}
+    runs: dict[Arm, list[TimedRun]] = {arm: [] for arm in order}
+    first: dict[Arm, TimedRun] = {}
     failed: dict[Arm, str] = {}
     # torch.compile compiles and a CUDA graph is recorded in the first run, whatever the number of warm-up rounds.
     untimed = max(settings.warmup, int(any(arm.prepares for arm in order)))
@@ -134,8 +144,28 @@ def _run_rounds(
     return runs, first, failed
 
 
-def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measured: Measured) -> dict[str, Any]:
-    """A benchmark as JSON: the machine, what was asked for, and each arm's figures."""
+def doubts(results: Sequence[ArmResult], load_before: float | None, cores: int) -> list[str]:
+    """Why the figures may mean nothing, a sentence each."""
+    found: list[str] = []
+    if load_before is not None and load_before > _BUSY * cores:
+        found.append(
+            f"other programs were running: the load was {load_before:g} on {cores} cores before the benchmark began"
+        )
+    if shaken := [result.name for result in results if result.unsteady]:
+        found.append(f"some rounds took over {_STEADY:g} times the median, marked (?): {', '.join(shaken)}")
+    return found
+
+
+def document(
+    settings: BenchSettings,
+    bundles: Mapping[BundleKey, Bundle],
+    measured: BenchOutcome,
+    load_before: float | None = None,
+) -> dict[str, Any]:
+    """A benchmark as JSON: the machine, what was asked for, each arm's figures, and what makes them doubtful.
+
+    `load_before` is the machine's load before anything was built.
+    """
     conditions = {
         "arms": [result.name for result in measured.results],
         "guidance_scale": GUIDANCE_SCALE if settings.guided else None,
@@ -154,9 +184,11 @@ def document(settings: BenchSettings, bundles: Mapping[BundleKey, Bundle], measu
         ],
         "quality": "random weights: no quality figure" if settings.random_weights else "PSNR of the decoded images",
     }
+    machine = environment(settings.threads)
     return {
-        "environment": {**environment(settings.threads), **measured.machine},
+        "environment": {**machine, "load_average_before": load_before, **measured.machine},
         "settings": {**asdict(settings), **conditions},
+        "doubts": doubts(measured.results, load_before, machine["cores"]),
         "arms": [result.to_json() for result in measured.results],
     }
 
@@ -165,25 +197,14 @@ def make_inputs(model: SourceModel, settings: BenchSettings) -> dict[str, Tensor
     """The conditioning and the noise that all arms share: a real prompt for a real model, else seeded random rows.
 
     Shapes: `encoder_hidden_states` and further conditioning (2N, ...), unconditional rows first, these twice for
-    InstructPix2Pix, and no conditioning at all for a U-Net without text; `latents` (N, C, h, w); `control_image`
+    InstructPix2Pix, and no conditioning at all for a U-Net that takes none; `latents` (N, C, h, w); `control_image`
     (1, 3, H, W) where there are ControlNets.
     """
-    shapes, generator, rows = geometry(model), torch.Generator().manual_seed(0), 2 * settings.batch
+    shapes, generator = geometry(model), torch.Generator().manual_seed(0)
     size = settings.height // shapes.scale, settings.width // shapes.scale
-    inputs = {"latents": torch.randn(settings.batch, shapes.latent_channels, *size, generator=generator)}
-    if "text" in model.components:
-        tokenizer, encoder = model.load_tokenizer(), model.load_text_encoder()
-        texts = [""] * settings.batch + [PROMPT] * settings.batch
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with torch.no_grad():
-            inputs["encoder_hidden_states"] = encoder(ids).last_hidden_state
-    elif shapes.tokens:
-        text = torch.randn(rows, shapes.tokens, shapes.text_width, generator=generator)
-        inputs["encoder_hidden_states"] = text
-    if shapes.pooled_width is not None and shapes.time_ids is not None:
-        inputs["text_embeds"] = torch.randn(rows, shapes.pooled_width, generator=generator)
-        told = (settings.height, settings.width)
-        inputs["time_ids"] = Sizes().time_ids(told, num_ids=shapes.time_ids, rows=rows, guided=True, from_image=False)
+    latents = torch.randn(settings.batch, shapes.latent_channels, *size, generator=generator)
+    parts = EagerParts(model, shapes)
+    inputs = {"latents": latents, **parts.conditioning([PROMPT] * settings.batch, settings.height, settings.width)}
     if settings.guided_rows == 3:
         text = inputs["encoder_hidden_states"]
         inputs["encoder_hidden_states"] = torch.cat([text[: settings.batch], text])
@@ -198,31 +219,31 @@ def _worker_of(arm: Arm) -> str:
     return f"{arm.backend} {arm.dtype}" + (f" branch {arm.branch_id}{graph}" if arm.is_engine else "")
 
 
-def _jobs(
+def _workers(
     settings: BenchSettings, model: SourceModel, lineup: Lineup, bundles: Mapping[BundleKey, Bundle]
-) -> dict[str, Job]:
+) -> dict[str, PlannedWorker]:
     """What each process loads, in the order in which their first arms come."""
-    inputs, jobs = make_inputs(model, settings), dict[str, Job]()
+    inputs, planned = make_inputs(model, settings), dict[str, PlannedWorker]()
     weights_bytes = geometry(model).weights_bytes
     for arm in lineup.arms:
-        if arm in lineup.skipped or _worker_of(arm) in jobs:
+        if arm in lineup.skipped or _worker_of(arm) in planned:
             continue
         if arm.is_engine:
             bundle = bundles[arm.bundle_key]
             task = Task(settings, inputs, arm.dtype, str(bundle.path), arm.is_graph)
-            jobs[_worker_of(arm)] = Job(task, bundle.manifest.weights_bytes)
+            planned[_worker_of(arm)] = PlannedWorker(task, bundle.manifest.weights_bytes)
         else:
-            jobs[_worker_of(arm)] = Job(Task(settings, inputs, arm.dtype, None), weights_bytes)
-    return jobs
+            planned[_worker_of(arm)] = PlannedWorker(Task(settings, inputs, arm.dtype, None), weights_bytes)
+    return planned
 
 
-def _build_s(arm: Arm, first: LoopTimes, bundles: Mapping[BundleKey, Bundle]) -> float | None:
+def _build_s(arm: Arm, first: TimedRun, bundles: Mapping[BundleKey, Bundle]) -> float | None:
     if arm.is_engine:
         return bundles[arm.bundle_key].manifest.build_seconds
     return round(first.call_ms[0] / 1e3, 2) if arm.kind == "compile" else None
 
 
-def summary(arm: Arm, runs: Sequence[LoopTimes], build_s: float | None = None) -> ArmResult:
+def summary(arm: Arm, runs: Sequence[TimedRun], build_s: float | None = None) -> ArmResult:
     """An arm's medians over its runs, as yet compared with nothing."""
     loops = [run.loop_ms for run in runs]
     full = [ms for run in runs for ms, is_full in zip(run.call_ms, run.full, strict=True) if is_full]
@@ -250,45 +271,27 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _first(arms: Mapping[Arm, Any], kind: str) -> Arm | None:
-    return next((arm for arm in arms if arm.kind == kind), None)
+def usual_reference(kind: str, arms: Iterable[Arm]) -> Arm | None:
+    """The first arm of a kind in fp32, or else the first of all."""
+    own = [arm for arm in arms if arm.kind == kind]
+    return next((arm for arm in own if arm.dtype == "fp32"), next(iter(own), None))
 
 
-def _deepcache_of(arm: Arm, ran: Mapping[Arm, Any]) -> Arm | None:
-    """The DeepCache arm to compare with: one that caches as this arm does, or else the first."""
-    theirs = [other for other in ran if other.kind == "deepcache"]
-    alike = [o for o in theirs if (o.cache_interval, o.branch_id) == (arm.cache_interval, arm.branch_id)]
-    return next(iter(alike or theirs), None)
+def reference_like(arm: Arm, kind: str, arms: Iterable[Arm]) -> Arm | None:
+    """The arm of a kind in an arm's own dtype; of several the one that caches as it does."""
+    own = [other for other in arms if (other.kind, other.dtype) == (kind, arm.dtype)]
+    alike = (o for o in own if (o.cache_interval, o.branch_id) == (arm.cache_interval, arm.branch_id))
+    return next(alike, next(iter(own), None))
 
 
-def _compared(
-    arm: Arm,
-    results: Mapping[Arm, ArmResult],
-    references: tuple[Arm | None, Arm | None],
-    latents: Mapping[Arm, Tensor],
-    pictures: Mapping[Arm, Tensor],
-) -> ArmResult:
-    """The arm's result with what it gains over eager and DeepCache, and how far what it draws is from eager's."""
-    eager, deepcache = references
-    own, psnr, error = results[arm], None, None
-    if eager is not None and eager != arm:
-        if {eager, arm} <= pictures.keys():
-            psnr = _finite(min(psnr_db(pictures[arm], pictures[eager]), 200.0), 2)
-        difference = (latents[arm] - latents[eager]).abs().max() / latents[eager].abs().max()
-        error = _finite(difference.item(), 8)
-    return replace(
-        own,
-        speedup_vs_eager=_speedup(own, results.get(eager) if eager else None),
-        speedup_vs_deepcache=_speedup(own, results.get(deepcache) if deepcache else None),
-        psnr_db_vs_eager=psnr,
-        latents_error_vs_eager=error,
-        latents_finite=bool(torch.isfinite(latents[arm]).all()),
-    )
-
-
-def _finite(value: float, digits: int) -> float | None:
-    """A figure that JSON can hold."""
-    return round(value, digits) if math.isfinite(value) else None
+def _speedups(arm: Arm, results: Mapping[Arm, ArmResult]) -> dict[str, float | None]:
+    """How much faster the arm's loop is than PyTorch's, plain and with the DeepCache package."""
+    found: dict[str, float | None] = {}
+    for kind in ("eager", "deepcache"):
+        usual = reference_like(replace(arm, dtype="fp32"), kind, results) or usual_reference(kind, results)
+        for name, other in (("", usual), ("_same_dtype", reference_like(arm, kind, results))):
+            found[f"speedup_vs_{kind}{name}"] = _speedup(results[arm], results[other] if other else None)
+    return found
 
 
 def _speedup(own: ArmResult, reference: ArmResult | None) -> float | None:
@@ -297,11 +300,28 @@ def _speedup(own: ArmResult, reference: ArmResult | None) -> float | None:
     return round(reference.loop_ms_p50 / own.loop_ms_p50, 3)
 
 
+def _quality(
+    latents: Mapping[Arm, Tensor], pictures: Mapping[Arm, Tensor], eager: Arm | None
+) -> dict[Arm, dict[str, Any]]:
+    """How far what each arm draws is from what eager draws."""
+    found = {arm: dict[str, Any](latents_finite=bool(torch.isfinite(own).all())) for arm, own in latents.items()}
+    for arm in found:
+        if eager is None or arm == eager:
+            continue
+        if {eager, arm} <= pictures.keys():
+            found[arm]["psnr_db_vs_eager"] = _finite(min(psnr_db(pictures[arm], pictures[eager]), 200.0), 2)
+        difference = (latents[arm] - latents[eager]).abs().max() / latents[eager].abs().max()
+        found[arm]["latents_error_vs_eager"] = _finite(difference.item(), 8)
+    return found
+
+
+def _finite(value: float, digits: int) -> float | None:
+    """A figure that JSON can hold."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
 def _decode(model: SourceModel, latents: Mapping[Arm, Tensor]) -> dict[Arm, Tensor]:
     if "vae" not in model.components:
         return {}
-    vae: Any = model.load_vae()
-    with torch.no_grad():
-        return {
-            arm: (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) for arm, x in latents.items()
-        }
+    parts = EagerParts(model, geometry(model))
+    return {arm: parts.decode(own) for arm, own in latents.items()}

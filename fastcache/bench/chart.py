@@ -5,12 +5,12 @@ Bars differ in lightness as well as in hue, so that the chart reads the same in 
 
 from __future__ import annotations
 
-import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcache.errors import BackendUnavailable
+from fastcache.evaluate.chart import require_matplotlib
 
 # Torch arms in greys, engines in blues, the darker with caching: lightness 89, 70, 54 and 25 of 100.
 _PYTORCH, _DEEPCACHE, _FULL, _CACHED = "#e0e0e0", "#ababab", "#4f86b5", "#123f66"
@@ -23,6 +23,7 @@ _COLOURS = {
     "engine+graph": _FULL,
     "engine+cache+graph": _CACHED,
 }
+_WARNING = "#b00020"
 _LEGEND = {
     _PYTORCH: "PyTorch",
     _DEEPCACHE: "PyTorch with the DeepCache package",
@@ -36,8 +37,7 @@ def check_chartable(arms: str | None) -> None:
 
     Raises: `BackendUnavailable` without matplotlib; `ValueError` without an eager arm.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
+    require_matplotlib()
     if arms is not None and not any(name.strip().split(":")[0] == "eager" for name in arms.split(",")):
         raise ValueError(f"expected an eager arm for a chart, which shows speed-ups over it, got {arms}")
 
@@ -70,6 +70,9 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
     axes.set_xlabel(f"speed-up of the denoising loop over {reference}, median (times: full / shallow step, ms)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(_title(document)), fontsize=10, x=0.01, ha="left")
+    if document["doubts"]:
+        told = textwrap.fill(f"Not to be relied on: {'; '.join(document['doubts'])}.", 110)
+        axes.set_title(told, fontsize=9, color=_WARNING, loc="left")
     present = [colour for colour in _LEGEND if colour in colours]
     handles = [Patch(facecolor=colour, edgecolor="#333333", label=_LEGEND[colour]) for colour in present]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8.5, frameon=False)
@@ -77,9 +80,10 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
 
 
 def _name(arm: Mapping[str, Any]) -> str:
-    """The arm's name, and what it leaves out."""
+    """The arm's name, what it leaves out, and whether its rounds differ."""
     own = [part for part in (arm["backend"], arm["dtype"]) if part not in ("torch", *arm["name"].split(":"))]
-    return f"{arm['name']} ({', '.join(own)})" if own else arm["name"]
+    named = f"{arm['name']} ({', '.join(own)})" if own else arm["name"]
+    return f"{named} (?)" if arm["unsteady"] else named
 
 
 def _label(arm: Mapping[str, Any]) -> str:

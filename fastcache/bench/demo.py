@@ -54,6 +54,10 @@ def run_demo(
     every = [1, *(n for n in intervals if n != 1)]
     say("drawing once with each plan")
     pictures = {interval: draw(interval) for interval in every}
+    for interval, drawn in pictures.items():
+        name = "uncached" if interval == 1 else f"N{interval}"
+        for k, picture in enumerate(drawn):
+            _save(_to_pil(picture), output / f"{name}-{k}.png")
     times: dict[int, list[float]] = {interval: [] for interval in every}
     for i in range(rounds):
         say(f"timing, round {i + 1} of {rounds}")
@@ -72,10 +76,6 @@ def run_demo(
         )
         for interval in every
     ]
-    for row in rows:
-        name = "uncached" if row.interval == 1 else f"N{row.interval}"
-        for k, picture in enumerate(pictures[row.interval]):
-            _save(_to_pil(picture), output / f"{name}-{k}.png")
     _save(grid([(_label(row), list(pictures[row.interval])) for row in rows]), output / "grid.png")
     return rows
 

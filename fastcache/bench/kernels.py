@@ -24,12 +24,10 @@ from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable
 from fastcache_engines import DType
 from fastcache_kernels import launch, norm, reference
-from fastcache_kernels.feature import empty_feature, store_feature
 from fastcache_kernels.guidance import GuidanceStep
-from fastcache_kernels.values import QUANTISED, StoredFeature, step_tables
+from fastcache_kernels.values import step_tables
 
 MODELS, SIZES = ("sd15", "sdxl"), (512, 1024)
-GROUPS = 32
 CALLS = 20  # in one captured graph: a replay costs microseconds, as does a call
 REPLAYS = 10  # of each arm, in a repeat
 Shape = tuple[int, int, int, int]
@@ -122,7 +120,6 @@ def kernel_cases(batch: int, dtype: DType, device: str, branch_id: int = 0, size
                 groups = first.num_groups * (first.num_channels - cached) // first.num_channels
                 found.append(_norm((2 * batch, first.num_channels - cached, side, side), groups, dtype, device))
             found.append(_guidance(batch, size // scale, dtype, device))
-            found += [_store((2 * batch, cached, side, side), stored, dtype, device) for stored in QUANTISED]
             for case in found:
                 cases.setdefault((case.kernel, case.shape), case).models.append(f"{name} {size}")
     return list(cases.values())
@@ -147,6 +144,33 @@ def summarise(case: Case, times: Mapping[str, Sequence[float]], compile_skipped:
         speedup_vs_compile=None if compiled is None else round(compiled / us["kernel"], 3),
         compile_skipped=compile_skipped,
     )
+
+
+def kernel_table(settings: Mapping[str, Any], rows: Sequence[KernelResult]) -> tuple[str, list[str], list[list[str]]]:
+    """The kernels' times as a table: its title, columns and rows."""
+    title = (
+        f"kernels in {settings['dtype']}, batch {settings['batch']} under guidance, branch {settings['branch_id']}, "
+        "microseconds a call\ncopy: of as many bytes on the same device; share: the copy's time over the kernel's"
+    )
+    columns = ["kernel", "models", "shape", "MB", "kernel", "eager", "compile", "copy", "GB/s", "share"]
+    return title, [*columns, "x eager", "x compile"], [_kernel_row(row) for row in rows]
+
+
+def _kernel_row(row: KernelResult) -> list[str]:
+    def told(number: float | None, unit: str = "") -> str:
+        return "-" if number is None else f"{number:.2f}{unit}"
+
+    return [
+        row.kernel,
+        ", ".join(row.models),
+        "x".join(map(str, row.shape)),
+        told(row.num_bytes / 1e6),
+        *map(told, (row.kernel_us, row.eager_us, row.compile_us, row.copy_us)),
+        f"{row.gb_per_s:.0f}",
+        f"{row.share_of_copy:.0%}",
+        told(row.speedup_vs_eager, "x"),
+        told(row.speedup_vs_compile, "x"),
+    ]
 
 
 def _time_case(case: Case, repeats: int, say: Callable[[str], None]) -> KernelResult:
@@ -261,26 +285,6 @@ def _guidance(batch: int, side: int, dtype: DType, device: str) -> Case:
 
     moved = _bytes(noise_pred, model_input, timestep) + 5 * _bytes(latents)  # x twice and e are read, x and e written
     return Case("guidance_step", tuple(noise_pred.shape), moved, run, eager)
-
-
-def _store(shape: Shape, stored: torch.dtype, dtype: DType, device: str) -> Case:
-    """A feature into its slot in one byte a value, a scale for each of 32 groups of channels."""
-    feature = _random(torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device))
-    own, other = (empty_feature(shape, stored, groups=GROUPS, device=device) for _ in range(2))
-
-    def write(store: Callable[[Tensor, StoredFeature], None], to: StoredFeature) -> Sequence[Tensor]:
-        store(feature, to)
-        return (to.values,) if to.scales is None else (to.values, to.scales)
-
-    num_bytes = _bytes(feature, own.values) + 4 * shape[0] * GROUPS
-    name = f"store_feature {'int8' if stored == torch.int8 else 'fp8'}"
-    return Case(
-        name,
-        shape,
-        num_bytes,
-        run=lambda: write(store_feature, own),
-        eager=lambda: write(reference.store_feature, other),
-    )
 
 
 def _random(like: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ import torch
 import fastcache
 import fastcache_engines
 from fastcache.bench.arms import AUTO, Arm, BenchSettings, Defaults, parse_arm, parse_arms, parse_dtype
-from fastcache.bench.work import geometry, multiply_adds
+from fastcache.bench.work import empty_unet, geometry
 from fastcache.bundle.bundle import Bundle, open_bundle
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile.builder import resolve
 from fastcache.compile.models import find_model
+from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
 from fastcache_engines import BACKENDS, DType
 
@@ -119,7 +120,7 @@ def of_model(
         guided_rows=shapes.guided_rows,
         **common,
     )
-    multiply_adds(model, settings.branch_id, height, width)  # refuses a branch that is not there, before any build
+    partition_unet(empty_unet(model), settings.branch_id)  # refuses a branch that is not there, before any build
     defaults = Defaults(wishes.backend, dtype, settings.cache_interval, settings.branch_id)
     return settings, line_up(wishes.arms, defaults, settings.device)
 
@@ -222,7 +223,7 @@ def _settle(arm: Arm, device: str) -> Arm:
 def _further(defaults: Defaults, device: str) -> Iterable[Arm]:
     """What else is worth a look here: reduced precision, and every backend in each dtype that the device is fast at."""
     dtypes = fast_dtypes(device)
-    yield from (parse_arm(f"eager:{dtype}", defaults) for dtype in dtypes)
+    yield from (parse_arm(f"{kind}:{dtype}", defaults) for kind in ("eager", "deepcache") for dtype in dtypes)
     for name in BACKENDS:
         module = fastcache_engines.backend(name)
         found = module.support(device)

@@ -46,7 +46,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class LoopTimes:
+class TimedRun:
     """One run of the denoising loop: the whole, and each U-Net call, in milliseconds; its latents, in float32.
 
     `call_ms` and `full` are empty for a loop in one CUDA graph. `peak_bytes` is the run's: of the GPU's memory where it
@@ -67,7 +67,7 @@ def serve(pipe: Connection, task: Task) -> None:
     """A worker's life: load once, then run the arm in each message."""
     torch.set_num_threads(task.settings.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # the compiler's, on diffusers' code
-    runner: Callable[[Arm], LoopTimes] | None = None
+    runner: Callable[[Arm], TimedRun] | None = None
     peak, finished = Peak(task.settings.device), Counter[Arm]()
     while True:
         try:
@@ -105,7 +105,7 @@ class TorchArms:
         self.unet, self._compiled = unet, dict[str, Any]()
         self._parts = {name: getattr(self.pipe, name) for name in ("unet", "controlnet") if hasattr(self.pipe, name)}
 
-    def __call__(self, arm: Arm) -> LoopTimes:
+    def __call__(self, arm: Arm) -> TimedRun:
         if arm.kind == "compile" and not self._compiled:
             self._compiled = {name: torch.compile(part) for name, part in self._parts.items()}
         for name, part in (self._compiled if arm.kind == "compile" else self._parts).items():
@@ -125,7 +125,7 @@ class TorchArms:
             for module in self.unet.modules():
                 module.__dict__.pop("forward", None)
 
-    def _run(self, interval: int) -> LoopTimes:
+    def _run(self, interval: int) -> TimedRun:
         clock = CallClock(self.settings.device)
         first = getattr(self.pipe, "controlnet", self.pipe.unet)  # an engine's call is both, too
         hooks = [
@@ -138,7 +138,7 @@ class TorchArms:
             for hook in hooks:
                 hook.remove()
         calls = clock.call_ms()
-        return LoopTimes(loop_ms, calls, tuple(i % interval == 0 for i in range(len(calls))), latents.float().cpu())
+        return TimedRun(loop_ms, calls, tuple(i % interval == 0 for i in range(len(calls))), latents.float().cpu())
 
     def _latents(self) -> Tensor:
         if isinstance(self.pipe, PlainPipeline):
@@ -200,18 +200,16 @@ class EngineArms:
             raise ValueError("expected guidance of two parts for a CUDA graph, got three; take the arm without +graph")
         apart = ("latents", "control_image")
         self.conditioning: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name not in apart}
-        self._clock = CallClock(self.settings.device)  # nothing of it is in a graph
-        wrap = None if self.whole else self._timed
-        self.pipe = fastcache.load(bundle, threads=self.settings.threads, cuda_graph=self.whole, wrap=wrap)
+        settings, self._clock = self.settings, CallClock(self.settings.device)
+        wrap = None if self.whole else self._timed  # a graph holds no call of its own
+        self.pipe = fastcache.load(bundle, threads=settings.threads, cuda_graph=self.whole, wrap=wrap)
         # Loads the engines, so that what that takes counts as no run's peak.
-        settings = self.settings
         self.pipe.runtime.lane(images=settings.batch, guided=settings.guided)
 
-    def __call__(self, arm: Arm) -> LoopTimes:
-        clock, full = self._clock, list[bool]()
-        clock.forget()
-        latents, loop_ms = clock.time(lambda: self._latents(arm, full))
-        return LoopTimes(loop_ms, clock.call_ms(), tuple(full), latents.float().cpu())
+    def __call__(self, arm: Arm) -> TimedRun:
+        full = list[bool]()
+        latents, loop_ms = self._clock.time(lambda: self._latents(arm, full))
+        return TimedRun(loop_ms, self._clock.call_ms() if full else (), tuple(full), latents.float().cpu())
 
     def _timed(self, engine: Engine) -> Engine:
         """An engine of a pass with a clock around each run; what runs once a picture is no call of the U-Net."""
@@ -253,7 +251,7 @@ class EngineArms:
 
 
 class TimedEngine:
-    """An engine whose bindings note when each run began and ended."""
+    """An engine that notes when each of its runs began and ended."""
 
     def __init__(self, engine: Engine, clock: CallClock) -> None:
         self.inputs, self.outputs, self._engine, self._clock = engine.inputs, engine.outputs, engine, clock
@@ -279,10 +277,6 @@ class CallClock:
         self._cuda = device.startswith("cuda")
         self._marks: list[Any] = []
 
-    def forget(self) -> None:
-        """Another loop begins."""
-        self._marks.clear()
-
     def mark(self) -> None:
         """A call begins, or ends."""
         if self._cuda:
@@ -293,7 +287,8 @@ class CallClock:
             self._marks.append(time.perf_counter())
 
     def time(self, loop: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """What the loop returns, and the milliseconds it took."""
+        """What the loop returns, and the milliseconds it took; calls are counted anew."""
+        self._marks.clear()
         self._wait()
         start = time.perf_counter()
         result = loop()

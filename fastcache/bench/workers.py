@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fastcache.bench.arms import Arm
-from fastcache.bench.loops import LoopTimes, Task, serve
+from fastcache.bench.loops import Task, TimedRun, serve
 from fastcache.bench.machine import available_bytes
 
 # What a process takes before it has been seen to run, over its weights: they are there once as read and once as used,
@@ -26,7 +26,7 @@ class ArmFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedWorker:
     """A worker still to be started: what it is for, and the size of the weights that it will load."""
 
     task: Task
@@ -41,7 +41,7 @@ class Workers:
 
     def __init__(
         self,
-        jobs: Mapping[str, Job],
+        jobs: Mapping[str, PlannedWorker],
         key_of: Callable[[Arm], str],
         available: Callable[[], int | None] = available_bytes,
     ) -> None:
@@ -57,7 +57,7 @@ class Workers:
         for key in list(self._alive):
             self._alive.pop(key).end()
 
-    def run(self, arm: Arm, *, timed: bool) -> LoopTimes:
+    def run(self, arm: Arm, *, timed: bool) -> TimedRun:
         """One run of an arm. Before a timed run, an arm that is new to a process started again runs once untimed.
 
         Raises: `ArmFailed`.
@@ -104,7 +104,7 @@ class _Worker:
         self._process.start()
         there.close()
 
-    def ask(self, arm: Arm) -> LoopTimes:
+    def ask(self, arm: Arm) -> TimedRun:
         try:
             self._pipe.send(arm)
             answer = self._pipe.recv()

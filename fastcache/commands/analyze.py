@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, RandomWeights, Sampler
+from fastcache.commands.options import (
+    Device,
+    Height,
+    Json,
+    OutputFolder,
+    RandomWeights,
+    Sampler,
+    UsualGuidance,
+    Width,
+    check_writable,
+    read_prompts,
+)
 from fastcache.console import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -23,26 +34,22 @@ def analyze(
     num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    guidance_scale: UsualGuidance = None,
     gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
     random_weights: RandomWeights = False,
     revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
-    switch_prompt_at: Annotated[
-        list[int] | None, typer.Option(help="Switch to the next prompt at this step; repeatable.")
-    ] = None,
+    switch_prompt_at: Annotated[list[int] | None, typer.Option(help="Switch prompts at this step.")] = None,
     guidance_interval: Annotated[
-        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only; repeatable.")
+        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only.")
     ] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Linear probes for what demo's pictures show.")] = False,
     probe_images: Annotated[int, typer.Option(min=20, help="Pictures that probes learn from.")] = 512,
     dit: Annotated[bool, typer.Option("--dit", help="The same measures on a small diffusion transformer.")] = False,
-    dit_weights: Annotated[
-        Path | None, typer.Option(help="What tools/train_dit.py trained; random weights if left out.")
-    ] = None,
+    dit_weights: Annotated[Path | None, typer.Option(help="From tools/train_dit.py; else random.")] = None,
     json_: Json = False,
 ) -> None:
     """Measure how a model's features change from step to step, and write a report that opens offline.
@@ -51,13 +58,15 @@ def analyze(
     """
     from fastcache.analysis.dit import study_dit
     from fastcache.analysis.experiments import guide_in_intervals, switch_prompt
-    from fastcache.analysis.measure import Settings, analyse
+    from fastcache.analysis.measure import AnalysisSettings, analyse
     from fastcache.analysis.probes import probe
-    from fastcache.analysis.report import check_drawable, document, write_report
+    from fastcache.analysis.report import document, write_report
     from fastcache.analysis.sections import Experiments
     from fastcache.analysis.subject import find_subject
+    from fastcache.evaluate.chart import require_matplotlib
 
-    check_drawable()
+    require_matplotlib()
+    check_writable(output)
     intervals = [_interval(text) for text in guidance_interval or ()]
     with progress() as say:
         say(f"loading {model}")
@@ -67,13 +76,13 @@ def analyze(
             revision=revision,
             height=height,
             width=width,
-            prompts_file=prompts,
+            prompts=None if prompts is None else read_prompts(prompts),
             num_prompts=num_prompts,
             seeds=seeds,
             device=device,
         )
         scale = guidance_scale if guidance_scale is not None else 4.0 if model == "demo" else 7.5
-        settings = Settings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
+        settings = AnalysisSettings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
         # The short experiments first: what they refuse is said before the long measurement.
         experiments = Experiments(
             switches=switch_prompt(subject, settings, switch_prompt_at) if switch_prompt_at else (),
@@ -99,16 +108,13 @@ def _interval(text: str) -> tuple[int, int]:
 
 
 def _show(analysis: Analysis) -> None:
-    from fastcache.analysis.measure import ALIKE, SimilarityFacts
+    from fastcache.analysis.measure import SIMILARITY_COLUMNS, SimilarityFacts
 
     weights = ", random weights: no conclusions" if analysis.subject.source.random_weights else ""
-    facts = {name: SimilarityFacts.of(values) for name, values in analysis.recorded.similarity.items()}
+    similarity = analysis.recorded.similarity
     print_table(
         f"{analysis.subject.name}, {analysis.settings.steps} {analysis.settings.sampler} steps, "
         f"samples: {len(analysis.subject.prompts)}{weights}; cosine similarity between steps",
-        ["feature", "all pairs", f"above {ALIKE}", "step to step", "dip", "at step"],
-        [
-            [name, f"{f.mean:.3f}", f"{f.share_above:.0%}", f"{f.adjacent_mean:.4f}", f"{f.dip:.3f}", str(f.dip_step)]
-            for name, f in facts.items()
-        ],
+        SIMILARITY_COLUMNS,
+        [SimilarityFacts.of(values).row(name) for name, values in similarity.items()],
     )

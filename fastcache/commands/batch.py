@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan
+from fastcache.commands.options import (
+    CacheInterval,
+    EnginesOption,
+    Json,
+    OutputFolder,
+    PlanFile,
+    Sampler,
+    check_writable,
+    read_plan,
+)
 from fastcache.console import print_json, progress
 
 
@@ -22,8 +31,8 @@ def batch(
     sampler: Sampler = "ddim",
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
     seed: Annotated[int, typer.Option(min=0, help="With a row's id it gives the row's own seed.")] = 0,
-    cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    cache_interval: CacheInterval = None,
+    plan: PlanFile = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw, each with engines of its own.")] = 1,
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each; those of this machine shared out.")] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each; 1 if the bundle needs one.")] = None,
@@ -52,6 +61,7 @@ def batch(
         "cache_interval": cache_interval or 1,
         "plan": None if plan is None else json.loads(read_plan(plan).to_json()),
     }
+    check_writable(output)
     rows = read_rows(prompts, seed, defaults)
     cluster = Cluster(workers, cpus, gpus, address or os.environ.get("RAY_ADDRESS"))
     with progress() as say:

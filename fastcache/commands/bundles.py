@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, RandomWeights
+from fastcache.commands.options import (
+    Device,
+    Height,
+    Json,
+    OutputFolder,
+    RandomWeights,
+    Width,
+    check_writable,
+    existing,
+)
 from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -16,6 +26,9 @@ if TYPE_CHECKING:
     from fastcache.bundle.manifest import Manifest, Parity
     from fastcache.bundle.recipe import Recipe
     from fastcache.health.verify import Verification
+
+_BY_COMMAS = ("sizes", "components", "compute_capability")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.", callback=existing)]
 
 
 def doctor(json_: Json = False) -> None:
@@ -55,6 +68,7 @@ def _yes(value: bool) -> str:
 
 
 def build_engines(
+    ctx: typer.Context,
     output: OutputFolder,
     model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
@@ -62,36 +76,22 @@ def build_engines(
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
     branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")] = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="Several sizes, by commas, the usual one first: 512x512,768x512 (width first).")
-    ] = None,
+    device: Device = None,
+    height: Height = None,
+    width: Width = None,
+    sizes: Annotated[str | None, typer.Option(help="Several, the usual first: 512x512,768x512 (width first).")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
-    max_tokens: Annotated[
-        int | None, typer.Option(help="For prompts longer than the text encoder's, as embeddings.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT] (safetensors); may be repeated.")
-    ] = None,
-    controlnet: Annotated[
-        list[str] | None, typer.Option(help="A folder with a ControlNet to build in; several if repeated.")
-    ] = None,
-    t2i_adapter: Annotated[str | None, typer.Option(help="A folder with a T2I-Adapter to build in.")] = None,
-    ip_adapter: Annotated[
-        str | None, typer.Option(help="An IP-Adapter to build in (safetensors), its image_encoder folder beside it.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="For longer prompts, as embeddings.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT]; repeatable.")] = None,
+    controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet's folder; repeatable.")] = None,
+    t2i_adapter: Annotated[str | None, typer.Option(help="A T2I-Adapter's folder.")] = None,
+    ip_adapter: Annotated[str | None, typer.Option(help="An IP-Adapter, its image_encoder folder beside it.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
-    compute_capability: Annotated[
-        str | None, typer.Option(help="GPUs to build for, by commas: 8.6,8.9 (tensorrt-rtx).")
-    ] = None,
+    compute_capability: Annotated[str | None, typer.Option(help="GPUs: 8.6,8.9 (tensorrt-rtx).")] = None,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
-    kernels: Annotated[
-        bool, typer.Option("--kernels", help="The first norm above the cut by fastcache's own kernel (inductor).")
-    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="The first norm by our own kernel (inductor).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     json_: Json = False,
 ) -> None:
@@ -100,41 +100,25 @@ def build_engines(
     Example: fastcache build-engines --model demo --output engines/demo
     """
     import fastcache
-    from fastcache.bundle.recipe import find_recipe, recipe_from, recipe_from_toml
 
     if (model is None) == (recipe is None):
         raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
-    chosen: Recipe
-    if recipe is not None:
-        chosen = recipe_from_toml(find_recipe(recipe))
-    else:
-        flags: dict[str, object] = {
-            "model": model,
-            "revision": revision,
-            "backend": backend,
-            "branch_id": branch_id,
-            "cut": cut,
-            "device": device,
-            "height": height,
-            "width": width,
-            "sizes": tuple(sizes.split(",")) if sizes is not None else (),
-            "batch": batch,
-            "max_tokens": max_tokens,
-            "lora": tuple(lora or ()),
-            "controlnet": controlnet,
-            "t2i_adapter": t2i_adapter,
-            "ip_adapter": ip_adapter,
-            "dtype": dtype,
-            "random_weights": random_weights,
-            "components": tuple(components.split(",")) if components is not None else None,
-            "compute_capability": tuple(compute_capability.split(",")) if compute_capability is not None else (),
-            "onnx_only": onnx_only,
-            "kernels": kernels,
-        }
-        chosen = recipe_from(flags)
+    check_writable(output)
+    chosen = _recipe(ctx.params)
     with progress() as say:
         bundle = fastcache.build_engines(chosen, output, force=force, progress=say)
     _show_bundle(bundle, json_)
+
+
+def _recipe(flags: Mapping[str, Any]) -> Recipe:
+    """The recipe in a file, or of the flags that are its fields by name."""
+    from fastcache.bundle.recipe import Recipe, find_recipe, recipe_from, recipe_from_toml
+
+    if flags["recipe"] is not None:
+        return recipe_from_toml(find_recipe(flags["recipe"]))
+    given: dict[str, Any] = {name: flags[name] for name in Recipe.model_fields if flags.get(name) not in (None, (), [])}
+    given |= {name: tuple(given[name].split(",")) for name in _BY_COMMAS if name in given}
+    return recipe_from(given)
 
 
 def _show_bundle(bundle: Bundle, as_json: bool) -> None:
@@ -173,7 +157,7 @@ def inspect(
     if branches and not (folder / MANIFEST).is_file():
         show_model_branches(str(folder), height, width, json_)
         return
-    manifest = read_manifest(folder)
+    manifest = read_manifest(existing(folder) or folder)
     size = f"{manifest.model.name} at {manifest.width}x{manifest.height}"
     if branches:
         shown = {"model": manifest.model.name, "height": manifest.height, "width": manifest.width}
@@ -215,7 +199,7 @@ def _facts_text(facts: dict[str, Any]) -> str:
     )
 
 
-def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")], json_: Json = False) -> None:
+def verify(folder: Folder, json_: Json = False) -> None:
     """Check every hash of a bundle, and that its engines compute what the model does.
 
     Engines that were built here for another machine are checked as far as they can be, and the result says so.

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder
+from fastcache.commands.options import Json, OutputFolder, Steps, check_writable
 from fastcache.console import figure, print_json, print_table, progress
 
 
 def demo(
     output: OutputFolder = Path("demo-output"),
     cache_interval: Annotated[int, typer.Option(min=1, help="A further interval beside 2, 3 and 5.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    steps: Steps = 50,
     json_: Json = False,
 ) -> None:
     """Build the bundled model's engines, draw cached beside uncached pictures, print the speed-up.
@@ -27,7 +27,7 @@ def demo(
     from fastcache.files import write_whole
     from fastcache.pipeline.pipeline import FastCachePipeline
 
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     with progress() as say:
         bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
         pipe = FastCachePipeline(bundle)

@@ -3,40 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, OutputFolder, Sampler, read_plan, read_prompts
+from fastcache.commands.options import (
+    EnginesOption,
+    Json,
+    OutputFolder,
+    Sampler,
+    UsualGuidance,
+    check_writable,
+    prompts_or_own,
+    read_plan,
+)
 from fastcache.console import figure, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from fastcache.evaluate.evaluate import Evaluation, FeaturesOf, Judge, Row
-    from fastcache.evaluate.quality import Array
+    from fastcache.evaluate.evaluate import Evaluation, Judge, Score
+    from fastcache.evaluate.quality import Estimate
     from fastcache.loop.plan import CachePlan
+    from fastcache.pipeline.pipeline import FastCachePipeline
+
+# as a table has room for
+_HEADERS = {
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "scene_right": "all right",
+    "attribute_accuracy": "of it right",
+    "lpips": "LPIPS",
+    "clip_score": "CLIP",
+    "frechet_distance": "Fréchet",
+}
 
 
 def evaluate(
     engines: EnginesOption,
     plan: Annotated[list[Path], typer.Option(help="A plan file; give the flag again for more.")],
     output: OutputFolder,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line; the bundled model has held-out ones.")
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32, if left out.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One a line; demo has held-out ones.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32.")] = None,
     sampler: Sampler = "ddim",
     steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    guidance_scale: UsualGuidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A folder with a CLIP model, for the CLIP score.")] = None,
-    inception: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception in safetensors, for FID to --reference-images.")
-    ] = None,
+    inception: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception in safetensors, for FID.")] = None,
     reference_images: Annotated[Path | None, typer.Option(help="A folder of true pictures, for FID.")] = None,
     json_: Json = False,
 ) -> None:
@@ -46,37 +62,40 @@ def evaluate(
 
     Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
     """
-    from fastcache.bench.demo import grid
     from fastcache.bundle.bundle import open_bundle
-    from fastcache.evaluate.chart import draw_frontier
-    from fastcache.evaluate.evaluate import arms_of, usual_guidance
+    from fastcache.evaluate.chart import require_matplotlib
+    from fastcache.evaluate.evaluate import candidates_of, usual_guidance
     from fastcache.evaluate.evaluate import evaluate as run
-    from fastcache.files import write_whole
     from fastcache.pipeline.pipeline import FastCachePipeline
 
+    require_matplotlib()
+    check_writable(output)
     plans = _read_plans(plan)
     if (inception is None) != (reference_images is None):
         raise ValueError("expected --inception and --reference-images together, got one of them")
     pipe = FastCachePipeline(open_bundle(engines))
     chosen = _prompts(pipe, prompts, num_images)
     guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
-    arms = arms_of(pipe, plans, sampler, steps)
-    judges, features_of, truth = _judges(chosen, lpips, clip, inception, reference_images)
-    output.mkdir(parents=True, exist_ok=True)
+    candidates = candidates_of(pipe, plans, sampler, steps)
+    judging = _judges(chosen, lpips, clip, inception, reference_images)
     with progress() as say:
-        found = run(
-            pipe,
-            arms,
-            chosen,
-            judges=judges,
-            features_of=features_of,
-            truth=truth,
-            first_seed=seed,
-            guidance_scale=guidance,
-            say=say,
-        )
-    settings = {"guidance_scale": guidance, "first_seed": seed, "prompts": chosen}
-    result = _document(pipe, found, settings)
+        found = run(pipe, candidates, chosen, **judging, first_seed=seed, guidance_scale=guidance, say=say)
+    result = _document(pipe, found, {"guidance_scale": guidance, "first_seed": seed, "prompts": chosen})
+    title = _write(result, found, output)
+    if json_:
+        print_json(result)
+        return
+    _show(found.rows, title)
+    typer.echo(f"chart:   {output / 'chart.png'}\npictures: {output / 'grid.png'}\nresults: {output / 'results.json'}")
+
+
+def _write(result: dict[str, Any], found: Evaluation, output: Path) -> str:
+    """Write the results, the chart and the grid; returns what they are headed with."""
+    from fastcache.bench.demo import grid
+    from fastcache.evaluate.chart import draw_frontier
+    from fastcache.files import write_whole
+
+    output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", (json.dumps(result, indent=1) + "\n").encode())
     conditions = result["conditions"]
     title = (
@@ -86,11 +105,7 @@ def evaluate(
     draw_frontier(found.rows, title, output / "chart.png")
     labels = [_label(row) for row in found.rows]
     grid(list(zip(labels, map(list, found.samples), strict=True))).save(output / "grid.png")
-    if json_:
-        print_json(result)
-        return
-    _show(found.rows, title)
-    typer.echo(f"chart:   {output / 'chart.png'}\npictures: {output / 'grid.png'}\nresults: {output / 'results.json'}")
+    return title
 
 
 def _read_plans(files: Sequence[Path]) -> dict[str, CachePlan]:
@@ -102,21 +117,17 @@ def _read_plans(files: Sequence[Path]) -> dict[str, CachePlan]:
     return {name: read_plan(file) for name, file in zip(names, files, strict=True)}
 
 
-def _prompts(pipe: Any, file: Path | None, count: int | None) -> list[str]:
+def _prompts(pipe: FastCachePipeline, file: Path | None, count: int | None) -> list[str]:
     """As many prompts as pictures; those of a file are taken again, with further seeds, where they are fewer."""
     from fastcache.evaluate.judges import held_out_prompts
 
-    if file is None:
-        if pipe.bundle.manifest.model.name != "demo":
-            raise ValueError("expected --prompts with a model other than the bundled one, got none")
-        return held_out_prompts(count or 32)
-    own = read_prompts(file)
+    own = prompts_or_own(file, pipe.bundle.manifest, lambda: held_out_prompts(count or 32))
     return [own[k % len(own)] for k in range(count or len(own))]
 
 
 def _judges(
     prompts: Sequence[str], lpips: Path | None, clip: Path | None, inception: Path | None, pictures: Path | None
-) -> tuple[dict[str, Judge], FeaturesOf | None, Array | None]:
+) -> dict[str, Any]:
     """What these prompts and files allow to judge, and for a distance the features and those of true pictures."""
     from fastcache.evaluate import judges as known
 
@@ -133,10 +144,10 @@ def _judges(
     if inception is not None and pictures is not None:
         look = known.inception_features(inception)
         truth = known.features_of_folder(pictures, look)
-    return judges, look, truth
+    return {"judges": judges, "features_of": look, "truth": truth}
 
 
-def _document(pipe: Any, found: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
+def _document(pipe: FastCachePipeline, found: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from fastcache.evaluate.evaluate import UNCACHED
@@ -163,28 +174,37 @@ def _document(pipe: Any, found: Evaluation, settings: dict[str, Any]) -> dict[st
     }
 
 
-def _label(row: Row) -> str:
-    if row.arm.name == "uncached":
+def _label(row: Score) -> str:
+    if row.candidate.name == "uncached":
         return f"uncached\n{row.loop_ms:.0f} ms (1.00x)"
-    return f"{row.arm.name}\n{row.speedup.value:.2f}x faster\nPSNR {row.metrics['psnr_db'].value:.1f} dB"
+    return f"{row.candidate.name}\n{row.speedup.value:.2f}x faster\nPSNR {row.metrics['psnr_db'].value:.1f} dB"
 
 
-def _show(rows: Sequence[Row], title: str) -> None:
+def _show(rows: Sequence[Score], title: str) -> None:
     names = list(rows[0].metrics)
     print_table(
         f"{title}\nmeans over pictures, with the half width of their 95% intervals; times side by side",
-        ["plan", "refreshes", "loop", "speed", *names],
+        ["plan", "refreshes", "loop", "speed", *(_HEADERS.get(name, name) for name in names)],
         [
             [
-                row.arm.name,
-                f"{len(row.arm.plan.refresh_steps)}/{row.arm.plan.num_steps}",
+                row.candidate.name,
+                f"{len(row.candidate.plan.refresh_steps)}/{row.candidate.plan.num_steps}",
                 figure(row.loop_ms, ".0f", " ms"),
                 figure(row.speedup.value, ".2f", "x"),
-                *(
-                    f"{estimate.value:.3g} ± {(estimate.high - estimate.low) / 2:.1g}"
-                    for estimate in row.metrics.values()
-                ),
+                *(_cell(name, row.metrics[name]) for name in names),
             ]
             for row in rows
         ],
     )
+
+
+def _cell(name: str, estimate: Estimate) -> str:
+    """A mean to the place of its half width's first digit; what holds for every picture alike has none."""
+    from fastcache.evaluate.quality import MOST_DB
+
+    if name == "psnr_db" and estimate.low >= MOST_DB:
+        return "equal"
+    if estimate.half_width < 5e-4:
+        return f"{estimate.value:.3g}"
+    places = max(0, -math.floor(math.log10(estimate.half_width)))
+    return f"{estimate.value:.{places}f} ± {estimate.half_width:.{places}f}"

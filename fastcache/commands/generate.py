@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, Sampler, read_plan
+from fastcache.commands.options import (
+    CacheInterval,
+    EnginesOption,
+    Json,
+    PlanFile,
+    Sampler,
+    Steps,
+    check_writable,
+    read_plan,
+)
 from fastcache.console import notes, print_json
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ _EMBEDS = (
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     "ip_adapter_image_embeds",
 )
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # which no folder is called after
 _HAND_OVER = 0.8  # arXiv 2307.01952, section 2.5: the refiner is for the last fifth of the noise levels
 _Count = Annotated[
     float | None, typer.Option(help="How much that picture counts; 1 if left out.", rich_help_panel=_STEER)
@@ -63,14 +73,14 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    steps: Steps = 50,
     sampler: Sampler = "ddim",
     eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
     guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure by guidance, 0 to 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
-    cache_interval: Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")] = None,
+    cache_interval: CacheInterval = None,
+    plan: PlanFile = None,
     height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
@@ -134,34 +144,11 @@ def generate(
 
     Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
     """
-    from rich.progress import Progress
-
-    from fastcache.bundle.bundle import open_bundle
-    from fastcache.files import write_whole
-    from fastcache.pipeline.images import png_bytes
-    from fastcache.pipeline.pipeline import FastCachePipeline
-
     given = {name: _unwrapped(value) for name, value in ctx.params.items() if value not in (None, (), [])}
     _check(output, num_images, given)
-    arguments, pictures = _arguments(given), _read_pictures(given)
-    base = FastCachePipeline(open_bundle(engines))
-    _check_controls(base, pictures.get("control_image"))
-    last = None if refiner is None else FastCachePipeline(open_bundle(refiner))
-    said = _said(given) | ({} if last is None else {"refiner": last.bundle.manifest.bundle_sha256})
-    start, images, used = time.perf_counter(), list[dict[str, Any]](), dict[str, object]()
-    (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
-    most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("drawing", total=None)
-        for first in range(0, num_images, most):
-            seeds = [seed + k for k in range(first, min(first + most, num_images))]
-            every = arguments | _batch(seeds, lambda *_: bar.advance(task))
-            result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
-            used = base.provenance(result.plan)
-            for own, image in zip(seeds, result.images, strict=True):
-                path = output if output.suffix else output / f"{own:05d}.png"
-                write_whole(path, png_bytes(image, used | said | {"seed": own}))
-                images.append({"path": str(path), "seed": own})
+    check_writable(output)
+    start = time.perf_counter()
+    images, used = _draw_all(engines, refiner, output, range(seed, seed + num_images), given)
     if json_:
         print_json(
             {
@@ -175,11 +162,49 @@ def generate(
         typer.echo("\n".join(image["path"] for image in images))
 
 
+def _draw_all(
+    engines: Path, refiner: Path | None, output: Path, seeds: range, given: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, object]]:
+    """Draw and write a picture for each seed; returns their files, and what made them."""
+    from rich.progress import Progress
+
+    from fastcache.bundle.bundle import open_bundle
+    from fastcache.files import write_whole
+    from fastcache.pipeline.images import png_bytes
+    from fastcache.pipeline.pipeline import FastCachePipeline
+
+    arguments, pictures = _arguments(given), _read_pictures(given)
+    base = FastCachePipeline(open_bundle(engines))
+    _check_controls(base, pictures.get("control_image"))
+    last = None if refiner is None else FastCachePipeline(open_bundle(refiner))
+    said = _said(given) | ({} if last is None else {"refiner": last.bundle.manifest.bundle_sha256})
+    images, used = list[dict[str, Any]](), dict[str, object]()
+    most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("drawing", total=None)
+        for first in range(0, len(seeds), most):
+            batch = seeds[first : first + most]
+            every = arguments | _batch(batch, lambda *_: bar.advance(task))
+            result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
+            used = base.provenance(result.plan)
+            for own, image in zip(batch, result.images, strict=True):
+                path = output if _is_file(output) else output / f"{own:05d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, png_bytes(image, used | said | {"seed": own}))
+                images.append({"path": str(path), "seed": own})
+    return images, used
+
+
+def _is_file(output: Path) -> bool:
+    """Whether one picture is meant: a folder may have a dot in its name."""
+    return output.suffix.lower() == ".png" and not output.is_dir()
+
+
 def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
     """Raises: `ValueError` for flags that do not go together."""
-    if output.suffix and output.suffix.lower() != ".png":
+    if output.suffix.lower() in _OTHER_PICTURES and not output.is_dir():
         raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
-    if output.suffix and num_images > 1:
+    if _is_file(output) and num_images > 1:
         raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
     if {"plan", "cache_interval"} <= given.keys():
         raise ValueError("expected --cache-interval or --plan, got both")

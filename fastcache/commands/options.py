@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from fastcache.bundle.manifest import Manifest
     from fastcache.loop.plan import CachePlan
 
+
+def existing(folder: Path | None) -> Path | None:
+    """Raises: `ValueError` for a folder that is not there; what is wrong with one that is, its reader says."""
+    if folder is not None and not folder.exists():
+        raise ValueError(f"expected a bundle's folder, got {folder}, which is not there; make one with build-engines")
+    return folder
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-EnginesOption = Annotated[Path, typer.Option("--engines", help="A bundle, as build-engines makes it.")]
+EnginesOption = Annotated[
+    Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing)
+]
 Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
+Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
+UsualGuidance = Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")]
+CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
+
+
+def check_writable(*outputs: Path | None) -> None:
+    """Ask before long work whether files or folders can be written; nothing is left behind.
+
+    Raises: `ValueError` for one that cannot.
+    """
+    for output in filter(None, outputs):
+        there = next(place for place in (output, *output.absolute().parents) if place.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there.parent if there == output and there.is_file() else there):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"expected a place that can be written, got {output}: {error.strerror}; name another"
+            ) from None
 
 
 def read_plan(path: Path) -> CachePlan:
@@ -39,3 +75,12 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"expected a file of prompts, one a line, got {path} without any")
     return prompts
+
+
+def prompts_or_own(file: Path | None, manifest: Manifest, own: Callable[[], list[str]]) -> list[str]:
+    """The prompts in a file, or for the bundled model its own. Raises: `ValueError` where there is neither."""
+    if file is not None:
+        return read_prompts(file)
+    if manifest.model.name != "demo":
+        raise ValueError("expected --prompts with a model other than the bundled one, got none")
+    return own()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, Sampler, read_prompts
+from fastcache.commands.options import EnginesOption, Json, Sampler, Steps, check_writable, prompts_or_own
 from fastcache.console import print_json, progress
 
 if TYPE_CHECKING:
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.calibration import Calibration
-    from fastcache.planning.ways import LoopTimes
+    from fastcache.planning.ways import StepTimes
+
+
+_FORMULAS = ("--uniform", "--nonuniform")
+_WISHES = (*_FORMULAS, "--refreshes", "--max-latency-ms", "--threshold")
 
 
 def plan(
+    ctx: typer.Context,
     engines: EnginesOption,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")],
+    steps: Steps,
     output: Annotated[Path, typer.Option(help="The plan file to write (JSON).")],
     sampler: Sampler = "ddim",
     uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
@@ -31,9 +37,7 @@ def plan(
     power: Annotated[float | None, typer.Option(help="How fast refreshes thin out; 1.4 if left out.")] = None,
     as_shipped: Annotated[bool, typer.Option("--as-shipped", help="As DeepCache's code has it.")] = False,
     refreshes: Annotated[int | None, typer.Option(min=1, help="The best plan of K refreshes.")] = None,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="The best plan whose loop takes no longer here, at the bundle's usual batch.")
-    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="The best plan whose loop takes no longer here.")] = None,
     choose_guidance: Annotated[
         bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
     ] = False,
@@ -42,27 +46,20 @@ def plan(
         typer.Option(help="Of the bundle's branches those to use, by commas; its first, or for a latency all of them."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="A refresh when the feature's relative changes add up to more (Block Caching).")
+        float | None, typer.Option(help="Refresh where changes add up to more (Block Caching).")
     ] = None,
     guidance_steps: Annotated[
-        str | None, typer.Option(help="Guidance at the steps A to B-1 only, written A:B; the others cost half.")
+        str | None, typer.Option(help="A:B, guidance at steps A to B-1; others cost half.")
     ] = None,
     forecast: Annotated[
-        int | None, typer.Option(min=1, max=2, help="Extrapolate the cached feature, linearly (1) or squared (2).")
+        int | None, typer.Option(min=1, max=2, help="Extrapolate features: 1 linear, 2 squared.")
     ] = None,
-    forecast_by: Annotated[
-        str,
-        typer.Option(help="Over the step's number (step), or its noise level (sigma): better on the bundled model."),
-    ] = "step",
+    forecast_by: Annotated[str, typer.Option(help="Over the step, or the noise level (sigma).")] = "step",
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts to calibrate on, one a line; the bundled model has its own.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 16,
     guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; 4 for demo, else 7.5.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Use this calibration; without it one is measured and kept.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
     json_: Json = False,
 ) -> None:
     """Write a plan: which steps refresh the cached feature.
@@ -72,77 +69,85 @@ def plan(
 
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
-    from fastcache.bundle.bundle import open_bundle, read_manifest
-    from fastcache.evaluate.evaluate import num_calls, usual_guidance
+    from fastcache.bundle.bundle import read_manifest
+    from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
     from fastcache.loop.features import check_reuse
-    from fastcache.pipeline.pipeline import FastCachePipeline
-    from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
 
-    wishes: dict[str, float | None] = {
-        "--uniform": uniform,
-        "--nonuniform": nonuniform,
-        "--refreshes": refreshes,
-        "--max-latency-ms": max_latency_ms,
-        "--threshold": threshold,
-    }
-    given = [name for name, wish in wishes.items() if wish is not None]
-    if len(given) != 1:
-        raise ValueError(f"expected one of {', '.join(wishes)}, got {' and '.join(given) or 'none'}")
+    wish = _wish(ctx.params)
     if nonuniform is None and (center is not None or power is not None or as_shipped):
-        raise ValueError(
-            f"expected --center, --power and --as-shipped only with --nonuniform, got them with {given[0]}"
-        )
+        raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if choose_guidance and (max_latency_ms is None or guidance_steps is not None):
         raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
-    branches = _branches(read_manifest(engines), branch_id, several=max_latency_ms is not None)
-    details: dict[str, Any] = {}
-    if uniform is not None or nonuniform is not None:
+    check_writable(output)
+    manifest = read_manifest(engines)
+    branches = _branches(manifest, branch_id, several=max_latency_ms is not None)
+    if wish in _FORMULAS:
         if prompts is not None or calibration is not None:
-            raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {given[0]}")
-        formula = (uniform, nonuniform, center, power, as_shipped)
-        made = _by_formula(read_manifest(engines), sampler, steps, branches[0], *formula)
+            raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
+        calls = num_calls(manifest, sampler, steps)
+        made = _by_formula(calls, branches[0], uniform, nonuniform, center=center, power=power, as_shipped=as_shipped)
+        made, details = replace(made, model=manifest.model.name, sampler=sampler), {}
     else:
-        with progress() as say:
-            pipe = FastCachePipeline(open_bundle(engines))
-            times = None
-            guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
-            if max_latency_ms is not None:
-                say("timing full and shallow steps")
-                times = measure_loop(pipe, sampler, steps, guidance, branches, guidance=choose_guidance)
-                times.check(max_latency_ms, num_calls(pipe, sampler, steps))
-            measured = kept_calibration(
-                pipe,
-                _prompts(pipe, prompts, num_prompts) if calibration is None else [],
-                sampler=sampler,
-                num_steps=steps,
-                guidance_scale=guidance,
-                guidance=choose_guidance,
-                file=calibration,
-                say=say,
-            )
-        if threshold is not None:
-            made = threshold_plan(measured, branches[0], threshold)
-        elif times is not None and max_latency_ms is not None:
-            made = latency_plan(measured, times, max_latency_ms, guidance=choose_guidance)
-        else:
-            made = optimal_plan(measured, branches[0], refreshes or 1)
-        details = _conditions(pipe, made, measured, times)
+        made, details = _by_measurement(engines, branches, ctx.params)
     made = _extended(made, guidance_steps, forecast, forecast_by, damping)
-    check_reuse(made, read_manifest(engines).passes)
+    check_reuse(made, manifest.passes)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
     if json_:
         print_json(json.loads(made.to_json()) | details)
-        return
-    steps_said = ", ".join(map(str, made.refresh_steps))
-    typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {steps_said}")
-    for branch in made.branch_ids if len(made.branch_ids) > 1 else ():
-        typer.echo(f"at branch {branch}: {', '.join(str(s) for s, b in enumerate(made.branches) if b == branch)}")
-    if made.unguided_steps:
-        typer.echo(f"without guidance: {', '.join(map(str, made.unguided_steps))}")
-    for name, value in details.items():
-        typer.echo(f"{name.replace('_', ' ')}: {value}")
+    else:
+        _show(output, made, details)
+
+
+def _wish(flags: Mapping[str, Any]) -> str:
+    """The one flag that says which plan. Raises: `ValueError` for none or several."""
+    given = [name for name in _WISHES if flags[name.removeprefix("--").replace("-", "_")] is not None]
+    if len(given) != 1:
+        raise ValueError(f"expected one of {', '.join(_WISHES)}, got {' and '.join(given) or 'none'}")
+    return given[0]
+
+
+def _by_measurement(
+    engines: Path, branches: Sequence[int], flags: Mapping[str, Any]
+) -> tuple[CachePlan, dict[str, Any]]:
+    """The plan that the flags wish for, from a calibration, and what it was made from."""
+    from fastcache.bundle.bundle import open_bundle
+    from fastcache.evaluate.evaluate import num_calls, usual_guidance
+    from fastcache.evaluate.judges import calibration_prompts
+    from fastcache.pipeline.pipeline import FastCachePipeline
+    from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
+
+    sampler, steps, choosing = flags["sampler"], flags["steps"], flags["choose_guidance"]
+    latency_ms: float | None = flags["max_latency_ms"]
+    given, kept = (None if flags[name] is None else Path(flags[name]) for name in ("prompts", "calibration"))
+    with progress() as say:
+        pipe, prompts, most = FastCachePipeline(open_bundle(engines)), list[str](), flags["num_prompts"]
+        guidance = usual_guidance(pipe) if flags["guidance_scale"] is None else flags["guidance_scale"]
+        times = None
+        if latency_ms is not None:
+            say("timing full and shallow steps")
+            times = measure_loop(pipe, sampler, steps, guidance, branches, guidance=choosing)
+            times.check(latency_ms, num_calls(pipe.bundle.manifest, sampler, steps))
+        if kept is None:
+            prompts = prompts_or_own(given, pipe.bundle.manifest, lambda: calibration_prompts(most))[:most]
+        measured = kept_calibration(
+            pipe,
+            prompts,
+            sampler=sampler,
+            num_steps=steps,
+            guidance_scale=guidance,
+            guidance=choosing,
+            file=kept,
+            say=say,
+        )
+    if times is not None and latency_ms is not None:
+        made = latency_plan(measured, times, latency_ms, guidance=choosing)
+    elif flags["threshold"] is not None:
+        made = threshold_plan(measured, branches[0], flags["threshold"])
+    else:
+        made = optimal_plan(measured, branches[0], flags["refreshes"])
+    return made, _conditions(pipe, measured, made, times)
 
 
 def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[int]:
@@ -160,27 +165,21 @@ def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[in
 
 
 def _by_formula(
-    manifest: Manifest,
-    sampler: str,
-    steps: int,
+    calls: int,
     branch_id: int,
     uniform: int | None,
     nonuniform: int | None,
+    *,
     center: float | None,
     power: float | None,
     as_shipped: bool,
 ) -> CachePlan:
     from fastcache.loop.plan import CachePlan
-    from fastcache.loop.scheduler import make_scheduler
-    from fastcache.loop.table import compile_sampler
 
-    calls = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
     if uniform is not None:
-        made = CachePlan.uniform(calls, uniform, branch_id)
-    else:
-        middle = 0.3 * calls if center is None else center
-        made = CachePlan.nonuniform(calls, nonuniform or 1, middle, power or 1.4, branch_id, as_shipped)
-    return replace(made, model=manifest.model.name, sampler=sampler)
+        return CachePlan.uniform(calls, uniform, branch_id)
+    middle = 0.3 * calls if center is None else center
+    return CachePlan.nonuniform(calls, nonuniform or 1, middle, power or 1.4, branch_id, as_shipped)
 
 
 def _extended(
@@ -201,18 +200,8 @@ def _extended(
     return made.guided_within(int(first), int(end))
 
 
-def _prompts(pipe: FastCachePipeline, file: Path | None, count: int) -> list[str]:
-    from fastcache.evaluate.judges import calibration_prompts
-
-    if file is not None:
-        return read_prompts(file)[:count]
-    if pipe.bundle.manifest.model.name != "demo":
-        raise ValueError("expected --prompts with a model other than the bundled one, got none")
-    return calibration_prompts(count)
-
-
 def _conditions(
-    pipe: FastCachePipeline, made: CachePlan, measured: Calibration, times: LoopTimes | None
+    pipe: FastCachePipeline, measured: Calibration, made: CachePlan, times: StepTimes | None
 ) -> dict[str, Any]:
     """What the plan was made from, and for a latency what was timed."""
     found: dict[str, Any] = {"calibration_samples": len(measured.samples)}
@@ -226,3 +215,14 @@ def _conditions(
             "timed_at": f"batch {times.batch}, {manifest.backend} {manifest.dtype} on {manifest.device}",
         }
     return found
+
+
+def _show(output: Path, made: CachePlan, details: Mapping[str, Any]) -> None:
+    steps = ", ".join(map(str, made.refresh_steps))
+    typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {steps}")
+    for branch in made.branch_ids if len(made.branch_ids) > 1 else ():
+        typer.echo(f"at branch {branch}: {', '.join(str(s) for s, b in enumerate(made.branches) if b == branch)}")
+    if made.unguided_steps:
+        typer.echo(f"without guidance: {', '.join(map(str, made.unguided_steps))}")
+    for name, value in details.items():
+        typer.echo(f"{name.replace('_', ' ')}: {value}")

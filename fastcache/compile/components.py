@@ -39,7 +39,7 @@ class _TextEncoder(nn.Module):
         return (states, found.text_embeds) if self.pooled else (states,)
 
 
-class _VAEDecoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents as the sampler leaves them -> images in [0, 1]."""
 
     scale: Tensor
@@ -108,7 +108,7 @@ def exportable_vae_decoder(vae: AutoencoderKL, height: int, width: int, scale: i
     config: Any = vae.config
     latents = torch.randn(2, config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
     return Exportable(
-        "vae_decoder", _VAEDecoder(vae), {"latents": latents}, ("image",), strides={"latents": scale, "image": 1}
+        "vae_decoder", VAEDecoder(vae), {"latents": latents}, ("image",), strides={"latents": scale, "image": 1}
     )
 
 

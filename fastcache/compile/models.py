@@ -158,6 +158,13 @@ def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
             raise ValueError(
                 f"{name} is an architecture without weights: add --random-weights, or name a folder or hub id"
             )
+        if folder.is_file():
+            raise ValueError(
+                f"expected a model folder in diffusers' layout, got the file {name}; "
+                "load it with diffusers' from_single_file and write a folder with save_pretrained"
+            )
+        if name[:1] in ("/", ".", "~") or name.count("/") > 1:
+            raise ValueError(f"expected a model folder, got {name}, which is not there; give its path, or a hub id")
         folder = _download(name, revision)
     return _read_folder(name, folder)
 

@@ -1,24 +1,33 @@
 """The rows of an evaluation -> a chart of quality over speed, with the plans that no other beats drawn as a frontier.
 
-matplotlib is imported here and nowhere else in this part.
+matplotlib is imported where it draws.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastcache.errors import BackendUnavailable
-from fastcache.evaluate.evaluate import Row
+from fastcache.evaluate.evaluate import Score
+from fastcache.evaluate.quality import MOST_DB
 
-# what each panel shows, and whether more is better
+# what each panel shows, whether more is better, and the most that there can be; the least is 0
 PANELS = {
-    "psnr_db": ("PSNR to the uncached picture, dB", True),
-    "scene_right": ("pictures with all that was asked for", True),
-    "clip_score": ("CLIP score", True),
-    "frechet_distance": ("Fréchet distance to true pictures", False),
+    "psnr_db": ("PSNR to the uncached picture, dB", True, MOST_DB),
+    "scene_right": ("pictures with all that was asked for", True, 1.0),
+    "clip_score": ("CLIP score", True, 100.0),
+    "frechet_distance": ("Fréchet distance to true pictures", False, math.inf),
 }
+
+
+def require_matplotlib() -> None:
+    """Ask before long work whether its charts can be drawn. Raises: `BackendUnavailable` without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
 
 
 def frontier(points: Sequence[tuple[float, float]], *, higher: bool = True) -> list[int]:
@@ -31,15 +40,10 @@ def frontier(points: Sequence[tuple[float, float]], *, higher: bool = True) -> l
     return best[::-1]
 
 
-def draw_frontier(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw a panel for each quality that was measured, the uncached row left out of the likeness to itself.
+def draw_frontier(rows: Sequence[Score], title: str, path: Path) -> None:
+    """Draw a panel for each quality that was measured, the uncached row left out of the likeness to itself."""
+    from matplotlib.figure import Figure
 
-    Raises: `BackendUnavailable` without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable(f"the chart needs matplotlib ({error}); install fastcache[bench]") from None
     shown = [name for name in PANELS if name in rows[-1].metrics]
     figure = Figure(figsize=(6.4 * len(shown), 5.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -48,19 +52,21 @@ def draw_frontier(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _panel(axes: Any, rows: Sequence[Row], name: str) -> None:
-    label, higher = PANELS[name]
+def _panel(axes: Any, rows: Sequence[Score], name: str) -> None:
+    label, higher, most = PANELS[name]
     estimates = [row.metrics[name] for row in rows]
     points = [(row.speedup.value, estimate.value) for row, estimate in zip(rows, estimates, strict=True)]
     edge = frontier(points, higher=higher)
     axes.plot(*zip(*(points[i] for i in edge), strict=True), color="tab:green", linewidth=1.2, zorder=1)
     for i, (row, (x, y), estimate) in enumerate(zip(rows, points, estimates, strict=True)):
         colour = "tab:green" if i in edge else "tab:gray"
-        bars = [[max(0.0, y - estimate.low)], [max(0.0, estimate.high - y)]]
+        bars = [[max(0.0, y - estimate.low)], [max(0.0, estimate.high - y)]]  # 0 but for rounding
         axes.errorbar([x], [y], yerr=bars, fmt="o", color=colour, markersize=5, capsize=2, linewidth=0.8, zorder=2)
-        axes.annotate(row.arm.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=colour)
+        axes.annotate(row.candidate.name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=colour)
     axes.set_xlabel("times as fast as the uncached loop")
     axes.set_ylabel(label)
     axes.margins(x=0.12)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low), min(most, high))
     axes.grid(alpha=0.25)
     axes.set_title("green: no other plan is faster and better", fontsize=8)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastcache.evaluate.quality import Estimate, bootstrap, frechet_distance, mean_of
+from fastcache.bundle.manifest import Manifest
+from fastcache.evaluate.quality import Estimate, frechet_estimate, mean_of, ratio_of_medians
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import make_scheduler, same_sampler
 from fastcache.loop.table import compile_sampler
@@ -33,7 +34,7 @@ UNCACHED = "uncached"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Candidate:
     """A plan to draw with, and the sampler it runs with; `steps` is what the sampler is asked for."""
 
     name: str
@@ -43,25 +44,27 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One arm's pictures of a batch, (N, 3, H, W) in [0, 1], and how long its U-Net loop took."""
+class DrawnBatch:
+    """One candidate's pictures of a batch, (N, 3, H, W) in [0, 1], and how long its U-Net loop took."""
 
     images: Tensor
     loop_ms: float
 
 
-def arms_of(pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str, steps: int | None) -> list[Arm]:
-    """The uncached run, with `steps` or else as many as the longest plan's sampler takes, and an arm for each plan.
+def candidates_of(
+    pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str, steps: int | None
+) -> list[Candidate]:
+    """The uncached run, with `steps` or else as many as the longest plan's sampler takes, and each plan.
 
     Raises: `ValueError` naming the plan for one of another model or branch, or that no number of steps makes.
     """
-    arms = [_arm(pipe, name, plan, sampler) for name, plan in plans.items()]
-    most = steps or max(arm.steps for arm in arms)
-    calls = num_calls(pipe, sampler, most)
-    return [Arm(UNCACHED, CachePlan.all_full(calls), sampler, most), *arms]
+    candidates = [_candidate(pipe, name, plan, sampler) for name, plan in plans.items()]
+    most = steps or max(candidate.steps for candidate in candidates)
+    calls = num_calls(pipe.bundle.manifest, sampler, most)
+    return [Candidate(UNCACHED, CachePlan.all_full(calls), sampler, most), *candidates]
 
 
-def _arm(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> Arm:
+def _candidate(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> Candidate:
     manifest = pipe.bundle.manifest
     if plan.model not in (None, manifest.model.name):
         raise ValueError(f"{name}: expected a plan made for model {manifest.model.name}, got one for {plan.model}")
@@ -72,8 +75,8 @@ def _arm(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> A
         sampler = plan.sampler
     calls = plan.num_steps
     for steps in (calls, calls - 1, (calls + 1) // 2):  # one call a step; pndm makes one more, heun two but at the last
-        if steps > 0 and num_calls(pipe, sampler, steps) == calls:
-            return Arm(name, plan, sampler, steps)
+        if steps > 0 and num_calls(manifest, sampler, steps) == calls:
+            return Candidate(name, plan, sampler, steps)
     raise ValueError(f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {calls}")
 
 
@@ -82,9 +85,9 @@ def usual_guidance(pipe: FastCachePipeline) -> float:
     return 4.0 if pipe.bundle.manifest.model.name == "demo" else 7.5
 
 
-def num_calls(pipe: FastCachePipeline, sampler: str, steps: int) -> int:
+def num_calls(manifest: Manifest, sampler: str, steps: int) -> int:
     """How often a sampler calls the U-Net."""
-    return compile_sampler(make_scheduler(sampler, pipe.bundle.manifest.model.scheduler), steps).num_calls
+    return compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
 
 
 def timed_loop(run: Run) -> tuple[Tensor, float]:
@@ -99,35 +102,35 @@ def timed_loop(run: Run) -> tuple[Tensor, float]:
 
 def draw_batch(
     pipe: FastCachePipeline,
-    arms: Sequence[Arm],
+    candidates: Sequence[Candidate],
     prompts: Sequence[str],
     seeds: Sequence[int],
     guidance_scale: float,
     first: int = 0,
-) -> list[Drawn]:
-    """Draw one batch with every arm, beginning with arm `first`, so that over batches no arm has the better place."""
-    drawn = dict[int, Drawn]()
-    for k in range(len(arms)):
-        index = (first + k) % len(arms)
-        arm = arms[index]
+) -> list[DrawnBatch]:
+    """Draw one batch with every candidate, number `first` first, so that over batches none has the better place."""
+    drawn = dict[int, DrawnBatch]()
+    for k in range(len(candidates)):
+        index = (first + k) % len(candidates)
+        candidate = candidates[index]
         run = pipe.begin(
             list(prompts),
-            num_inference_steps=arm.steps,
-            plan=arm.plan,
-            sampler=arm.sampler,
+            num_inference_steps=candidate.steps,
+            plan=candidate.plan,
+            sampler=candidate.sampler,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             guidance_scale=guidance_scale,
             whole=True,
         )
         latents, loop_ms = timed_loop(run)
         images: Tensor = pipe.pictures.decode(latents.clone(), "pt")
-        drawn[index] = Drawn(images.float().cpu(), loop_ms)
-    return [drawn[index] for index in range(len(arms))]
+        drawn[index] = DrawnBatch(images.float().cpu(), loop_ms)
+    return [drawn[index] for index in range(len(candidates))]
 
 
 @dataclass
 class Tally:
-    """What was measured so far of one arm: a number for each picture and judge, features, and times."""
+    """What was measured so far of one candidate: a number for each picture and judge, features, and times."""
 
     values: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     features: list[Array] = field(default_factory=list[Array])
@@ -135,7 +138,7 @@ class Tally:
 
     def add(
         self,
-        drawn: Drawn,
+        drawn: DrawnBatch,
         reference: Tensor,
         prompts: Sequence[str],
         judges: Mapping[str, Judge],
@@ -149,21 +152,21 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm's result. `speedup` is the uncached loop's time by this one's; `metrics` are means over the pictures."""
+class Score:
+    """A candidate's result: `speedup` is the uncached loop's time by its own, `metrics` are means over the pictures."""
 
-    arm: Arm
+    candidate: Candidate
     loop_ms: float
     speedup: Estimate
     metrics: dict[str, Estimate]
     per_image: dict[str, list[float]]
 
     def to_json(self) -> dict[str, Any]:
-        plan = self.arm.plan
+        plan = self.candidate.plan
         return {
-            "name": self.arm.name,
-            "steps": self.arm.steps,
-            "sampler": self.arm.sampler,
+            "name": self.candidate.name,
+            "steps": self.candidate.steps,
+            "sampler": self.candidate.sampler,
             "unet_calls": plan.num_steps,
             "refreshes": len(plan.refresh_steps),
             "refresh_steps": list(plan.refresh_steps),
@@ -179,14 +182,14 @@ class Row:
 class Evaluation:
     """The rows, the uncached one first, and the first pictures of each, for a grid."""
 
-    rows: list[Row]
+    rows: list[Score]
     samples: list[Tensor]
     images: int
 
 
 def evaluate(
     pipe: FastCachePipeline,
-    arms: Sequence[Arm],
+    candidates: Sequence[Candidate],
     prompts: Sequence[str],
     *,
     judges: Mapping[str, Judge],
@@ -197,57 +200,43 @@ def evaluate(
     samples: int = 6,
     say: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Draw a picture for each prompt with every arm, prompt k with seed `first_seed` + k, and judge it.
+    """Draw a picture for each prompt with every candidate, prompt k with seed `first_seed` + k, and judge it.
 
-    The first arm is the reference. The first batch is drawn once more, before it counts, to warm up. With features
-    and `truth`, features of true pictures, every row has its Frechet distance to these.
+    The first candidate is the reference. The first batch is drawn once more, before it counts, to warm up. With
+    features and `truth`, features of true pictures, every row has its Frechet distance to these.
     """
-    tallies, shown = [Tally() for _ in arms], list[Tensor]()
+    tallies, shown = [Tally() for _ in candidates], list[Tensor]()
     most = pipe.bundle.manifest.profiles["batch"].max
-    for number, (start, batch) in enumerate(_batches(prompts, most)):
-        say(f"drawing pictures {start + 1} to {start + len(batch)} of {len(prompts)} with {len(arms)} plans")
+    for number, (start, batch) in enumerate(batches(prompts, most)):
+        say(f"drawing pictures {start + 1} to {start + len(batch)} of {len(prompts)} with {len(candidates)} plans")
         seeds = [first_seed + start + k for k in range(len(batch))]
         if number == 0:
-            draw_batch(pipe, arms, batch, seeds, guidance_scale)
-        drawn = draw_batch(pipe, arms, batch, seeds, guidance_scale, first=number)
+            draw_batch(pipe, candidates, batch, seeds, guidance_scale)
+        drawn = draw_batch(pipe, candidates, batch, seeds, guidance_scale, first=number)
         for tally, own in zip(tallies, drawn, strict=True):
             tally.add(own, drawn[0].images, batch, judges, features_of)
         if number == 0:
             shown = [own.images[:samples] for own in drawn]
-    return Evaluation(summarise(arms, tallies, truth), shown, len(prompts))
+    return Evaluation(summarise(candidates, tallies, truth), shown, len(prompts))
 
 
-def _batches(prompts: Sequence[str], size: int) -> Iterator[tuple[int, list[str]]]:
+def batches(prompts: Sequence[str], size: int) -> Iterator[tuple[int, list[str]]]:
+    """The prompts in parts of a size, and where each part starts."""
     for start in range(0, len(prompts), size):
         yield start, list(prompts[start : start + size])
 
 
-def summarise(arms: Sequence[Arm], tallies: Sequence[Tally], truth: Array | None = None) -> list[Row]:
+def summarise(candidates: Sequence[Candidate], tallies: Sequence[Tally], truth: Array | None = None) -> list[Score]:
     """Means with bootstrap intervals. Times are medians over batches; pictures and batches are resampled in pairs."""
     reference = tallies[0]
-    rows = list[Row]()
-    for arm, tally in zip(arms, tallies, strict=True):
+    rows = list[Score]()
+    for candidate, tally in zip(candidates, tallies, strict=True):
         metrics = {name: mean_of(np.array(values)) for name, values in tally.values.items()}
         if truth is not None and tally.features:
             metrics["frechet_distance"] = frechet_estimate(np.concatenate(tally.features), truth)
-        rows.append(
-            Row(arm, statistics.median(tally.loop_ms), _ratio(reference.loop_ms, tally.loop_ms), metrics, tally.values)
-        )
+        speedup = ratio_of_medians(np.array(reference.loop_ms), np.array(tally.loop_ms))
+        rows.append(Score(candidate, statistics.median(tally.loop_ms), speedup, metrics, tally.values))
     return rows
-
-
-def _ratio(reference_ms: Sequence[float], loop_ms: Sequence[float]) -> Estimate:
-    """How many times as fast: the ratio of the medians over batches that both drew."""
-    ours, theirs = np.array(loop_ms), np.array(reference_ms)
-    return bootstrap(lambda rows: float(np.median(theirs[rows]) / np.median(ours[rows])), len(ours))
-
-
-def frechet_estimate(features: Array, truth: Array) -> Estimate:
-    """The distance, and around it 1.96 standard errors: resampled pictures repeat, which alone raises a distance."""
-    rng, count = np.random.default_rng(0), len(features)
-    drawn = [frechet_distance(features[rng.integers(count, size=count)], truth) for _ in range(100)]
-    value, error = frechet_distance(features, truth), 1.96 * float(np.std(drawn))
-    return Estimate(value, value - error, value + error)
 
 
 def _rounded(estimate: Estimate) -> dict[str, float]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor
 
 Array = npt.NDArray[np.floating]
 
+_FIXED: dict[str, Any] = {"method": "percentile", "rng": 0}  # one seed, so that two estimates agree in pairs
 MOST_DB = 100.0  # what an image equal to its reference counts as in a mean, which infinity would swallow
 
 
@@ -60,15 +63,36 @@ class Estimate:
     low: float
     high: float
 
-
-def bootstrap(statistic: Callable[[npt.NDArray[np.intp]], float], count: int, resamples: int = 1000) -> Estimate:
-    """A statistic of `count` images, given their indices; resampled with a fixed seed, so that two agree in pairs."""
-    rng = np.random.default_rng(0)
-    drawn = [statistic(rng.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(statistic(np.arange(count)), float(low), float(high))
+    @property
+    def half_width(self) -> float:
+        """Of the interval, towards its farther end."""
+        return max(self.high - self.value, self.value - self.low)
 
 
 def mean_of(values: Array, resamples: int = 1000) -> Estimate:
     """The mean of one value an image. Shapes: `values` (N,)."""
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values), resamples)
+    return estimate(np.mean, values, resamples=resamples)
+
+
+def ratio_of_medians(above: Array, below: Array) -> Estimate:
+    """How the medians of two rows of numbers, taken in pairs, compare. Shapes: (N,) each."""
+    return estimate(lambda a, b, axis: np.median(a, axis) / np.median(b, axis), above, below)
+
+
+def frechet_estimate(features: Array, truth: Array) -> Estimate:
+    """The distance, and around it 1.96 standard errors: resampled pictures repeat, which alone raises a distance."""
+    rows = np.arange(len(features))
+    found = bootstrap(
+        (rows,), lambda drawn: frechet_distance(features[drawn], truth), vectorized=False, n_resamples=100, **_FIXED
+    )
+    value, error = frechet_distance(features, truth), 1.96 * float(found.standard_error)
+    return Estimate(value, max(0.0, value - error), value + error)
+
+
+def estimate(statistic: Callable[..., Any], *values: Array, resamples: int = 1000) -> Estimate:
+    """A statistic of rows of one number an image, which are resampled together; of one image alone it is certain."""
+    value = float(statistic(*values, axis=0))
+    if len(values[0]) < 2:
+        return Estimate(value, value, value)
+    found = bootstrap(values, statistic, paired=True, n_resamples=resamples, **_FIXED).confidence_interval
+    return Estimate(value, float(found.low), float(found.high))

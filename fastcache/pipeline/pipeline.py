@@ -135,7 +135,7 @@ class FastCachePipeline:
         return PipelineOutput(self.pictures.decode(result.clone(), output_type), run.plan)
 
     @torch.no_grad()
-    def begin(
+    def begin(  # noqa: PLR0913 - takes a request to come
         self,
         prompt: Texts = None,
         *,
@@ -251,7 +251,7 @@ class FastCachePipeline:
         return self.begin(prompt, **arguments).steps
 
     @torch.no_grad()  # a value that wants a gradient would make the buffers want one
-    def start(
+    def start(  # noqa: PLR0913 - takes a request to come
         self,
         encoder_hidden_states: Tensor | None = None,
         *,

@@ -8,7 +8,7 @@ guidance at step j does is measured likewise. What a planner makes of them is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcache.evaluate.evaluate import batches
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
@@ -30,7 +31,7 @@ See = Callable[[Tensor], Tensor]  # final latents -> pictures, (P, C, H, W) each
 
 
 @dataclass(frozen=True, eq=False)
-class Measured(Measurements):
+class MeasuredBatch(Measurements):
     """One batch's part of a calibration. Shapes: `latents` (N, C, H, W), the final ones, uncached."""
 
     latents: Tensor
@@ -46,7 +47,7 @@ def calibrate(
     guidance: bool = False,
     watch: AbstractContextManager[object] | None = None,
     see: See = lambda latents: latents,
-) -> Measured:
+) -> MeasuredBatch:
     """Measure a batch in one pass over its trajectory, one seed for each image of the denoiser's conditioning.
 
     `watch` is entered around each step's full pass, and around no other pass. `see` makes pictures of final latents,
@@ -90,7 +91,7 @@ def calibrate(
     ends = walk.latents
     found = _reuse_moves(ends[: 1 + calls], pushed, see) if gains else (np.full_like(pushed, np.nan), _unknown(pushed))
     unguided = _couplings(ends[[0, *range(-calls, 0)]], np.ones_like(pushed), see) if guidance else _unknown(pushed)
-    return Measured(errors, found[0], noise_rms, changes, found[1], unguided, ends[0])
+    return MeasuredBatch(errors, found[0], noise_rms, changes, found[1], unguided, ends[0])
 
 
 def calibrate_bundle(
@@ -112,7 +113,7 @@ def calibrate_bundle(
         raise ValueError("expected one prompt or more to calibrate on, got none")
     manifest = pipe.bundle.manifest
     table = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), num_steps)
-    profile, parts, branch_ids = manifest.profiles["batch"], list[Measured](), tuple[int, ...]()
+    profile, parts, branch_ids = manifest.profiles["batch"], list[MeasuredBatch](), tuple[int, ...]()
 
     def see(latents: Tensor) -> Tensor:
         return pipe.pictures.decode(latents.contiguous(), "pt")
@@ -135,12 +136,6 @@ def calibrate_bundle(
         width=manifest.width,
     )
     return Calibration.of(conditions, branch_ids, sample_names(prompts), parts)
-
-
-def batches(prompts: Sequence[str], size: int) -> Iterator[tuple[int, list[str]]]:
-    """The prompts in parts of a size, and where each part starts."""
-    for start in range(0, len(prompts), size):
-        yield start, list(prompts[start : start + size])
 
 
 def sample_names(prompts: Sequence[str]) -> list[str]:

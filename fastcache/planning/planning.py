@@ -26,7 +26,6 @@ from fastcache.planning.calibration import Calibration
 from fastcache.planning.search import (
     Intervals,
     descend,
-    interval_costs,
     interval_moves,
     least_price,
     moved,
@@ -35,7 +34,7 @@ from fastcache.planning.search import (
     refresh_moves,
     threshold_refreshes,
 )
-from fastcache.planning.ways import LoopTimes, expected_moves, plan_of, prices, way_costs, ways_of
+from fastcache.planning.ways import StepTimes, Way, expected_moves, plan_of, prices, way_costs, ways_of
 
 Say = Callable[[str], None]
 _TICKS = 20_000  # in which a latency is counted: rounding 50 intervals up leaves at most 0.25% of it unused
@@ -52,7 +51,7 @@ def optimal_plan(calibration: Calibration, branch_id: int, refreshes: int) -> Ca
     """
     _check_gains(calibration)
     errors, couplings = calibration.errors[:, calibration.branch(branch_id)], calibration.couplings
-    start = optimal_refreshes(interval_costs(errors, couplings), refreshes)
+    start = optimal_refreshes(way_costs(calibration, Way((branch_id,))), refreshes)
     calls = calibration.num_calls
     steps = descend(
         start, lambda steps: refresh_moves(steps, calls), lambda steps: _decibels(moved(errors, couplings, steps))
@@ -61,7 +60,7 @@ def optimal_plan(calibration: Calibration, branch_id: int, refreshes: int) -> Ca
     return _named(made, calibration, f"optimal(refreshes={refreshes}")
 
 
-def latency_plan(calibration: Calibration, times: LoopTimes, latency_ms: float, *, guidance: bool = False) -> CachePlan:
+def latency_plan(calibration: Calibration, times: StepTimes, latency_ms: float, *, guidance: bool = False) -> CachePlan:
     """The plan that is expected to move the pictures least, of all whose loop takes no longer.
 
     Every interval between refreshes runs in its own way: at one depth out of the branches that were timed, or at the
@@ -124,14 +123,14 @@ def measure_loop(
     *,
     guidance: bool = False,
     repeats: int = 5,
-) -> LoopTimes:
+) -> StepTimes:
     """Times of full and shallow steps, from loops run in turn: all steps in full, and all but the first shallow.
 
     With `guidance` also of such loops without it.
     """
     manifest = pipe.bundle.manifest
     branches = branch_ids or manifest.branches
-    batch, calls = manifest.profiles["batch"].opt, num_calls(pipe, sampler, num_steps)
+    batch, calls = manifest.profiles["batch"].opt, num_calls(manifest, sampler, num_steps)
     guided = {None: CachePlan.all_full(calls)} | {b: CachePlan.uniform(calls, calls, b) for b in branches}
     plans = {(True, branch): plan for branch, plan in guided.items()}
     if guidance:
@@ -152,7 +151,7 @@ def measure_loop(
     loops = {key: statistics.median(own[1:]) for key, own in times.items()}
     each = {on: _step_times({b: ms for (own, b), ms in loops.items() if own == on}, calls) for on in (True, False)}
     full_ms = each[True].pop(None)
-    return LoopTimes(full_ms, {b: ms for b, ms in each[True].items() if b is not None}, batch, each[False])
+    return StepTimes(full_ms, {b: ms for b, ms in each[True].items() if b is not None}, batch, each[False])
 
 
 def _step_times(loops: dict[int | None, float], calls: int) -> dict[int | None, float]:

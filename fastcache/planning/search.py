@@ -1,6 +1,6 @@
 """What intervals between refreshes do to the picture, and how long they take -> which steps refresh, and what between.
 
-A plan is cut at its refreshes into intervals. What an interval does is known beforehand (`interval_costs`), so the best
+A plan is cut at its refreshes into intervals. What an interval does is known beforehand (`ways.way_costs`), so the best
 plan is found exactly by dynamic programming over intervals; what intervals do to each other is not, and `descend` takes
 it into account afterwards. Pure Python and numpy: knows nothing about tensors, engines or samplers, and `calibrate.py`
 measures the numbers.
@@ -22,35 +22,10 @@ Prices = npt.NDArray[np.int64]
 State = TypeVar("State")
 
 
-def interval_costs(errors: Array, couplings: Array) -> Array:
-    """How far an interval alone moves the picture: mean square, for a refresh at s and the next one at r.
-
-    An error at step j moves the final picture in proportion, and movements add up as vectors, whose products the
-    couplings are: so the cost is the sum of e(j, s) e(k, s) couplings[j, k] over the steps j, k between s and r.
-
-    Shapes: `errors` (N, T, T), [n, j, s]; `couplings` (N, T, T); returns (T, T + 1), [s, r], infinite where r <= s.
-    Raises: `ValueError` for errors or couplings that are no numbers.
-    """
-    samples, num_steps, _ = errors.shape
-    below = np.tril_indices(num_steps, -1)
-    if not (np.isfinite(errors[:, *below]).all() and np.isfinite(couplings).all()):
-        raise ValueError("expected an error for every step and every earlier refresh, and couplings, got inf or nan")
-    costs = np.full((num_steps, num_steps + 1), np.inf)
-    for s in range(num_steps):
-        so_far = np.zeros(samples)
-        costs[s, s + 1] = 0
-        for r in range(s + 2, num_steps + 1):
-            own, before = errors[:, r - 1, s], errors[:, s + 1 : r - 1, s]
-            across = (couplings[:, r - 1, s + 1 : r - 1] * before).sum(1)
-            so_far = so_far + own * (2 * across + own * couplings[:, r - 1, r - 1])
-            costs[s, r] = so_far.mean()
-    return costs
-
-
 def optimal_refreshes(costs: Array, refreshes: int) -> Steps:
     """The refresh steps, 0 among them, whose intervals cost least together, of all choices of as many.
 
-    Shapes: `costs` (T, T + 1), as `interval_costs` gives them.
+    Shapes: `costs` (T, T + 1), as `ways.way_costs` gives them.
     Raises: `ValueError` for more refreshes than steps or fewer than one.
     """
     num_steps = len(costs)
@@ -166,48 +141,3 @@ def threshold_refreshes(changes: Sequence[float] | Array, threshold: float) -> S
             refreshes.append(step)
             gathered = 0.0
     return tuple(refreshes)
-
-
-def threshold_for(changes: Sequence[float] | Array, refreshes: int) -> float:
-    """A threshold that gives as many refreshes as asked for, or the nearest number above it that one gives.
-
-    Raises: `ValueError` for fewer than one refresh or more than there are steps.
-    """
-    if not 1 <= refreshes <= len(changes):
-        raise ValueError(f"expected 1 to {len(changes)} refreshes, got {refreshes}")
-    low, high = 0.0, float(np.sum(changes[1:])) + 1.0  # the upper end gives one refresh
-    for _ in range(60):
-        middle = (low + high) / 2
-        if len(threshold_refreshes(changes, middle)) > refreshes:
-            low = middle
-        else:
-            high = middle
-    # the count falls as the threshold grows, but may pass over some numbers
-    return high if len(threshold_refreshes(changes, high)) == refreshes else low
-
-
-def local_search(refreshes: Steps, num_steps: int, score: Callable[[Steps], float], moves: int, seed: int = 0) -> Steps:
-    """Move a refresh at random, by a few steps or anywhere, and keep what lowers a score that is dear to compute.
-
-    Each set of refreshes is scored once; the first refresh stays at 0.
-    """
-    rng = np.random.default_rng(seed)
-    best = tuple(sorted(refreshes))
-    scores = {best: score(best)}
-    for _ in range(moves):
-        candidate = _random_move(best, num_steps, rng)
-        if candidate not in scores:
-            scores[candidate] = score(candidate)
-        if scores[candidate] < scores[best]:
-            best = candidate
-    return best
-
-
-def _random_move(refreshes: Steps, num_steps: int, rng: np.random.Generator) -> Steps:
-    free = [step for step in range(1, num_steps) if step not in refreshes]
-    if len(refreshes) < 2 or not free:
-        return refreshes
-    gone = int(rng.choice(refreshes[1:]))
-    near = [step for step in free if abs(step - gone) <= 3]
-    target = int(rng.choice(near if near and rng.random() < 0.7 else free))
-    return tuple(sorted({*refreshes, target} - {gone}))

@@ -39,7 +39,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class LoopTimes:
+class StepTimes:
     """What a U-Net call and all that a step does besides take on this machine: in full, and shallow by branch id.
 
     `unguided_ms` is of steps without guidance, by branch id, None in full; empty where that was not timed.
@@ -78,7 +78,7 @@ def ways_of(branch_ids: Sequence[int], *, guidance: bool = False) -> list[Way]:
     return [Way(cycle, *on) for on in guided for cycle in cycles]
 
 
-def prices(times: LoopTimes, ways: Sequence[Way], calls: int, tick_ms: float) -> Prices:
+def prices(times: StepTimes, ways: Sequence[Way], calls: int, tick_ms: float) -> Prices:
     """What an interval of so many steps takes, in whole ticks, rounded up. Shapes: returns (ways, calls + 1)."""
     each_ms = np.array([[0, *(times.step_ms(*step) for step in way.steps(calls))] for way in ways])
     return np.ceil(each_ms.cumsum(axis=1) / tick_ms - _ROUNDING).astype(np.int64)
@@ -114,6 +114,8 @@ def step_errors(calibration: Calibration, branches: Sequence[int | None], first:
 def way_costs(calibration: Calibration, way: Way) -> Array:
     """How far an interval alone moves the picture: mean square, for a refresh at s and the next one at r.
 
+    An error at step j moves the final picture in proportion, and movements add up as vectors, whose products the
+    couplings are: so the cost is the sum of e(j, s) e(k, s) couplings[j, k] over the steps j, k between s and r.
     Reuse and missing guidance are taken to move it at right angles, and a step without guidance to err by reuse as one
     with it, though that has the error of one half only, not of their difference many times.
     Shapes: returns (T, T + 1), [s, r], infinite where r <= s.

@@ -54,7 +54,7 @@ class Specification:
 
 
 @dataclass(frozen=True)
-class Image:
+class CompiledImage:
     """A specification compiled for one architecture, with the name of its entry."""
 
     architecture: int
@@ -73,20 +73,15 @@ def specifications(config: Mapping[str, Any]) -> Iterator[Specification]:
         name: str = table["name"]
         if name not in KERNELS:
             raise ValueError(f"aot.toml: expected a kernel out of {', '.join(KERNELS)}, got {name!r}")
-        types: dict[str, list[str]] = table["types"]
-        for choice in itertools.product(*types.values()):
-            chosen = dict(zip(types, choice, strict=True))
-            chosen = {key: value.format(**chosen) for key, value in chosen.items()}
-            for configuration in table["configurations"]:
-                constants = {key: value for key, value in configuration.items() if key != "num_warps"}
-                words = (name, *chosen.values(), *map(str, constants.values()))
-                yield Specification(
-                    f"fastcache_{'_'.join(words)}",
-                    name,
-                    tuple(_parameter(key, text.format(**chosen)) for key, text in table["parameters"].items()),
-                    tuple(constants.items()),
-                    configuration["num_warps"],
-                )
+        for dtype, configuration in itertools.product(table["dtypes"], table["configurations"]):
+            constants = {key: value for key, value in configuration.items() if key != "num_warps"}
+            yield Specification(
+                "_".join(["fastcache", name, dtype, *map(str, constants.values())]),
+                name,
+                tuple(_parameter(key, text.format(dtype=dtype)) for key, text in table["parameters"].items()),
+                tuple(constants.items()),
+                configuration["num_warps"],
+            )
 
 
 def _parameter(name: str, text: str) -> Parameter:
@@ -98,7 +93,7 @@ def _parameter(name: str, text: str) -> Parameter:
     return Parameter(name, kind, bool(multiple))
 
 
-def compile_kernel(specification: Specification, architecture: int) -> Image:
+def compile_kernel(specification: Specification, architecture: int) -> CompiledImage:
     """Compile one variant for one architecture.
 
     Raises: `ValueError` where its parameters are not the kernel's, or it needs memory that the launcher does not give.
@@ -140,12 +135,12 @@ def compile_kernel(specification: Specification, architecture: int) -> Image:
             f"{specification.symbol}: expected {wanted} parameters and no scratch memory, got {taken} and "
             f"{metadata.global_scratch_size + metadata.profile_scratch_size} bytes; this Triton launches otherwise"
         )
-    return Image(architecture, metadata.name, metadata.shared, compiled.asm["cubin"], ptx)
+    return CompiledImage(architecture, metadata.name, metadata.shared, compiled.asm["cubin"], ptx)
 
 
 def _compile_all(
     listed: Sequence[Specification], architectures: Sequence[int], jobs: int
-) -> dict[Specification, list[Image]]:
+) -> dict[Specification, list[CompiledImage]]:
     tasks = [(specification, number) for specification in listed for number in architectures]
     _log.info("compiling %d kernels for %d architectures", len(listed), len(architectures))
     # spawn: a child starts from the environment, and not amid what Triton holds here
@@ -183,8 +178,8 @@ def build(config: Mapping[str, Any], folder: Path, jobs: int) -> None:
 
 
 def _images(
-    specification: Specification, images: Sequence[Image], ptx: int
-) -> Iterator[tuple[str, bytes, Image, bool]]:
+    specification: Specification, images: Sequence[CompiledImage], ptx: int
+) -> Iterator[tuple[str, bytes, CompiledImage, bool]]:
     """Each image's file name and content, and whether it is PTX."""
     for image in images:
         yield f"{specification.symbol}.sm_{image.architecture}.cubin", image.cubin, image, False
@@ -214,7 +209,7 @@ def _prototype(specification: Specification) -> str:
     )
 
 
-def _table(specification: Specification, entry: str, files: Sequence[tuple[str, bytes, Image, bool]]) -> str:
+def _table(specification: Specification, entry: str, files: Sequence[tuple[str, bytes, CompiledImage, bool]]) -> str:
     """A kernel's images and its launch function, in C."""
     name = specification.symbol
     images = "".join(
@@ -255,7 +250,7 @@ def _source(tables: Sequence[str]) -> str:
     )
 
 
-def _manifest(config: Mapping[str, Any], compiled: Mapping[Specification, Sequence[Image]]) -> dict[str, Any]:
+def _manifest(config: Mapping[str, Any], compiled: Mapping[Specification, Sequence[CompiledImage]]) -> dict[str, Any]:
     import triton
 
     return {

@@ -58,12 +58,6 @@ class GuidanceStep:
         self._halves = noise_pred.shape[0] // self._samples
         self._launch = self._launches() or self._compute
 
-    def start(self) -> None:
-        """Write the first call's model input and timestep, from the latents in the ring's first row."""
-        halves = self._model_input.unflatten(0, (-1, self._samples))[:, :, : self._channels]
-        halves.copy_(self._ring[0, 0] * self._tables.input_scales[0])
-        self._timestep.copy_(self._tables.timesteps[0].expand_as(self._timestep))
-
     def run(self) -> None:
         self._launch()
 

@@ -31,8 +31,6 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
 }
 _C_TYPES: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
@@ -50,7 +48,7 @@ class Variant:
     aligned: tuple[bool, ...]
 
 
-class Library:
+class GpuLibrary:
     """The ahead-of-time kernels of a folder.
 
     Raises: `KernelError` where there are none, or none of these sources.
@@ -123,13 +121,13 @@ class Library:
 
 
 @cache
-def _found_library() -> Library | KernelError:
+def _found_library() -> GpuLibrary | KernelError:
     """The library beside this file; an editable install keeps it in another folder of the same package."""
     package = importlib.import_module("fastcache_kernels")
     folders = [Path(folder) for folder in package.__path__]
     folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), folders[0])
     try:
-        return Library(folder)
+        return GpuLibrary(folder)
     except KernelError as error:
         return error
 
@@ -141,10 +139,10 @@ def source() -> tuple[str, str]:
             return "triton", "TRITON_INTERPRET is set: kernels run in Triton's interpreter, slowly, on the CPU"
         return "reference", "PyTorch finds no CUDA GPU: plain PyTorch operations are the kernels"
     found = _found_library()
-    if isinstance(found, Library) and found.serves(torch.device("cuda")):
+    if isinstance(found, GpuLibrary) and found.serves(torch.device("cuda")):
         names = ", ".join(f"sm_{number}" for number in found.manifest["architectures"])
         return "aot", f"compiled ahead of time for {names}"
-    why = "the ahead-of-time kernels are for newer GPUs" if isinstance(found, Library) else str(found)
+    why = "the ahead-of-time kernels are for newer GPUs" if isinstance(found, GpuLibrary) else str(found)
     if _triton_version() is not None:
         return "triton", f"Triton {_triton_version()} compiles at first use: {why}"
     return "reference", f"{why}; nor is Triton installed: pip install triton"
@@ -165,7 +163,7 @@ def prepare(
     device = _device(arguments)
     if device.type == "cuda":
         found = _found_library()
-        if isinstance(found, Library) and found.serves(device):
+        if isinstance(found, GpuLibrary) and found.serves(device):
             variant = found.find(kernel, arguments, num_warps, constants)
             if variant is not None:
                 return found.bind(variant, grid, arguments)
@@ -190,13 +188,6 @@ def prepare(
             run()
 
     return launch
-
-
-def can_launch(device: torch.device) -> bool:
-    """Whether some kernels can be launched on a device at all."""
-    if device.type == "cuda":
-        return source()[0] != "reference"
-    return device.type == "cpu" and _interpreted()
 
 
 @cache

@@ -14,7 +14,6 @@ KERNELS = {
     "normalise": "triton_norm",
     "guidance_statistics": "triton_guidance",
     "guidance_step": "triton_guidance",
-    "quantise": "triton_feature",
 }
 MANIFEST = "aot.json"
 LIBRARY = "libfastcache_kernels.so"

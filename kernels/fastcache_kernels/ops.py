@@ -101,18 +101,13 @@ def _launched(
         )
     )
     joined = torch.empty_like(out) if joined_too else skip.new_empty(1)
-    floats, integers = (torch.empty(1, dtype=t, device=skip.device) for t in (torch.float32, torch.int32))
-    feature = skip if cached is None else cached.contiguous()
     block, num_warps = norm.block_size(plane)
-    stored: dict[str, Any] = {"cached": feature, "scales": floats, "previous": feature, "previous_scales": floats}
-    stored |= {"slots": integers, "weights": floats, "step": integers, "skip": skip, "statistics": statistics}
-    sizes = {"cached_channels": channels - skip_channels, "skip_channels": skip_channels, "channels_per_scale": 1}
-    options = {"plane": plane, "slotted": 0, "forecast": 0, "BLOCK": block, "num_warps": num_warps}
-    wrap_triton(channel_statistics)[(channels, samples, 1)](**stored, first=0, **sizes, **options)
+    read = {"cached": skip if cached is None else cached.contiguous(), "skip": skip, "statistics": statistics}
+    sizes = {"cached_channels": channels - skip_channels, "skip_channels": skip_channels, "plane": plane}
+    options = {"BLOCK": block, "num_warps": num_warps}
+    wrap_triton(channel_statistics)[(channels, samples, 1)](**read, **sizes, **options)
     wrap_triton(normalise)[(-(-plane // block), channels, samples)](
-        **stored,
-        scale=floats,
-        shift=floats,
+        **read,
         weight=weight,
         bias=bias,
         out=out,
@@ -120,7 +115,6 @@ def _launched(
         **sizes,
         channels_per_group=channels // num_groups,
         eps=eps,
-        adjusted=0,
         joined_too=int(joined_too),
         **options,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastcache_kernels.values import QUANTISED, Adjustment, Forecast, StepTables, StoredFeature
+from fastcache_kernels.values import StepTables
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float, rescale: float, out: Tensor) -> None:
@@ -79,58 +79,20 @@ def guidance_step(
         timestep.copy_(tables.timesteps[i + 1].expand_as(timestep))
 
 
-def restored(feature: StoredFeature) -> Tensor:
-    """A stored feature as it was, but for what quantising it lost. Shapes: (N, C, H, W), float32."""
-    where = slice(None) if feature.slots is None else feature.slots.long()
-    values = feature.values[where].float()
-    if feature.scales is None:
-        return values
-    scales = feature.scales[where].repeat_interleave(feature.channels_per_scale, 1)
-    return values * scales[:, :, None, None]
-
-
-def store_feature(feature: Tensor, out: StoredFeature) -> None:
-    """A feature to its slots; in one byte a value, each group of channels over its greatest size.
-
-    A group with a value that is not finite gets nan for its scale, so it is read as nan: never as a wrong number.
-    """
-    where = slice(None) if out.slots is None else out.slots.long()
-    if out.scales is None:
-        out.values[where] = feature
-        return
-    limit = QUANTISED[out.values.dtype]
-    groups = feature.float().unflatten(1, (-1, out.channels_per_scale)).flatten(2)
-    scales = groups.abs().amax(-1) / limit
-    scales = torch.where(scales > 0, scales, 1.0) + (groups * 0).sum(-1)
-    values = (groups / scales[:, :, None]).nan_to_num(0.0).clamp(-limit, limit)
-    out.scales[where] = scales
-    out.values[where] = (
-        (values.round() if out.values.dtype == torch.int8 else values).to(out.values.dtype).view(feature.shape)
-    )
-
-
-def joined(cached: StoredFeature, skip: Tensor, adjust: Adjustment | None, forecast: Forecast | None) -> Tensor:
-    """The cached feature, or its forecast, adjusted, beside the skip connection. Shapes: (N, C1 + C2, H, W)."""
-    feature = restored(cached)
-    if forecast is not None:
-        feature = feature + forecast.weights[int(forecast.step)] * (feature - restored(forecast.previous))
-    if adjust is not None:
-        feature = feature * adjust.scale[:, :, None, None] + adjust.shift[:, :, None, None]
-    return torch.cat([feature, skip.float()], 1)
-
-
 def concat_groupnorm_silu(
-    cached: StoredFeature,
+    cached: Tensor,
     skip: Tensor,
     weight: Tensor,
     bias: Tensor,
     num_groups: int,
-    eps: float = 1e-5,
+    eps: float,
     *,
-    adjust: Adjustment | None = None,
-    forecast: Forecast | None = None,
-) -> Tensor:
-    """SiLU(GroupNorm(concat)) in float32, rounded once at the end to the skip connection's dtype."""
-    both = joined(cached, skip, adjust, forecast)
-    normed = functional.group_norm(both, num_groups, weight.float(), bias.float(), eps)
-    return functional.silu(normed).to(skip.dtype)
+    out: Tensor,
+    joined: Tensor | None = None,
+) -> None:
+    """SiLU(GroupNorm(concat)) in float32, rounded once at the end to the dtype of `out`; the concat to `joined`."""
+    both = torch.cat([cached, skip], 1)
+    normed = functional.group_norm(both.float(), num_groups, weight.float(), bias.float(), eps)
+    out.copy_(functional.silu(normed))
+    if joined is not None:
+        joined.copy_(both)

@@ -87,7 +87,7 @@ def squared_deviations(partials, counts, size):
         "halves",
     ]
 )
-def guidance_step(
+def guidance_step(  # noqa: PLR0915 - one pass over the history: its parts share masks and registers
     noise_pred,
     ring,
     noise,

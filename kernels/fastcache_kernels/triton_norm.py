@@ -1,8 +1,8 @@
 """Triton kernels: a cached feature beside a skip connection -> SiLU(GroupNorm(concat)), the concat never in memory.
 
 One program works on one channel of one sample, so each lies wholly on one side of the joint, and a group that straddles
-it is no special case: groups are put together from the channels' statistics. Those are of the feature as stored, before
-any adjustment, so the cached half's hold until the next refresh. `norm.py` launches these and says what they take.
+it is no special case: groups are put together from the channels' statistics. `norm.py` launches these and says what
+they take.
 """
 
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportOperatorIssue=false
@@ -16,59 +16,18 @@ MEMBERS = tl.constexpr(128)  # channels read at once: a group of SD 1.5 has at m
 
 
 @triton.jit
-def dequantised(values):
-    """Values as they lie in memory, in float32 and yet without their scale; bytes hold e4m3.
-
-    e4m3's bits, moved to float16's places, are the number times 2^-8, subnormal ones too: GPUs before sm_89 lack e4m3.
-    """
-    if values.dtype == tl.uint8:
-        bits = values.to(tl.uint16)
-        return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    else:
-        return values.to(tl.float32)
-
-
-@triton.jit
-def stored_row(values, scales, slot, channel, channels, channels_per_scale, plane, offsets, mask):
-    """One channel of one slot, in float32."""
-    place = values + (slot * channels + channel).to(tl.int64) * plane
-    # evict_last: the shallow steps until the next refresh read the same feature, and L2 holds it
-    row = dequantised(tl.load(place + offsets, mask=mask, other=0, eviction_policy="evict_last"))
-    if values.dtype.element_ty == tl.uint8 or values.dtype.element_ty == tl.int8:
-        row *= tl.load(scales + slot * (channels // channels_per_scale) + channel // channels_per_scale)
-    return row
-
-
-@triton.jit
-def cached_row(
-    cached,
-    scales,
-    previous,
-    previous_scales,
-    slots,
-    weights,
-    step,
-    sample,
-    channel,
-    channels,
-    channels_per_scale,
-    plane,
-    slotted,
-    forecast,
-    offsets,
-    mask,
+def joined_row(
+    cached, skip, sample, channel, cached_channels, skip_channels, plane, offsets, mask, SKIP_POLICY: tl.constexpr
 ):
-    """One channel of one sample's cached feature, or of its linear forecast: a + w (a - b)."""
-    slot = sample
-    if slotted != 0:
-        slot = tl.load(slots + sample)
-    row = stored_row(cached, scales, slot, channel, channels, channels_per_scale, plane, offsets, mask)
-    if forecast != 0:
-        before = stored_row(
-            previous, previous_scales, slot, channel, channels, channels_per_scale, plane, offsets, mask
-        )
-        row += tl.load(weights + tl.load(step)) * (row - before)
-    return row
+    """One channel of one sample of the concat, in float32."""
+    if channel < cached_channels:
+        place = cached + (sample * cached_channels + channel).to(tl.int64) * plane
+        # evict_last: the shallow steps until the next refresh read the same feature, and L2 holds it
+        row = tl.load(place + offsets, mask=mask, other=0, eviction_policy="evict_last")
+    else:
+        place = skip + (sample * skip_channels + channel - cached_channels).to(tl.int64) * plane
+        row = tl.load(place + offsets, mask=mask, other=0, eviction_policy=SKIP_POLICY)
+    return row.to(tl.float32)
 
 
 @triton.jit
@@ -79,58 +38,19 @@ def merged(mean, m2, count, other_mean, other_m2, other_count):
     return mean + delta * share, m2 + other_m2 + delta * delta * count * share
 
 
-@triton.jit(
-    do_not_specialize=["first", "cached_channels", "skip_channels", "channels_per_scale", "slotted", "forecast"]
-)
-def channel_statistics(
-    cached,
-    scales,
-    previous,
-    previous_scales,
-    slots,
-    weights,
-    step,
-    skip,
-    statistics,
-    first,
-    cached_channels,
-    skip_channels,
-    channels_per_scale,
-    plane,
-    slotted,
-    forecast,
-    BLOCK: tl.constexpr,
-):
-    """Mean and sum of squared deviations of each channel from `first` on. Grid: (channels - first, samples)."""
-    channel = tl.program_id(0) + first
+@triton.jit(do_not_specialize=["cached_channels", "skip_channels"])
+def channel_statistics(cached, skip, statistics, cached_channels, skip_channels, plane, BLOCK: tl.constexpr):
+    """Mean and sum of squared deviations of each channel. Grid: (channels, samples)."""
+    channel = tl.program_id(0)
     sample = tl.program_id(1)
     mean = 0.0
     m2 = 0.0
     for start in range(0, plane, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < plane
-        if channel < cached_channels:
-            row = cached_row(
-                cached,
-                scales,
-                previous,
-                previous_scales,
-                slots,
-                weights,
-                step,
-                sample,
-                channel,
-                cached_channels,
-                channels_per_scale,
-                plane,
-                slotted,
-                forecast,
-                offsets,
-                mask,
-            )
-        else:
-            place = skip + (sample * skip_channels + channel - cached_channels).to(tl.int64) * plane
-            row = tl.load(place + offsets, mask=mask, other=0, eviction_policy="evict_last").to(tl.float32)
+        row = joined_row(
+            cached, skip, sample, channel, cached_channels, skip_channels, plane, offsets, mask, "evict_last"
+        )
         count = tl.minimum(plane - start, BLOCK).to(tl.float32)
         block_mean = tl.sum(row, 0) / count
         deviation = tl.where(mask, row - block_mean, 0.0)
@@ -141,24 +61,16 @@ def channel_statistics(
 
 
 @triton.jit
-def group_moments(
-    statistics, scale, shift, sample, group, cached_channels, channels, channels_per_group, plane, adjusted
-):
-    """A group's mean and variance out of those of its channels, the cached ones adjusted."""
+def group_moments(statistics, sample, group, channels, channels_per_group, plane):
+    """A group's mean and variance out of those of its channels."""
     mean = 0.0
     m2 = 0.0
     for start in range(0, channels_per_group, MEMBERS):
         members = start + tl.arange(0, MEMBERS)
         inside = members < channels_per_group
-        channel = group * channels_per_group + members
-        place = statistics + 2 * (sample * channels + channel)
+        place = statistics + 2 * (sample * channels + group * channels_per_group + members)
         means = tl.load(place, mask=inside, other=0.0)
         m2s = tl.load(place + 1, mask=inside, other=0.0)
-        if adjusted != 0:
-            own = inside & (channel < cached_channels)
-            factor = tl.load(scale + sample * cached_channels + channel, mask=own, other=1.0)
-            means = means * factor + tl.load(shift + sample * cached_channels + channel, mask=own, other=0.0)
-            m2s *= factor * factor
         count = tl.minimum(channels_per_group - start, MEMBERS).to(tl.float32)
         block_mean = tl.sum(means, 0) / count
         deviation = tl.where(inside, means - block_mean, 0.0)
@@ -167,43 +79,20 @@ def group_moments(
     return mean, m2 / (channels_per_group * 1.0 * plane)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "cached_channels",
-        "skip_channels",
-        "channels_per_scale",
-        "channels_per_group",
-        "slotted",
-        "forecast",
-        "adjusted",
-        "joined_too",
-    ]
-)
+@triton.jit(do_not_specialize=["cached_channels", "skip_channels", "channels_per_group", "joined_too"])
 def normalise(
     cached,
-    scales,
-    previous,
-    previous_scales,
-    slots,
-    weights,
-    step,
     skip,
     statistics,
-    scale,
-    shift,
     weight,
     bias,
     out,
     joined,
     cached_channels,
     skip_channels,
-    channels_per_scale,
     channels_per_group,
     plane,
     eps,
-    slotted,
-    forecast,
-    adjusted,
     joined_too,
     BLOCK: tl.constexpr,
 ):
@@ -213,43 +102,9 @@ def normalise(
     sample = tl.program_id(2)
     mask = offsets < plane
     channels = cached_channels + skip_channels
-    if channel < cached_channels:
-        row = cached_row(
-            cached,
-            scales,
-            previous,
-            previous_scales,
-            slots,
-            weights,
-            step,
-            sample,
-            channel,
-            cached_channels,
-            channels_per_scale,
-            plane,
-            slotted,
-            forecast,
-            offsets,
-            mask,
-        )
-        if adjusted != 0:
-            place = sample * cached_channels + channel
-            row = row * tl.load(scale + place) + tl.load(shift + place)
-    else:
-        place = skip + (sample * skip_channels + channel - cached_channels).to(tl.int64) * plane
-        row = tl.load(place + offsets, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
-    mean, variance = group_moments(
-        statistics,
-        scale,
-        shift,
-        sample,
-        channel // channels_per_group,
-        cached_channels,
-        channels,
-        channels_per_group,
-        plane,
-        adjusted,
-    )
+    row = joined_row(cached, skip, sample, channel, cached_channels, skip_channels, plane, offsets, mask, "evict_first")
+    group = channel // channels_per_group
+    mean, variance = group_moments(statistics, sample, group, channels, channels_per_group, plane)
     factor = tl.rsqrt(variance + eps) * tl.load(weight + channel).to(tl.float32)
     normed = (row - mean) * factor + tl.load(bias + channel).to(tl.float32)
     place = (sample * channels + channel).to(tl.int64) * plane + offsets

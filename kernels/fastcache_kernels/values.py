@@ -1,4 +1,4 @@
-"""What the kernels take besides plain tensors: features in memory, what is made of them, a sampler's numbers as tables.
+"""What the kernels take besides plain tensors: a sampler's numbers as tables; and the check that a tensor fits.
 
 Knows tensors and nothing else; what it checks, it checks without waiting for a GPU.
 """
@@ -12,44 +12,6 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # dtype -> the number that a group's largest value becomes
-
-
-@dataclass(frozen=True)
-class StoredFeature:
-    """Cached features in memory, one slot for each sample of each request, in one byte a value where `scales` are.
-
-    Shapes: `values` (slots, C, H, W); `scales` (slots, C / channels per scale), float32; `slots` (N,), int32, says
-    where each sample's feature lies, and None that sample n lies in slot n.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-    slots: Tensor | None = None
-
-    @property
-    def channels_per_scale(self) -> int:
-        return 1 if self.scales is None else self.values.shape[1] // self.scales.shape[1]
-
-
-@dataclass(frozen=True)
-class Adjustment:
-    """feature * scale + shift, channel by channel. Shapes: (N, C), float32. Source: arXiv 2312.03209, section 3.3."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """feature + w * (feature - previous), with w out of `weights` at `step`, which lies in device memory.
-
-    Shapes: `previous` as the feature, in the same slots; `weights` (steps,), float32; `step` (1,), int32.
-    """
-
-    previous: StoredFeature
-    weights: Tensor
-    step: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,27 +92,3 @@ def expect(
         f"{'' if tensor.is_contiguous() else 'non-contiguous '}{str(tensor.dtype).removeprefix('torch.')} "
         f"{list(tensor.shape)} on {tensor.device}"
     )
-
-
-def expect_feature(name: str, feature: StoredFeature, samples: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `ValueError` unless a feature's parts fit together, and hold `samples` samples.
-
-    Where `slots` point is not looked at: that would wait for the GPU.
-    """
-    values = feature.values
-    if values.ndim != 4:
-        raise ValueError(f"expected {name} to have four axes, (slots, channels, height, width), got {values.ndim}")
-    rows = samples if feature.slots is None else values.shape[0]
-    dtypes = (dtype,) if feature.scales is None else tuple(QUANTISED)
-    expect(name, values, (rows, *values.shape[1:]), dtypes, device)
-    if feature.slots is not None:
-        expect(f"{name}'s slots", feature.slots, (samples,), (torch.int32,), device)
-    if feature.scales is None:
-        return
-    groups = feature.scales.shape[-1] if feature.scales.ndim == 2 else 0
-    if groups < 1 or values.shape[1] % groups:
-        raise ValueError(
-            f"expected {name}'s scales of shape (slots, groups), groups a divisor of its {values.shape[1]} channels, "
-            f"got {list(feature.scales.shape)}"
-        )
-    expect(f"{name}'s scales", feature.scales, (rows, groups), (torch.float32,), device)

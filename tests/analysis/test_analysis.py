@@ -18,9 +18,9 @@ from torch.nn.functional import cosine_similarity
 
 from fastcache.analysis import dit as dits
 from fastcache.analysis.experiments import LATENTS, guide_in_intervals, switch_prompt
-from fastcache.analysis.measure import Settings, SimilarityFacts, share_alike
+from fastcache.analysis.measure import AnalysisSettings, SimilarityFacts, share_alike
 from fastcache.analysis.probes import held_out_accuracy, probe
-from fastcache.analysis.recorder import Recorder, Tap
+from fastcache.analysis.recorder import FeatureRecorder, Tap
 from fastcache.analysis.subject import Subject, find_subject
 from fastcache.analysis.taps import unet_taps
 from fastcache.cli import main
@@ -64,7 +64,7 @@ def test_similarity_and_change_are_their_formulas() -> None:
     unet = small_unet("one-layer")
     taps = unet_taps(unet, [1])
     kept: dict[str, list[torch.Tensor]] = {tap.name: [] for tap in taps}
-    recorder = Recorder(taps, num_calls=3, images=2)
+    recorder = FeatureRecorder(taps, num_calls=3, images=2)
     (sample, _, text), _ = example(unet, batch=4)
     consumer = unet.up_blocks[-1].resnets[0]  # of skip connection 1, as one layer a block leaves two to each
     blocks = {tap.name: tap.module for tap in taps}
@@ -118,11 +118,11 @@ def test_a_residual_is_what_a_block_adds() -> None:
 def test_a_recorder_holds_no_hooks_between_passes_and_misses_no_module() -> None:
     unet = small_unet("one-layer")
     (sample, timestep, text), _ = example(unet)
-    recorder = Recorder(unet_taps(unet, [0]), num_calls=2, images=2)
+    recorder = FeatureRecorder(unet_taps(unet, [0]), num_calls=2, images=2)
     with recorder, torch.no_grad():
         unet(sample, timestep, text)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
-    idle = Recorder([Tap("idle", "block", "similarity", torch.nn.Linear(1, 1))], num_calls=1, images=1)
+    idle = FeatureRecorder([Tap("idle", "block", "similarity", torch.nn.Linear(1, 1))], num_calls=1, images=1)
     with pytest.raises(RuntimeError, match="expected the pass to run idle"), idle:
         pass
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_measured_is_refused(
 
 
 def test_features_follow_a_switched_prompt_before_the_latents(demo: Subject) -> None:
-    first, second = switch_prompt(demo, Settings(steps=8, guidance_scale=4.0), [2, 6])
+    first, second = switch_prompt(demo, AnalysisSettings(steps=8, guidance_scale=4.0), [2, 6])
     assert (first.at, second.at) == (2, 6)
     for switch in (first, second):
         assert set(switch.followed) == {LATENTS, "up 0", "up 1", "up 2", "up 3"}
@@ -261,7 +261,7 @@ def test_features_follow_a_switched_prompt_before_the_latents(demo: Subject) -> 
 
 
 def test_guidance_in_an_interval(demo: Subject) -> None:
-    everywhere, early, nowhere = guide_in_intervals(demo, Settings(steps=6, guidance_scale=4.0), [(0, 3)])
+    everywhere, early, nowhere = guide_in_intervals(demo, AnalysisSettings(steps=6, guidance_scale=4.0), [(0, 3)])
     assert (everywhere.start, everywhere.stop, everywhere.rows_share) == (0, 6, 1.0)
     assert np.isinf(everywhere.psnr_db)
     assert (early.rows_share, nowhere.rows_share) == (0.75, 0.5)
@@ -279,18 +279,18 @@ def test_probes_tell_what_can_be_told_and_nothing_else() -> None:
 
 
 def test_probes_on_the_bundled_model(demo: Subject) -> None:
-    found = probe(demo, Settings(steps=5), 64, lambda _: None, most_steps=2)
+    found = probe(demo, AnalysisSettings(steps=5), 64, lambda _: None, most_steps=2)
     assert found.steps == (0, 4)
     assert found.pictures["number of objects"] > 50
     place = found.accuracy["place"]
     assert set(place) == {LATENTS, "up 0", "up 1", "up 2", "up 3"}
     assert place["up 2"][-1] > found.chance["place"] + 0.3
     with pytest.raises(ValueError, match="ask for more --probe-images"):
-        probe(demo, Settings(steps=2), 4, lambda _: None, most_steps=1)
+        probe(demo, AnalysisSettings(steps=2), 4, lambda _: None, most_steps=1)
 
 
 def test_a_random_transformer_is_measured_and_said_to_be_random(demo: Subject) -> None:
-    study = dits.study_dit(None, demo, Settings(steps=3, guidance_scale=4.0, batch=2), 3, lambda _: None)
+    study = dits.study_dit(None, demo, AnalysisSettings(steps=3, guidance_scale=4.0, batch=2), 3, lambda _: None)
     assert not study.trained
     assert study.latents.shape == (3, 4, 16, 16)
     assert list(study.recorded.similarity) == [f"block {i}" for i in range(8)]
@@ -303,7 +303,7 @@ def test_trained_transformers_are_loaded_and_others_refused(demo: Subject, tmp_p
     dits.build_dit(seed=1).save_pretrained(tmp_path / "dit")
     loaded = dits.load_dit(tmp_path / "dit")
     assert not torch.equal(loaded.pos_embed.proj.weight, dits.load_dit(None).pos_embed.proj.weight)
-    assert dits.study_dit(tmp_path / "dit", demo, Settings(steps=2), 1, lambda _: None).trained
+    assert dits.study_dit(tmp_path / "dit", demo, AnalysisSettings(steps=2), 1, lambda _: None).trained
     with pytest.raises(ValueError, match=r"expected a transformer that tools/train_dit\.py trained"):
         dits.load_dit(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 import fastcache_engines
 from fastcache.bench import chart
 from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_arms
-from fastcache.bench.bench import document, make_inputs, run_bench, summary
+from fastcache.bench.bench import ArmResult, _speedups, document, doubts, make_inputs, run_bench, summary
+from fastcache.bench.eager import EagerParts
 from fastcache.bench.lineup import Wishes, build_bundles, line_up, of_bundle, of_model
-from fastcache.bench.loops import CallClock, EngineArms, Task
+from fastcache.bench.loops import CallClock, EngineArms, Task, TimedRun
 from fastcache.bench.machine import available_bytes, environment, parse_gpus
-from fastcache.bench.work import empty_unet, geometry, multiply_adds
-from fastcache.bench.workers import ArmFailed, Job, Workers
+from fastcache.bench.work import empty_unet, geometry, unet_work
+from fastcache.bench.workers import ArmFailed, PlannedWorker, Workers
 from fastcache.bundle.bundle import Bundle
 from fastcache.cli import main
 from fastcache.compile.models import find_model
@@ -52,6 +54,8 @@ def settings_for(model: object, **changes: Any) -> BenchSettings:
     [
         ("eager", ("eager", "torch", "fp32", 1, 2)),
         ("eager:bf16", ("eager", "torch", "bf16", 1, 2)),
+        ("deepcache::bf16", ("deepcache", "torch", "bf16", 5, 2)),
+        ("engine::fp16", ("engine", "openvino", "fp16", 1, 2)),
         ("deepcache:fp16", ("deepcache", "torch", "fp16", 5, 2)),
         ("compile", ("compile", "torch", "fp32", 1, 2)),
         ("engine", ("engine", "openvino", "bf16", 1, 2)),
@@ -72,7 +76,7 @@ def test_an_arm_is_what_its_name_says(name: str, expected: tuple[object, ...]) -
     ("name", "says"),
     [
         ("warp", "eager, deepcache, compile, engine, engine\\+cache"),
-        ("", "NAME\\[:BACKEND\\]\\[:DTYPE\\]"),
+        ("", "KIND\\[:BACKEND\\]\\[:DTYPE\\]"),
         ("engine:speedy", "onnxruntime, openvino"),
         ("engine:fp16:onnxruntime", "left over"),
         ("engine:openvino:fp8", "fp32, fp16, bf16"),
@@ -94,7 +98,7 @@ def test_the_usual_arms_and_every_backend_that_runs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: True)
     found = line_up(None, Defaults(), "cpu")
     names = [arm.name for arm in found.arms]
-    assert names[:6] == ["eager", "deepcache", "compile", "engine", "engine+cache", "eager:bf16"]
+    assert names[:7] == ["eager", "deepcache", "compile", "engine", "engine+cache", "eager:bf16", "deepcache:bf16"]
     automatic = found.arms[3]
     assert automatic.backend == fastcache_engines.choose("cpu", "fp32")[0]
     meanings = [arm.meaning for arm in found.arms]
@@ -240,7 +244,9 @@ def test_every_arm_has_its_figures_or_a_reason(outcome: dict[str, Any]) -> None:
         assert arm["overhead_ms_per_step"] > 0
         assert arm["peak_bytes"] > 2**26
         for name, reference in (("speedup_vs_eager", "eager"), ("speedup_vs_deepcache", "deepcache")):
-            assert arm[name] == pytest.approx(arms[reference]["loop_ms_p50"] / arm["loop_ms_p50"], abs=1e-3)
+            expected = pytest.approx(arms[reference]["loop_ms_p50"] / arm["loop_ms_p50"], abs=1e-3)
+            assert arm[name] == expected
+            assert arm[f"{name}_same_dtype"] == (None if arm["dtype"] == "bf16" else expected)
         cached = arm["name"].startswith(("deepcache", "engine+cache"))
         assert (arm["shallow_step_ms_p50"] is not None) == cached
         assert arm["cache_interval"] == (2 if cached else 1)
@@ -306,6 +312,47 @@ def test_no_arm_that_runs_is_an_error_with_the_reasons_in_the_result(
     assert json.loads(captured.out)["arms"][0]["skipped"] in captured.err
 
 
+def results_of(loop_ms: dict[str, list[float]]) -> dict[Arm, ArmResult]:
+    latents = torch.zeros(1)
+    arms = {parse_arm(name, Defaults()): times for name, times in loop_ms.items()}
+    return {arm: summary(arm, [TimedRun(ms, (), (), latents) for ms in times]) for arm, times in arms.items()}
+
+
+def test_like_is_compared_with_like_and_with_fp32() -> None:
+    """A bf16 arm beside DeepCache in fp32 alone would be credited with what bf16 gains on its own."""
+    results = results_of(
+        {"eager": [12], "eager::bf16": [8], "deepcache": [6], "deepcache::bf16": [4], "engine+cache::bf16": [2]}
+    )
+    found = _speedups(list(results)[-1], results)
+    assert (found["speedup_vs_eager"], found["speedup_vs_eager_same_dtype"]) == (6, 4)
+    assert (found["speedup_vs_deepcache"], found["speedup_vs_deepcache_same_dtype"]) == (3, 2)
+    alone = results_of({"eager::bf16": [8], "engine": [2]})
+    found = _speedups(list(alone)[-1], alone)
+    assert (found["speedup_vs_eager"], found["speedup_vs_eager_same_dtype"]) == (4, None)
+
+
+def test_figures_of_a_busy_machine_or_of_unsteady_rounds_are_doubted() -> None:
+    steady, unsteady = results_of({"eager": [10, 10.1, 10.2], "engine": [5, 5.1, 9]}).values()
+    assert doubts([steady], 0.1, 2) == doubts([steady], None, 2) == []
+    (busy,) = doubts([steady], 1.5, 2)
+    assert "the load was 1.5 on 2 cores" in busy
+    (spread,) = doubts([steady, unsteady], 0.0, 2)
+    assert spread.endswith("marked (?): engine")
+    assert (steady.to_json()["unsteady"], unsteady.to_json()["unsteady"]) == (False, True)
+
+
+def test_pictures_are_decoded_as_diffusers_does_also_where_the_vae_shifts(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shifted"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_factor": 0.5, "scaling_factor": 0.3}))
+    model, latents = find_model(str(folder)), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    vae: Any = model.load_vae()
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.3 + 0.5).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(EagerParts(model, geometry(model)).decode(latents), expected)
+
+
 def key_of(arm: Arm) -> str:
     return arm.dtype
 
@@ -314,7 +361,7 @@ def test_what_does_not_fit_is_ended_and_loaded_again_and_what_fails_says_why(tin
     """No memory at all: processes take turns; an arm in one that comes back runs once untimed before it is timed."""
     settings = settings_for(tiny_model, steps=2)
     inputs = make_inputs(find_model(str(tiny_model)), settings)
-    jobs = {dtype: Job(Task(settings, inputs, dtype, None), 2**20) for dtype in ("fp32", "bf16")}
+    jobs = {dtype: PlannedWorker(Task(settings, inputs, dtype, None), 2**20) for dtype in ("fp32", "bf16")}
     eager, other, good = (parse_arm(name, Defaults()) for name in ("eager", "eager:bf16", "deepcache"))
     with Workers(jobs, key_of, available=lambda: 0) as workers:
         first: Any = workers.run(eager, timed=False)
@@ -357,23 +404,21 @@ def test_torch_compile_draws_the_eager_picture(tiny_model: Path) -> None:
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
     """The shallow pass of SD1.5 at branch 0, by hand: convolutions, one transformer block, the head."""
-    work = multiply_adds(find_model("sd15", random_weights=True), 0, 512, 512)
+    work = unet_work(find_model("sd15", random_weights=True), 512, 512)
     pixels, width, text = 64 * 64, 320, 77
     resnet = 9 * pixels * (2 * width * width + width * width) + pixels * 2 * width * width + 1280 * width
     attention = 2 * pixels * pixels * width + 2 * pixels * text * width
     linear = pixels * width * width * (2 + 4 + 2 + 12) + 2 * text * 768 * width
     ends = 9 * pixels * 4 * width * 2
     embedding = 320 * 1280 + 1280 * 1280
-    assert work.shallow == resnet + attention + linear + ends + embedding
-    assert work.full == pytest.approx(401.6e9, rel=1e-3)
-    assert work.ceiling(50, 1) == 1
-    assert work.ceiling(50, 5) == pytest.approx(50 * work.full / (10 * work.full + 40 * work.shallow))
+    assert work.shallow[0].total == resnet + attention + linear + ends + embedding
+    assert work.full.total == pytest.approx(401.6e9, rel=1e-3)
 
 
 def test_shapes_are_read_without_loading_weights(tiny_model: Path) -> None:
     own, sdxl = geometry(find_model(str(tiny_model))), geometry(find_model("sdxl", random_weights=True))
-    assert (own.scale, own.size, own.tokens, own.text_width, own.pooled_width) == (4, 32, 8, 16, None)
-    assert (sdxl.scale, sdxl.size, sdxl.text_width, sdxl.pooled_width) == (8, 1024, 2048, 1280)
+    assert (own.scale, own.height, own.width, own.tokens, own.time_ids) == (4, 32, 32, 8, None)
+    assert (sdxl.scale, sdxl.height, sdxl.width, sdxl.tokens, sdxl.time_ids) == (8, 1024, 1024, 77, 6)
     assert sdxl.weights_bytes == pytest.approx(10.27e9, rel=1e-3)
     assert all(p.is_meta for p in empty_unet(find_model(str(tiny_model))).parameters())
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_cases, summarise
+from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_cases, kernel_table, summarise
 from fastcache.cli import app
-from fastcache.commands.bench import show_kernels
 from fastcache.errors import BackendUnavailable
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -21,7 +20,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 @pytest.mark.parametrize("branch_id", [0, 3])
 def test_a_kernel_and_its_rival_compute_the_same(branch_id: int) -> None:
     cases = kernel_cases(1, "fp32", "cpu", branch_id, sizes=(128,))
-    assert len({case.kernel for case in cases}) == (5 if branch_id == 0 else 4)  # branch 3 cannot be projected
+    assert len({case.kernel for case in cases}) == (3 if branch_id == 0 else 2)  # branch 3 cannot be projected
     for case in cases:
         for got, expected in zip(case.run(), case.eager(), strict=True):
             assert expected.float().abs().sum() > 0
@@ -43,12 +42,10 @@ def test_shapes_and_bytes_are_those_of_the_models() -> None:
     latents = 2 * 4 * 16 * 16
     guidance = cases["guidance_step", "sd15 128"]
     assert guidance.num_bytes == 2 * 2 * latents * 2 + 5 * 4 * latents + 4 * 4  # timesteps, four of four bytes
-    for stored in ("int8", "fp8"):
-        assert cases[f"store_feature {stored}", "sd15 128"].num_bytes == rows * (values * 3 + 32 * 4)
-    assert len(cases) == 2 * 5
+    assert len(cases) == 2 * 3
 
 
-def test_figures_follow_from_the_medians(capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_follow_from_the_medians() -> None:
     case = next(case for case in kernel_cases(1, "fp16", "cpu", sizes=(64,)) if case.kernel == "groupnorm_silu")
     times = {"kernel": [2.0, 4.0, 90.0], "eager": [8.0, 6.0, 10.0], "compile": [5.0, 6.0, 7.0], "copy": [3.0, 3.0, 1.0]}
     result = summarise(case, times)
@@ -59,11 +56,11 @@ def test_figures_follow_from_the_medians(capsys: pytest.CaptureFixture[str]) -> 
     lacking = summarise(case, times, "RuntimeError: no compiler")
     assert lacking.compile_us is lacking.speedup_vs_compile is None
     again = KernelResult(**json.loads(json.dumps(lacking.to_json())))  # as it is shown from a file
-    show_kernels({"dtype": "fp16", "batch": 1, "branch_id": 0}, [result, again])
-    printed = capsys.readouterr().out
-    assert "75%" in printed
-    assert "2.00x" in printed
-    assert "groupnorm_silu 2x320x8x8: torch.compile skipped, RuntimeError: no compiler" in printed
+    title, columns, rows = kernel_table({"dtype": "fp16", "batch": 1, "branch_id": 0}, [result, again])
+    assert "fp16, batch 1" in title
+    assert [len(row) for row in rows] == [len(columns)] * 2
+    assert rows[0][-3:] == ["75%", "2.00x", "1.50x"]
+    assert rows[1][-3:] == ["75%", "2.00x", "-"]
 
 
 @needs_no_gpu
@@ -85,7 +82,7 @@ def test_kernels_are_timed_apart_from_arms() -> None:
 def test_every_kernel_is_timed() -> None:
     document, rows = bench_kernels(1, "fp16", 1, 0, lambda message: None)
     assert {row.kernel for row in rows} >= {"concat_groupnorm_silu", "groupnorm_silu", "guidance_step"}
-    assert len(document["kernels"]) == len(rows) == 10
+    assert len(document["kernels"]) == len(rows) == 6
     for row in rows:
         assert row.kernel_us > 0
         assert 0 < row.share_of_copy < 3

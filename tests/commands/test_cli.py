@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image
 from fastcache import __version__
 from fastcache.bundle.bundle import Bundle
 from fastcache.cli import main
+from fastcache.commands.options import check_writable
+from fastcache.console import print_table
 from fastcache.loop.plan import CachePlan
 from fastcache_engines import BACKENDS, choose
 from fastcache_kernels import cpu_step
@@ -53,6 +56,39 @@ def test_every_command_has_help_with_an_example(fastcache: Any, command: str) ->
 
 def test_version(fastcache: Any) -> None:
     assert fastcache("--version").out.strip() == __version__
+
+
+@pytest.mark.parametrize("flags", [("-h",), ("plan", "-h")])
+def test_help_has_a_short_flag(fastcache: Any, flags: tuple[str, ...]) -> None:
+    assert "Usage" in fastcache(*flags).out
+
+
+def test_the_package_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "fastcache", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == __version__
+
+
+def test_an_interrupted_command_says_so(fastcache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastcache.health.doctor.examine", interrupted)
+    result = fastcache("doctor")
+    assert (result.code, result.out, result.err.strip()) == (130, "", "error: stopped")
+
+
+def test_an_output_is_looked_at_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "a" / "b.png", tmp_path / "file", tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ValueError, match=r"expected a place that can be written, got .*file/below.png"):
+        check_writable(tmp_path / "file" / "below.png")
+
+
+def test_figures_stand_right_and_words_left(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", ["name", "ms", "why"], [["a", "1.0", "long words"], ["b", "10.0", "short"]])
+    row = next(line for line in capsys.readouterr().out.splitlines() if "short" in line)
+    assert [cell.rstrip() == cell[:-1] for cell in row.split("│")[2:4]] == [True, False]
 
 
 def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
@@ -130,6 +166,9 @@ def test_generate_writes_pictures_that_say_how_they_were_made(
     assert text["bundle_sha256"] == tiny_bundle.manifest.bundle_sha256
     assert CachePlan.from_json(text["plan"]).refresh_steps == (0, 2)
 
+    dotted = tmp_path / "guidance7.5"  # a folder, for all its dot
+    assert fastcache(*common, "--output", dotted).out.strip() == str(dotted / "00000.png")
+
     # More images than fit at once: the fourth seed's picture is the one that this seed gives alone.
     most = tiny_bundle.manifest.profiles["batch"].max
     many = fastcache(
@@ -176,7 +215,7 @@ BAD = [
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--plan", "none.json"), 2, "none.json"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--guidance-scale", "nan"), 2, "finite"),
     (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "x.png", "--seed", 2**64), 2, "--seed"),
-    (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 4, "nowhere"),
+    (("generate", "--engines", "nowhere", "--prompt", "x", "--output", "x.png"), 2, "nowhere"),
     (("plan", "--engines", "BUNDLE", "--steps", 5, "--output", "p.json"), 2, "--uniform"),
     (("plan", "--engines", "BUNDLE", "--steps", 0, "--uniform", 2, "--output", "p.json"), 2, "steps"),
     (("build-engines", "--output", "e"), 2, "--model"),
@@ -186,9 +225,18 @@ BAD = [
     (("build-engines", "--model", "demo", "--output", "e", "--compute-capability", "8.9"), 2, "tensorrt-rtx"),
     (("build-engines", "--model", "no/such-model", "--output", "e"), 2, "no/such-model"),
     (("build-engines", "--model", "sd15", "--output", "e"), 2, "--random-weights"),
+    (("build-engines", "--model", "./nonexistent", "--output", "e"), 2, "which is not there; give its path"),
+    (("build-engines", "--model", __file__, "--output", "e"), 2, "from_single_file"),
+    (("build-engines", "--model", "demo", "--output", "/proc/e"), 2, "/proc/e"),
     (("bench", "--arms", "engine,warp", "--engines", "BUNDLE"), 2, "warp"),
     (("bench", "--engines", "BUNDLE", "--height", 999), 2, "--height"),
-    (("verify", "nowhere"), 4, "nowhere"),
+    (("verify", "nowhere"), 2, "nowhere"),
+    (("inspect", "nowhere"), 2, "nowhere"),
+    (("bench", "--engines", "nowhere"), 2, "nowhere"),
+    (("plan", "--engines", "BUNDLE", "--steps", 5, "--uniform", 2, "--output", "/proc/p.json"), 2, "/proc/p.json"),
+    (("evaluate", "--engines", "BUNDLE", "--plan", "p.json", "--output", "/proc/e"), 2, "/proc/e"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "x", "--output", "/proc/x.png"), 2, "/proc/x.png"),
+    (("generate", "--engines", "BUNDLE", "--prompt", "\udcff", "--output", "x.png"), 2, "UTF-8"),
     (("nonsense",), 2, "nonsense"),
 ]
 

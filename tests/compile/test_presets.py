@@ -13,9 +13,8 @@ from diffusers import DDIMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 import fastcache
-from fastcache.bench.bench import document, make_inputs, run_bench
+from fastcache.bench.bench import document, run_bench
 from fastcache.bench.lineup import Wishes, of_bundle, of_model
-from fastcache.bench.profiling import profile_eager, profile_engines
 from fastcache.bench.work import empty_unet
 from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.recipe import recipe_from
@@ -163,17 +162,6 @@ def test_all_arms_of_a_benchmark_run_the_same_loop(name: str, backend: str, rows
     assert cached > 1e-4
     conditions = document(settings, bundles, measured)["settings"]
     assert conditions["guidance_scale"] == (None if rows == 1 else 7.5)
-
-
-@pytest.mark.parametrize("name", [DDPM, pytest.param(EDITS, marks=ONCE_MORE)])
-def test_calls_are_profiled(name: str, built: Built) -> None:
-    bundle = built(name)
-    settings, _, _ = of_bundle(bundle.path, Wishes(arms="engine"), COMMON)
-    model = find_model(name, random_weights=True)
-    inputs = make_inputs(model, settings)
-    eager = profile_eager(model, inputs, 0, "fp32", "cpu")
-    assert eager["full"]["convolution"] > eager["shallow"]["convolution"] > 0
-    assert set(profile_engines(bundle, inputs, "cpu")) == {"full", "shallow"}
 
 
 @pytest.mark.slow

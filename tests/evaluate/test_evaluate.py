@@ -22,11 +22,12 @@ from torch.testing import assert_close
 
 from fastcache.bundle.bundle import Bundle
 from fastcache.cli import main
+from fastcache.commands.evaluate import _cell
 from fastcache.demo.scenes import COLOURS, held_out_scenes, render
 from fastcache.evaluate import judges
 from fastcache.evaluate.chart import frontier
-from fastcache.evaluate.evaluate import arms_of
-from fastcache.evaluate.quality import frechet_distance, mean_of, psnr_db, psnr_db_each
+from fastcache.evaluate.evaluate import candidates_of
+from fastcache.evaluate.quality import Estimate, frechet_distance, frechet_estimate, mean_of, psnr_db, psnr_db_each
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.pipeline import FastCachePipeline
 from tiny_model import TOKENS
@@ -186,8 +187,8 @@ def test_what_evaluate_refuses(run: Any, tiny_bundle: Bundle, prompts_file: Path
 def test_steps_of_samplers_that_call_twice(tiny_bundle: Bundle) -> None:
     pipe = FastCachePipeline(tiny_bundle)
     plans = {"heun": replace(CachePlan.uniform(9, 3), sampler="heun"), "pndm": CachePlan.uniform(6, 2)}
-    arms = arms_of(pipe, plans, "pndm", None)
-    assert [(arm.name, arm.sampler, arm.steps) for arm in arms] == [
+    candidates = candidates_of(pipe, plans, "pndm", None)
+    assert [(candidate.name, candidate.sampler, candidate.steps) for candidate in candidates] == [
         ("uncached", "pndm", 5),
         ("heun", "heun", 5),
         ("pndm", "pndm", 5),
@@ -264,6 +265,20 @@ def test_intervals_hold_the_mean() -> None:
         held += estimate.low <= 1 <= estimate.high
     assert held >= 32
     assert mean_of(np.full(9, 2.5)).high == 2.5
+
+
+def test_a_cell_has_no_more_places_than_its_interval() -> None:
+    assert _cell("psnr_db", Estimate(100.0, 100.0, 100.0)) == "equal"
+    assert _cell("ssim", Estimate(1.0, 1.0, 1.0)) == "1"
+    assert _cell("psnr_db", Estimate(38.4321, 37.9, 38.8)) == "38.4 ± 0.5"
+    assert _cell("frechet_distance", Estimate(5.79, 0.0, 24.6)) == "6 ± 19"
+
+
+def test_a_distance_is_never_below_nothing() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(12, 8))
+    found = frechet_estimate(features, features + 0.01)
+    assert 0 <= found.low <= found.value < found.high
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12, unique=True)

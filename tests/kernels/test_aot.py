@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastcache_kernels import aot, cpu_step, feature, guidance, norm
-from fastcache_kernels.launch import Library
+from fastcache_kernels import aot, cpu_step, guidance, norm
+from fastcache_kernels.launch import GpuLibrary
 from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, source_hash
-from fastcache_kernels.values import StoredFeature, step_tables
+from fastcache_kernels.values import step_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tomllib.loads((ROOT / "kernels" / "aot.toml").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> lis
     def prepare(kernel: str, grid: Any, arguments: Mapping[str, Any], *, num_warps: int, **constants: int) -> None:
         launches.append((kernel, arguments, num_warps, constants))
 
-    for module in (norm, guidance, feature):
+    for module in (norm, guidance):
         monkeypatch.setattr(module, "prepare", prepare)
     work()
     return launches
@@ -86,15 +86,7 @@ def everything(dtype: torch.dtype) -> None:
     weight = torch.ones(640, dtype=dtype)
     for plane in ((8, 8), (64, 64)):
         cached, skip = torch.zeros(2, 320, *plane, dtype=dtype), torch.zeros(2, 320, *plane, dtype=dtype)
-        for stored in (
-            StoredFeature(cached),
-            feature.empty_feature((2, 320, *plane), torch.int8, groups=32),
-            feature.empty_feature((2, 320, *plane), torch.float8_e4m3fn, groups=32),
-        ):
-            norm.concat_groupnorm_silu(
-                stored, skip, weight, weight, 32, joined=torch.empty(2, 640, *plane, dtype=dtype)
-            )
-            feature.store_feature(cached, stored)
+        norm.concat_groupnorm_silu(cached, skip, weight, weight, 32, joined=torch.empty(2, 640, *plane, dtype=dtype))
     for calls in (1, 5):
         tables = step_tables(
             [(max(0, i + 1 - calls), [1.0] * 3 * min(i + 1, calls)) for i in range(6)],
@@ -168,7 +160,7 @@ def test_launch_parameters_are_those_of_the_sources(build: Path, manifest: dict[
 @needs_tools
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def test_what_is_launched_is_there(dtype: torch.dtype, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Library(installed)
+    library = GpuLibrary(installed)
     launches = recorded(monkeypatch, lambda: everything(dtype))
     assert {kernel for kernel, *_ in launches} == set(KERNELS)
     assert [kernel for kernel, *rest in launches if library.find(kernel, *rest) is None] == []
@@ -178,7 +170,7 @@ def test_what_is_launched_is_there(dtype: torch.dtype, installed: Path, monkeypa
 @needs_tools
 def test_what_is_not_there_is_not_found(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes of an odd size, and tensors that begin anywhere, would be read past what a load may touch."""
-    library = Library(installed)
+    library = GpuLibrary(installed)
 
     def odd() -> None:
         weight = torch.ones(8)
@@ -275,7 +267,7 @@ def test_ahead_of_time_kernels_give_what_triton_gives(installed: Path, monkeypat
     cached, skip = (torch.randn(2, 320, 64, 64, generator=generator).half().to(device) for _ in range(2))
     weight = torch.randn(640, generator=generator).half().to(device)
     results = []
-    for found in (Library(installed), launch.KernelError("not to be used")):
+    for found in (GpuLibrary(installed), launch.KernelError("not to be used")):
         monkeypatch.setattr(launch, "_found_library", lambda found=found: found)
         results.append(norm.concat_groupnorm_silu(cached, skip, weight, weight, 32))
     torch.testing.assert_close(*results)
@@ -295,7 +287,7 @@ def test_a_wheel_carries_the_library_where_it_is_asked_to(tmp_path: Path) -> Non
     assert re.search(r"-py3-none-(linux|manylinux)_", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "wheel")
-    library = Library(tmp_path / "wheel" / "fastcache_kernels")
+    library = GpuLibrary(tmp_path / "wheel" / "fastcache_kernels")
     assert library.manifest["architectures"] == [89]
     assert len(library.variants) == len(list(aot.specifications(CONFIG)))
     cpu_step.Library(tmp_path / "wheel" / "fastcache_kernels")
@@ -335,7 +327,7 @@ def test_parameters_that_are_not_the_kernels_are_refused() -> None:
     table = CONFIG["kernel"][0]
     wrong = table | {"parameters": {"cached": "*fp32"}}
     with pytest.raises(
-        ValueError, match=r"expected the parameters of channel_statistics, cached, scales, .* got cached, BLOCK"
+        ValueError, match=r"expected the parameters of channel_statistics, cached, skip, .* got cached, BLOCK"
     ):
         aot.compile_kernel(next(aot.specifications({"kernel": [wrong]})), 80)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcache_kernels import launch, ops
-from fastcache_kernels.launch import KernelError, Library
+from fastcache_kernels.launch import GpuLibrary, KernelError
 from fastcache_kernels.manifest import MANIFEST, source_hash
 
 WITHOUT_TRITON = """
@@ -25,7 +25,7 @@ assert not {"torch", "numpy"} & set(sys.modules)
 from fastcache_kernels import manifest, aot
 assert not {"torch", "numpy"} & set(sys.modules)
 import torch
-from fastcache_kernels import feature, guidance, launch, norm, ops, reference, values
+from fastcache_kernels import guidance, launch, norm, ops, reference, values
 x = torch.ones(1, 2, 3, 3)
 print(norm.concat_groupnorm_silu(x, x, torch.ones(4), torch.ones(4), 2).sum().item(), *launch.source())
 """
@@ -93,14 +93,13 @@ def test_folders_without_kernels_of_these_sources(manifest: object, expected: st
     if manifest is not None:
         (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(KernelError, match=expected) as caught:
-        Library(tmp_path)
+        GpuLibrary(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there are kernels for the CPU then")
 def test_on_the_cpu_there_is_nothing_to_launch() -> None:
-    assert not launch.can_launch(torch.device("cpu"))
-    assert launch.prepare("quantise", (1, 1, 1), {"feature": torch.zeros(1)}, num_warps=4) is None
+    assert launch.prepare("normalise", (1, 1, 1), {"cached": torch.zeros(1)}, num_warps=4) is None
 
 
 class FirstNorm(nn.Module):

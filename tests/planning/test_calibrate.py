@@ -17,7 +17,7 @@ from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import find_model
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import compile_sampler
-from fastcache.planning.calibrate import GAIN_LAG, Measured, calibrate, calibrate_bundle
+from fastcache.planning.calibrate import GAIN_LAG, MeasuredBatch, calibrate, calibrate_bundle
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.eager import EagerDenoiser
 from fastcache.planning.trajectory import draw_noise
@@ -38,7 +38,7 @@ def unet() -> Any:
 
 
 @pytest.fixture(scope="module")
-def measured(unet: Any, conditioning: dict[str, Tensor]) -> Measured:
+def measured(unet: Any, conditioning: dict[str, Tensor]) -> MeasuredBatch:
     denoiser = EagerDenoiser(unet, conditioning, 2, (8, 8), BRANCHES)
     table = compile_sampler(DDIMScheduler(clip_sample=False), STEPS)
     return calibrate(denoiser, table, [3, 4], guidance_scale=SCALE, guidance=True)
@@ -83,7 +83,7 @@ def rms(x: Tensor) -> float:
 
 @pytest.mark.parametrize("image", [0, 1])
 def test_errors_are_those_of_the_shallow_pass_on_older_features(
-    unet: Any, conditioning: dict[str, Tensor], measured: Measured, image: int
+    unet: Any, conditioning: dict[str, Tensor], measured: MeasuredBatch, image: int
 ) -> None:
     oracle = Oracle(unet, conditioning, image)
     xs = oracle.trajectory()
@@ -100,7 +100,7 @@ def test_errors_are_those_of_the_shallow_pass_on_older_features(
 
 @pytest.mark.parametrize("j", [1, 4, STEPS - 1])
 def test_gains_are_those_of_a_run_with_the_error_put_in(
-    unet: Any, conditioning: dict[str, Tensor], measured: Measured, j: int
+    unet: Any, conditioning: dict[str, Tensor], measured: MeasuredBatch, j: int
 ) -> None:
     oracle = Oracle(unet, conditioning, 1)
     xs, old = oracle.trajectory(), max(0, j - GAIN_LAG)
@@ -112,7 +112,7 @@ def test_gains_are_those_of_a_run_with_the_error_put_in(
 
 @pytest.mark.parametrize("steps", [(0,), (2, STEPS - 1)])
 def test_what_missing_guidance_does_is_seen_in_runs_without_it(
-    unet: Any, conditioning: dict[str, Tensor], measured: Measured, steps: tuple[int, ...]
+    unet: Any, conditioning: dict[str, Tensor], measured: MeasuredBatch, steps: tuple[int, ...]
 ) -> None:
     oracle = Oracle(unet, conditioning, 1)
     xs, moved = oracle.trajectory(), torch.zeros(())
@@ -124,7 +124,7 @@ def test_what_missing_guidance_does_is_seen_in_runs_without_it(
     assert np.sqrt(found) == pytest.approx(rms(moved), rel=1e-2)
 
 
-def test_a_feature_of_the_same_step_is_no_error_and_none_comes_from_later_ones(measured: Measured) -> None:
+def test_a_feature_of_the_same_step_is_no_error_and_none_comes_from_later_ones(measured: MeasuredBatch) -> None:
     same = np.diagonal(measured.errors, axis1=2, axis2=3)
     assert same.max() < 1e-5 < np.nanmax(measured.errors)
     later = np.triu_indices(STEPS, 1)
@@ -134,7 +134,7 @@ def test_a_feature_of_the_same_step_is_no_error_and_none_comes_from_later_ones(m
 
 
 def test_what_is_batched_is_what_is_measured_alone(
-    unet: Any, conditioning: dict[str, Tensor], measured: Measured
+    unet: Any, conditioning: dict[str, Tensor], measured: MeasuredBatch
 ) -> None:
     alone = {name: rows[[1, 3]] for name, rows in conditioning.items()}
     table = compile_sampler(DDIMScheduler(clip_sample=False), STEPS)
@@ -193,12 +193,12 @@ def test_a_bundles_calibration_is_its_models(tiny_bundle: Bundle, tiny_model: Pa
     np.testing.assert_allclose(found.gains, eager.gains, rtol=0.05, atol=1e-3)
 
 
-def calibration(measured: Measured) -> Calibration:
+def calibration(measured: MeasuredBatch) -> Calibration:
     conditions = Conditions("small", "0" * 64, "ddim", STEPS, SCALE, 64, 64)
     return Calibration.of(conditions, BRANCHES, ["a (seed 3)", "b (seed 4)"], [measured])
 
 
-def test_json_keeps_what_was_measured(measured: Measured) -> None:
+def test_json_keeps_what_was_measured(measured: MeasuredBatch) -> None:
     made = calibration(measured)
     read = Calibration.from_json(made.to_json())
     assert (read.conditions, read.branch_ids, read.samples) == (made.conditions, made.branch_ids, made.samples)
@@ -219,7 +219,7 @@ def test_json_keeps_what_was_measured(measured: Measured) -> None:
         ('"noise_rms"', '"rms"', "expected a calibration as fastcache writes it"),
     ],
 )
-def test_json_that_was_changed_is_refused(measured: Measured, old: str, new: str, says: str) -> None:
+def test_json_that_was_changed_is_refused(measured: MeasuredBatch, old: str, new: str, says: str) -> None:
     text = calibration(measured).to_json()
     assert old in text
     with pytest.raises(ValueError, match=says):

@@ -1,4 +1,4 @@
-"""The plans' dynamic programming against all plans there are, the threshold rule, and the local search."""
+"""The plans' dynamic programming against all plans there are, and the threshold rule."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from fastcache.planning.search import (
     Intervals,
     descend,
-    interval_costs,
     interval_moves,
     least_price,
-    local_search,
     moved,
     optimal_intervals,
     optimal_refreshes,
     refresh_moves,
-    threshold_for,
     threshold_refreshes,
 )
 
@@ -93,16 +90,6 @@ def test_intervals_may_take_another_way_or_move() -> None:
     assert set(moves) == {((0, 1), (2, 1)), ((0, 0), (2, 0)), ((0, 0), (1, 1)), ((0, 0), (3, 1))}
 
 
-@given(st.integers(2, 9), st.data())
-def test_interval_costs_are_what_a_plan_of_one_interval_moves(num_steps: int, data: st.DataObject) -> None:
-    errors, couplings = drawn_samples(data.draw(st.integers(0, 2**32)), 3, num_steps)
-    costs = interval_costs(errors, couplings)
-    s, r = sorted(data.draw(st.lists(st.integers(0, num_steps), min_size=2, max_size=2, unique=True)))
-    refreshes = (*range(s + 1), *range(r, num_steps))
-    assert costs[s, r] == pytest.approx(moved(errors, couplings, refreshes).mean())
-    assert np.isinf(costs[r - 1, s])
-
-
 def test_moved_adds_vectors() -> None:
     errors = np.array([[[0, 0, 0, 0], [2.0, 0, 0, 0], [9, 3, 0, 0], [9, 9, 4, 0]]])
     vectors = np.array([[0, 0], [1, 0], [1.0, 0], [0, 1]])
@@ -119,7 +106,8 @@ def test_descending_ends_where_no_move_helps(num_steps: int, data: st.DataObject
     def score(steps: tuple[int, ...]) -> float:
         return float(moved(errors, couplings, steps).sum())
 
-    start = optimal_refreshes(interval_costs(errors, couplings), data.draw(st.integers(1, num_steps)))
+    count = data.draw(st.integers(1, num_steps))
+    start = optimal_refreshes(drawn_costs(data.draw(st.integers(0, 2**32)), 1, num_steps)[0], count)
     found = descend(start, lambda steps: refresh_moves(steps, num_steps), score)
     assert len(found) == len(start)
     assert found[0] == 0
@@ -134,36 +122,12 @@ def test_threshold_adds_up_changes_since_the_last_refresh() -> None:
     assert threshold_refreshes([9, 1, 1, 1], 3) == (0,)
 
 
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=60), st.data())
-def test_a_threshold_is_found_for_a_number_of_refreshes(changes: list[float], data: st.DataObject) -> None:
-    refreshes = data.draw(st.integers(1, len(changes)))
-    count = len(threshold_refreshes(changes, threshold_for(changes, refreshes)))
-    assert count >= refreshes
-    if len(set(changes)) == 1 and refreshes in (1, len(changes)):
-        assert count == refreshes
-
-
-def test_local_search_improves_and_keeps_the_number() -> None:
-    wanted = (0, 4, 5, 17)
-
-    def score(steps: tuple[int, ...]) -> float:
-        return float(sum(abs(a - b) for a, b in zip(steps, wanted, strict=True)))
-
-    assert local_search((0, 10, 12, 14), 20, score, moves=400) == wanted
-    assert local_search((0,), 20, lambda _: 0.0, moves=5) == (0,)
-    assert local_search((0, 1, 2), 3, lambda _: 0.0, moves=5) == (0, 1, 2)
-
-
 @pytest.mark.parametrize("refreshes", [0, 6])
 def test_a_number_of_refreshes_that_no_plan_has(refreshes: int) -> None:
     with pytest.raises(ValueError, match=f"expected 1 to 5 refreshes of 5 steps, got {refreshes}"):
         optimal_refreshes(drawn_costs(0, 1, 5)[0], refreshes)
 
 
-def test_bad_numbers_are_refused() -> None:
-    errors, couplings = drawn_samples(0, 2, 5)
-    errors[1, 3, 1] = np.nan
-    with pytest.raises(ValueError, match="got inf or nan"):
-        interval_costs(errors, couplings)
+def test_a_threshold_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold above 0"):
         threshold_refreshes([1, 1], 0)

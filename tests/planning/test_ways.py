@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from fastcache.loop.plan import CachePlan
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.planning import latency_plan, optimal_plan
-from fastcache.planning.search import interval_costs, moved
-from fastcache.planning.ways import LoopTimes, Way, expected_moves, plan_of, prices, step_errors, way_costs, ways_of
+from fastcache.planning.search import moved
+from fastcache.planning.ways import StepTimes, Way, expected_moves, plan_of, prices, step_errors, way_costs, ways_of
 
-TIMES = LoopTimes(10.0, {0: 1.0, 2: 2.5}, 1, {None: 5.5, 0: 0.6, 2: 1.4})
+TIMES = StepTimes(10.0, {0: 1.0, 2: 2.5}, 1, {None: 5.5, 0: 0.6, 2: 1.4})
 
 
 def drawn_calibration(seed: int, calls: int, branch_ids: tuple[int, ...] = (0, 2)) -> Calibration:
@@ -77,9 +78,10 @@ def test_costs_and_prices_are_those_of_the_plan(seed: int, calls: int, data: st.
 
 def test_one_depth_costs_what_its_refreshes_do() -> None:
     calibration = drawn_calibration(1, 7)
-    errors = calibration.errors[:, 0]
-    wanted, found = interval_costs(errors, calibration.couplings), way_costs(calibration, Way((0,)))
-    np.testing.assert_allclose(found[np.isfinite(wanted)], wanted[np.isfinite(wanted)], atol=1e-12)
+    errors, costs = calibration.errors[:, 0], way_costs(calibration, Way((0,)))
+    for s, r in combinations(range(8), 2):
+        refreshes = (*range(s + 1), *range(r, 7))
+        assert costs[s, r] == pytest.approx(moved(errors, calibration.couplings, refreshes).mean(), abs=1e-12)
     plan = CachePlan.uniform(7, 3)
     np.testing.assert_allclose(
         expected_moves(calibration, plan), moved(errors, calibration.couplings, plan.refresh_steps)

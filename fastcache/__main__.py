@@ -1,0 +1,5 @@
+"""`python -m fastcache`: the command line."""
+
+from fastcache.cli import main
+
+main()
