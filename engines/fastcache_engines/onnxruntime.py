@@ -5,28 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcache_engines import (
-    BackendUnavailable,
-    BuildOptions,
-    DType,
-    LoadOptions,
-    Support,
-    TensorSpec,
-    check_tensors,
-    refuse_targets,
-)
+from fastcache_engines.machine import NO_GPU, BackendUnavailable, device_index, device_kind, gpu, torch_device
 from fastcache_engines.onnx_files import describe, refuse_outside_weights
+from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.registry import refuse_targets
+from fastcache_engines.tensors import TensorSpec, agreed, check_tensors
 
 __all__ = [
-    "DTYPES",
-    "NAME",
-    "SOURCE",
-    "TYPED",
+    "CAPABILITIES",
     "build",
     "check_targets",
     "describe",
@@ -36,10 +27,15 @@ __all__ = [
     "version",
 ]
 
-NAME = "onnxruntime"
-SOURCE: Literal["onnx"] = "onnx"
-TYPED = True
-DTYPES: Mapping[str, tuple[DType, ...]] = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+CAPABILITIES = Capabilities(
+    name="onnxruntime",
+    source="onnx",
+    dtypes={"cpu": ("fp32",), "cuda": ("fp32", "fp16")},
+    concurrent=("cpu",),
+    free_tokens=True,
+    fused_attention=True,
+    layers=True,
+)
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -77,15 +73,15 @@ check_targets = refuse_targets
 
 
 def support(device: str) -> Support:
-    if device == "cuda":
-        return provider_support("CUDAExecutionProvider")
+    if device_kind(device) == "cuda":
+        return provider_support("CUDAExecutionProvider", device)
     try:
         return Support(version(), True, True, "ready, on the CPU in fp32")
     except BackendUnavailable as error:
         return Support(None, False, False, str(error))
 
 
-def provider_support(provider: str) -> Support:
+def provider_support(provider: str, device: str) -> Support:
     """Whether an execution provider for GPUs is in the installed build, and a GPU is there to run it."""
     try:
         found = version()
@@ -93,10 +89,10 @@ def provider_support(provider: str) -> Support:
         return Support(None, False, False, str(error))
     if provider not in library().get_available_providers():
         reason = f"this build of ONNX Runtime has no {provider}; run: pip install 'fastcache[gpu]'"
-    elif not torch.cuda.is_available():
-        reason = "PyTorch finds no CUDA GPU; install an NVIDIA driver and a CUDA build of PyTorch"
+    elif (here := gpu(device)) is None:
+        reason = NO_GPU
     else:
-        return Support(found, True, True, f"ready, on {torch.cuda.get_device_name()}")
+        return Support(found, True, True, f"ready, on {here.name}")
     return Support(found, False, False, reason)
 
 
@@ -110,13 +106,18 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> OnnxRuntimeEngine:
 
     Raises: `BackendUnavailable`; `ValueError` for weights outside the graph's folder or a graph that does not load.
     """
-    if options.device == "cpu":
+    if device_kind(options.device) == "cpu":
         return OnnxRuntimeEngine(path, options, [("CPUExecutionProvider", {})])
-    require(provider_support("CUDAExecutionProvider"))
-    stream = torch.cuda.Stream()
+    require(support(options.device))
+    stream = torch.cuda.Stream(torch_device(options.device))
     # One graph launch replaces a thousand kernel launches.
-    cuda = {"user_compute_stream": str(stream.cuda_stream), "enable_cuda_graph": "1"}
+    cuda = on_gpu(options.device, stream) | {"enable_cuda_graph": "1"}
     return OnnxRuntimeEngine(path, options, [("CUDAExecutionProvider", cuda)], stream)
+
+
+def on_gpu(device: str, stream: torch.cuda.Stream) -> dict[str, str]:
+    """What every provider for GPUs is told: which of several, and the stream that it works in."""
+    return {"device_id": str(device_index(device)), "user_compute_stream": str(stream.cuda_stream)}
 
 
 def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = LoadOptions()) -> dict[str, Tensor]:
@@ -159,19 +160,19 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3
         # Full and shallow are two sessions with a pool each: one's idle threads must not spin while the other runs.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        if options.device == "cuda":
+        self._device, self._stream, self._bindings = torch_device(options.device), stream, 0
+        if self._device.type == "cuda":
             # A node that would run on the CPU would copy back and forth in every step: better to hear of it at once.
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        if (options.device, options.dtype) == ("cpu", "fp16"):
+        if (self._device.type, options.dtype) == ("cpu", "fp16"):
             # A CPU only checks such graphs: SDXL takes 15 GB as it stands, over 18 with its weights widened beforehand.
             settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._device, self._stream, self._bindings = options.device, stream, 0
         try:
             self._session = runtime.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise ValueError(f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}") from error
-        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self.inputs = agreed(path.name, [_spec(value) for value in self._session.get_inputs()], options.inputs)
+        self.outputs = agreed(path.name, [_spec(value) for value in self._session.get_outputs()], options.outputs)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeBinding:
         """Bind by address: the graph reads and writes the tensors themselves."""
@@ -202,18 +203,23 @@ class OnnxRuntimeBinding:
             for spec in specs:
                 tensor = tensors[spec.name]
                 kind = onnx.TensorProto.DataType.Value(_ONNX_NAMES[spec.dtype])
-                bind(spec.name, tensor.device.type, 0, kind, list(tensor.shape), tensor.data_ptr())
+                bind(
+                    spec.name, tensor.device.type, tensor.device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
+                )
         self._options = library().RunOptions()
         if stream is not None:
             self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def capturable(self) -> bool:
+        return False  # on a GPU it replays a graph of its own, and none can be launched into another
 
     def run(self) -> None:
         if self._stream is None:
             self._session.run_with_iobinding(self._binding, self._options)
             return
         # ONNX Runtime takes torch's default stream, 0, for none given, so it has a stream of its own, in order with it.
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         self._session.run_with_iobinding(self._binding, self._options)
         current.wait_stream(self._stream)

@@ -7,28 +7,32 @@ belong to the GPU, the driver and the TensorRT at hand, not to the bundle.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from fastcache_engines import DType, LoadOptions, Support
 from fastcache_engines import onnxruntime as plain
+from fastcache_engines.machine import device_kind, torch_device
+from fastcache_engines.protocol import Capabilities, LoadOptions, Support
+from fastcache_engines.registry import refuse_evaluate, refuse_targets
 
-NAME = "onnxruntime-tensorrt"
-SOURCE: Literal["onnx"] = "onnx"
-TYPED = True
-DTYPES: Mapping[str, tuple[DType, ...]] = {"cuda": ("fp32", "fp16")}
+CAPABILITIES = Capabilities(
+    name="onnxruntime-tensorrt",
+    source="onnx",
+    dtypes={"cuda": ("fp32", "fp16")},
+    free_tokens=True,
+)
 
-version, build, describe, check_targets = plain.version, plain.build, plain.describe, plain.check_targets
+version, build, describe = plain.version, plain.build, plain.describe
+check_targets, evaluate = refuse_targets, refuse_evaluate
 _PROVIDER = "TensorrtExecutionProvider"
 
 
 def support(device: str) -> Support:
-    if device != "cuda":
+    if device_kind(device) != "cuda":
         return Support(None, False, False, "TensorRT runs on NVIDIA GPUs only; use openvino or onnxruntime")
-    return plain.provider_support(_PROVIDER)
+    return plain.provider_support(_PROVIDER, device)
 
 
 def load(path: Path, options: LoadOptions = LoadOptions()) -> plain.OnnxRuntimeEngine:
@@ -37,8 +41,8 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> plain.OnnxRuntimeE
     Raises: `BackendUnavailable`; `ValueError` for weights outside the graph's folder or a graph that does not load.
     """
     plain.require(support(options.device))
-    stream = torch.cuda.Stream()
-    own = {"user_compute_stream": str(stream.cuda_stream)}
+    stream = torch.cuda.Stream(torch_device(options.device))
+    own = plain.on_gpu(options.device, stream)
     return plain.OnnxRuntimeEngine(
         path, options, [(_PROVIDER, _settings(path) | own), ("CUDAExecutionProvider", own)], stream
     )

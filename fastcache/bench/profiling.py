@@ -16,11 +16,10 @@ from torch.nn import functional
 
 import fastcache
 from fastcache.bundle.bundle import Bundle
-from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.cut.partition import partition_unet
-from fastcache_engines import DType
+from fastcache_engines import DType, torch_dtype
 
 OTHER = "other"
 # The first that matches counts. Inductor calls a fused kernel after all that it has taken in, a convolution's bias for
@@ -78,10 +77,10 @@ def profile_eager(
 ) -> dict[str, dict[str, float]]:
     """A full and a shallow call of PyTorch's own modules, by class. `inputs` as in `bench.make_inputs`."""
     unet: Any = model.load_unet()
-    cut = partition_unet(unet.to(device, TORCH_DTYPES[dtype]), branch_id)
-    given = {name: tensor.to(device, TORCH_DTYPES[dtype]) for name, tensor in inputs.items() if name != "latents"}
+    cut = partition_unet(unet.to(device, torch_dtype(dtype)), branch_id)
+    given = {name: tensor.to(device, torch_dtype(dtype)) for name, tensor in inputs.items() if name != "latents"}
     latents = inputs["latents"]
-    rows = latents.repeat(_rows(inputs) // len(latents), 1, 1, 1).to(device, TORCH_DTYPES[dtype])
+    rows = latents.repeat(_rows(inputs) // len(latents), 1, 1, 1).to(device, torch_dtype(dtype))
     given["sample"] = functional.pad(rows, (0, 0, 0, 0, 0, unet.config.in_channels - latents.shape[1]))
     given["timestep"] = torch.full((len(given["sample"]),), 500.0, device=device)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
 from fastcache.errors import BuildError
-from fastcache_engines import TensorSpec
+from fastcache_engines import Program, TensorSpec
 
 OPSET = 20
 _ALIGNMENT_BYTES = 4096  # lets a backend map the weights file page by page
@@ -98,8 +98,6 @@ def export_program(part: Exportable, free: Free = Free(), others: Sequence[tuple
 
     Raises: `BuildError` with the exporter's reason.
     """
-    from fastcache_engines.inductor import Program
-
     program = _program(part)
     sized = others if any(name in part.strides for name in part.inputs) else ()
     further = tuple(_program(_at_size(part, *size)) for size in sized)

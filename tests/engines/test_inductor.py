@@ -20,11 +20,12 @@ from fastcache_engines import (
     BackendUnavailable,
     BuildOptions,
     LoadOptions,
+    Program,
+    Support,
     TensorSpec,
-    _inductor_weights,
     inductor,
 )
-from fastcache_engines.inductor import Program
+from fastcache_engines.inductor import weights as inductor_weights
 from inductor_modules import (
     LABELS,
     MOST,
@@ -233,12 +234,12 @@ def test_constants_of_every_layout_come_back(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3),
         "counts": torch.arange(3),
     }
-    store = _inductor_weights.Store()
+    store = inductor_weights.Store()
     places = store.add("role", constants)
-    package = _inductor_weights.Package("", "cpu", "", {}, None, None, (), (), (), places)
+    package = inductor_weights.Package("", "cpu", "", {}, None, None, (), (), (), places)
     store.write(tmp_path / WEIGHTS, {"role": package})
-    assert _inductor_weights.find_package(tmp_path / "role.pt2") == (package, tmp_path / WEIGHTS)
-    weights = _inductor_weights.load_weights(tmp_path / WEIGHTS, "cpu")
+    assert inductor_weights.find_package(tmp_path / "role.pt2") == (package, tmp_path / WEIGHTS)
+    weights = inductor_weights.load_weights(tmp_path / WEIGHTS, torch.device("cpu"))
     found = weights.constants(package)
     for name, tensor in constants.items():
         assert torch.equal(found[name], tensor), name
@@ -364,9 +365,7 @@ def test_a_package_that_lacks_a_constant(copy: Path) -> None:
 
 
 def test_support_on_the_cpu() -> None:
-    assert inductor.support("cpu") == inductor.Support(
-        torch.__version__, True, True, "ready, on the CPU in fp32 and bf16"
-    )
+    assert inductor.support("cpu") == Support(torch.__version__, True, True, "ready, on the CPU in fp32 and bf16")
 
 
 def test_without_a_compiler_it_runs_but_does_not_build(folder: Path, tmp_path: Path) -> None:
