@@ -6,7 +6,7 @@ Knows processors and GPUs; knows nothing about engines.
 from __future__ import annotations
 
 import platform
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -89,8 +89,8 @@ def fast_bf16() -> bool:
 def ieee_float32() -> Generator[None]:
     """Within this torch's float32 on a GPU is IEEE's; cuDNN's own default is TF32, whose error is 1e-3.
 
-    The old switches are written, which set the new ones as well; to write only these makes reading the old ones an
-    error, and Inductor reads them. What was there before comes back.
+    The old switches are written with the new ones: reading them is an error where they differ, and Inductor does read
+    them. What was there before comes back.
     """
     import torch
 
@@ -98,11 +98,14 @@ def ieee_float32() -> Generator[None]:
     cudnn: Any = torch.backends.cudnn
     switches: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, cuda)
     before = [switch.fp32_precision for switch in switches]
-    cudnn.allow_tf32 = cuda.allow_tf32 = False
+
+    def write(precisions: Sequence[str]) -> None:
+        cudnn.allow_tf32, cuda.allow_tf32 = precisions[0] == "tf32", precisions[2] == "tf32"
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.fp32_precision = precision
+
+    write(["ieee"] * 3)
     try:
         yield
     finally:
-        cudnn.allow_tf32, cuda.allow_tf32 = (precision == "tf32" for precision in before[::2])
-        for switch, precision in zip(switches, before, strict=True):
-            if switch.fp32_precision != precision:
-                switch.fp32_precision = precision
+        write(before)

@@ -46,7 +46,7 @@ def support(device: str) -> Support:
     try:
         reason = compiler.missing(kind)
     except BackendUnavailable as error:
-        return Support(version(), False, False, str(error))
+        reason = str(error)
     if reason is not None:
         return Support(version(), False, True, reason)
     return Support(version(), True, True, f"ready, on {here.name if here else 'the CPU in fp32 and bf16'}")
