@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
+from fastcache.compile.fold import fold_shapes
 from fastcache.errors import BuildError
 from fastcache_engines import Program, TensorSpec
 
@@ -178,6 +179,7 @@ def export(
         raise BuildError(f"cannot export the {part.role} graph: {cause}") from error
     if program is None:
         raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
+    fold_shapes(program.model)
     graph = program.model.graph
     names = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
     if names != (list(part.inputs), list(part.outputs)):

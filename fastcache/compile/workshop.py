@@ -56,6 +56,8 @@ class Workshop:
         self.backend = fastcache_engines.backend(self.recipe.backend)
         self.can = self.backend.CAPABILITIES
         self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
+        if not self.runs_here and self.dtype != "bf16":
+            fastcache_engines.backend(fastcache_engines.REFERENCE).version()  # checks the graphs, so has to be there
         self.parity: Parity | None = None
 
     def make_unet(self, unet: UNet2DConditionModel | UNet2DModel) -> int:

@@ -371,8 +371,8 @@ def test_support_on_the_cpu() -> None:
 
 def test_a_torch_that_has_another_loader(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rf"^expected torch 2\.13, .* got {re.escape(torch.__version__)}, which has no torch\._C\._aoti\."
-    with monkeypatch.context() as patch, pytest.raises(BackendUnavailable, match=expected):
-        patch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda path: None)  # of other arguments
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda path: None)  # of other arguments
+    with pytest.raises(BackendUnavailable, match=expected):
         inductor.load(copy / "first.pt2")
     monkeypatch.delattr(torch._C._aoti, "AOTIModelPackageLoader")
     with pytest.raises(BackendUnavailable, match=expected):

@@ -89,7 +89,7 @@ def test_every_backend_declares_itself(name: str) -> None:
     can = module.CAPABILITIES
     assert can.name == name
     assert set(can.concurrent) <= set(can.dtypes) <= {"cpu", "cuda"}
-    assert all("fp32" in dtypes for dtypes in can.dtypes.values())
+    assert all(can.dtypes.values())
     assert can.computes("cuda:1") == can.computes("cuda")
     with pytest.raises(dataclasses.FrozenInstanceError):
         can.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
