@@ -172,9 +172,11 @@ def require(found: Support) -> None:
 
 
 # What computes the sizes of tensors: the CUDA provider leaves it to the CPU on purpose, where sizes are.
-_OF_SIZES = {"Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity"}
-_OF_SIZES |= {"Max", "Min", "Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub"}
-_OF_SIZES |= {"Unsqueeze", "Where"}
+_OF_SIZES = {
+    *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max"),
+    *("Min", "Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze"),
+    "Where",
+}
 
 
 def refuse_cpu_work(name: str, assigned: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ tensors once and then runs as often as it likes; the engine reads and writes tho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -47,6 +47,11 @@ class Capabilities:
     kernels: bool = False
     fused_attention: bool = False
     layers: bool = False
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Those that are on, of all that are on or off."""
+        return tuple(one.name for one in fields(self) if getattr(self, one.name) is True)
 
     def computes(self, device: str) -> tuple[DType, ...]:
         """The dtypes of a device; none of one that it does not run on."""

@@ -117,7 +117,7 @@ def _constant(model: ir.Model, target: tuple[int, ...], constants: dict[tuple[in
     if target not in constants:
         name = f"shape_{'x'.join(map(str, target))}"
         tensor = ir.tensor(np.array(target, np.int64), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape([len(target)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.register_initializer(value)
         constants[target] = value
     return constants[target]

@@ -48,6 +48,7 @@ def _backend(name: str, device: Device) -> dict[str, Any]:
         "can_run": found.can_run,
         "version": found.version,
         "dtypes": list(backend.CAPABILITIES.dtypes[device]),
+        "can": list(backend.CAPABILITIES.named),
         "reason": found.reason,
     }
 

@@ -23,7 +23,7 @@ from fastcache.compile import worker
 from fastcache.compile.builder import resolve
 from fastcache.health.doctor import examine
 from fastcache.health.verify import verify_bundle
-from fastcache.serve.engine.streams import load_streams
+from fastcache.loop.streams import load_streams
 from fastcache_engines import BACKENDS, BackendUnavailable, Capabilities, TensorSpec
 from fastcache_engines.tensors import agreed
 
@@ -60,7 +60,7 @@ def test_a_new_backend_is_a_file_and_a_line(small_bundle: fastcache.Bundle, tiny
     torch.testing.assert_close(torch.as_tensor(drawn), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert load_streams(small_bundle, threads=2) is not None
     (row,) = (row for row in examine()["backends"] if row["name"] == "small")
-    assert (row["device"], row["dtypes"], row["can_run"]) == ("cpu", ["fp32", "bf16"], True)
+    assert (row["device"], row["dtypes"], row["can_run"], row["can"]) == ("cpu", ["fp32", "bf16"], True, ["typed"])
     assert {"engine:small", "engine:small:fp32"} & {arm.name for arm in line_up(None, Defaults(), "cpu").arms}
 
 
@@ -99,9 +99,12 @@ def test_every_backend_declares_itself(name: str) -> None:
 
 
 def test_capabilities_are_off_unless_a_backend_says_so() -> None:
-    named = {"name", "source", "dtypes", "typed", "concurrent"}
     can = Capabilities(name="some", source="onnx", dtypes={"cpu": ("fp32",)})
-    assert not any(getattr(can, field.name) for field in dataclasses.fields(can) if field.name not in named)
+    assert (can.named, can.concurrent) == (("typed",), ())
+    switches = {field.name for field in dataclasses.fields(can) if field.type == "bool"}
+    assert dataclasses.replace(can, **dict.fromkeys(switches, True)).named == tuple(
+        field.name for field in dataclasses.fields(can) if field.name in switches
+    )
     assert can.computes("cuda") == ()
 
 
