@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) scikit-build-core
-	$(PIP) --no-build-isolation -e '.[bench,openvino,ray,serve,tensorrt-rtx,test]'
+	$(PIP) --no-build-isolation -e '.[bench,cpu,openvino,ray,serve,tensorrt-rtx,test]'
 	touch $@
 
 # build/ may hold trained weights: only what this Makefile and .ci/run made goes.

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastcache_engines import inductor
-from fastcache_engines.inductor import Program
+from fastcache_engines import Program
+from fastcache_engines.inductor.engine import InductorEngine
 
 SIZE, LABELS, MOST = 8, 5, 16
 WEIGHTS = "first.weights.safetensors"
@@ -87,7 +87,7 @@ def pair(module: First, dtype: torch.dtype = torch.float32) -> dict[str, Program
     }
 
 
-def empty_outputs(engine: inductor.InductorEngine, batch: int, device: str = "cpu") -> TENSORS:
+def empty_outputs(engine: InductorEngine, batch: int, device: str = "cpu") -> TENSORS:
     return {
         spec.name: torch.full((batch, *spec.shape[1:]), torch.nan, dtype=getattr(torch, spec.dtype), device=device)
         for spec in engine.outputs
@@ -109,7 +109,7 @@ def rewrite_package(file: Path, change: Callable[[dict[str, Any]], Any]) -> None
     save_file(tensors, file, metadata | {"first": json.dumps(package)})
 
 
-def constants_of(engine: inductor.InductorEngine) -> TENSORS:
+def constants_of(engine: InductorEngine) -> TENSORS:
     """The constants that an engine's first package reads, in its memory."""
     loaded = next(iter(engine._loaded.values()))
     return loaded.weights.constants(loaded.package)

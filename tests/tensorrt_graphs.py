@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from fastcache.compile import export, passes
 from fastcache_engines import BuildOptions, tensorrt_rtx
-from fastcache_engines._tensorrt import facts_path
+from fastcache_engines.tensorrt.library import facts_path
 from small_unets import small_unet
 
 WIDTH = 64

@@ -99,11 +99,11 @@ def build_engine(name: str, part: export.Exportable, folder: Path) -> Path:
     """One engine in a folder of its own, as a build makes it."""
     folder.mkdir()
     backend = fastcache_engines.backend(name)
-    if backend.SOURCE == "program":
+    if backend.CAPABILITIES.source == "program":
         graph: Any = export.export_program(part)[0]
     else:
         graph = folder / f"{part.role}.onnx"
-        exported, _ = export.export(part, graph_passes.translations(name, "fp32"))
+        exported, _ = export.export(part, graph_passes.translations(backend.CAPABILITIES, "fp32"))
         export.save_graphs([(graph.name, exported)], folder, "weights")
     return folder / backend.build({part.role: graph}, folder, BuildOptions(rows=(1, 2, 2)))[part.role]
 

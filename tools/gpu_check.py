@@ -28,7 +28,7 @@ import fastcache_engines
 from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
 from fastcache.bench.bench import document, run_bench
 from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_table
-from fastcache.bench.lineup import CAPTURED, Lineup, build_bundles, line_up_arms
+from fastcache.bench.lineup import Lineup, build_bundles, line_up_arms
 from fastcache.bench.machine import environment, gpus, load_average
 from fastcache.console import figure, print_table
 from fastcache.files import write_whole
@@ -213,7 +213,7 @@ def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]
         common = Task("bench", model, SIZES[model], steps=steps, repeats=repeats)
         pieces.append(bench_piece("torch", common, [("deepcache:fp16", n, 0) for n in INTERVALS]))
         for name in backends:
-            for graph in ("", "+graph") if name in CAPTURED else ("",):
+            for graph in ("", "+graph") if fastcache_engines.backend(name).CAPABILITIES.captured else ("",):
                 cached = [(f"engine+cache{graph}:{name}:fp16", n, 0) for n in INTERVALS]
                 arms = [(f"engine{graph}:{name}:fp16", 1, 0), *cached]
                 pieces.append(bench_piece(f"{name}{graph}", common, arms))

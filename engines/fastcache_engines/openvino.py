@@ -19,30 +19,19 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from fastcache_engines import (
-    BackendUnavailable,
-    BuildOptions,
-    DType,
-    LoadOptions,
-    Support,
-    TensorSpec,
-    check_tensors,
-    fast_bf16,
-    free_size,
-    refuse_targets,
-)
+from fastcache_engines.machine import BackendUnavailable, device_kind, fast_bf16
 from fastcache_engines.onnx_files import describe, refuse_outside_weights
+from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.registry import refuse_targets
+from fastcache_engines.tensors import TensorSpec, agreed, check_tensors, free_size
 
 __all__ = [
-    "DTYPES",
-    "NAME",
-    "SOURCE",
-    "TYPED",
+    "CAPABILITIES",
     "build",
     "check_targets",
     "describe",
@@ -52,10 +41,15 @@ __all__ = [
     "version",
 ]
 
-NAME = "openvino"
-SOURCE: Literal["onnx"] = "onnx"
-TYPED = False  # OpenVINO lowers a float32 graph itself, and knows what must stay in float32
-DTYPES: Mapping[str, tuple[DType, ...]] = {"cpu": ("fp32", "bf16")}
+CAPABILITIES = Capabilities(
+    name="openvino",
+    source="onnx",
+    dtypes={"cpu": ("fp32", "bf16")},
+    typed=False,  # OpenVINO lowers a float32 graph itself, and knows what must stay in float32
+    concurrent=("cpu",),
+    free_tokens=True,
+    layers=True,
+)
 
 _OWN_BYTES = 256 << 20  # of weights, in compilations for shapes after the first
 
@@ -96,7 +90,7 @@ def support(device: str) -> Support:
         found = version()
     except BackendUnavailable as error:
         return Support(None, False, False, str(error))
-    if device != "cpu":
+    if device_kind(device) != "cpu":
         return Support(found, False, False, "OpenVINO runs on CPUs here; use tensorrt, inductor or onnxruntime")
     speed = "bf16 at the processor's own speed" if fast_bf16() else "bf16 without the processor's help (slow)"
     return Support(found, True, True, f"ready, on the CPU in fp32, and {speed}")
@@ -145,8 +139,8 @@ class OpenVinoEngine:
         }
         with self._loading():
             self._graph = self._core.read_model(path)
-        self.inputs = tuple(_spec(port) for port in self._graph.inputs)
-        self.outputs = tuple(_spec(port) for port in self._graph.outputs)
+        self.inputs = agreed(path.name, [_spec(port) for port in self._graph.inputs], options.inputs)
+        self.outputs = agreed(path.name, [_spec(port) for port in self._graph.outputs], options.outputs)
         constants = (op for op in self._graph.get_ops() if op.get_type_name() == "Constant")
         self._weights_bytes: int = sum(op.get_byte_size() for op in constants)
         self._own: dict[_Shapes, Any] = {}
@@ -195,6 +189,9 @@ class OpenVinoBinding:
         self._request, self._tensors = request, tensors
         for name, tensor in tensors:
             request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+
+    def capturable(self) -> bool:
+        return False
 
     def run(self) -> None:
         self._request.infer(share_outputs=True)  # else it copies every output into a new array

@@ -16,46 +16,50 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fastcache_engines import BackendUnavailable, BuildOptions, DType, LoadOptions, Support
-from fastcache_engines._tensorrt import (
+from fastcache_engines.machine import BackendUnavailable, Gpu, device_kind, gpu
+from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.registry import refuse_evaluate
+from fastcache_engines.tensorrt.builder import build_engines
+from fastcache_engines.tensorrt.library import (
     CPU,
     EngineFacts,
-    Gpu,
     Package,
     Validity,
     cache_path,
     describe_engine,
-    gpu,
     log_of,
     read_cache,
     require_valid,
     write_cache,
 )
-from fastcache_engines._tensorrt_build import build_engines
-from fastcache_engines._tensorrt_run import TensorRTEngine
+from fastcache_engines.tensorrt.run import TensorRTEngine
 
-NAME = "tensorrt-rtx"
-SOURCE: Literal["onnx"] = "onnx"
-TYPED = True
-DTYPES: Mapping[str, tuple[DType, ...]] = {"cuda": ("fp32", "fp16", "bf16")}
+CAPABILITIES = Capabilities(
+    name="tensorrt-rtx",
+    source="onnx",
+    dtypes={"cuda": ("fp32", "fp16", "bf16")},
+    targets=True,
+    captured=True,
+    free_tokens=True,
+)
 
-_PACKAGE = Package(NAME, "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
+_PACKAGE = Package(CAPABILITIES.name, "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
 _TURING = "7.5"
 
-version = _PACKAGE.version
+version, evaluate = _PACKAGE.version, refuse_evaluate
 
 
 def support(device: str) -> Support:
     """What can be done here. Never raises."""
-    if device != "cuda":
+    if device_kind(device) != "cuda":
         return CPU
     try:
         found, known = version(), list(_capabilities())
     except BackendUnavailable as error:
         return Support(None, False, False, str(error))
-    here = gpu()
+    here = gpu(device)
     if here is None:
         needed = "running them needs one, and PyTorch finds none"
         return Support(found, True, False, f"builds engines for GPUs of compute capability {_or(known)}; {needed}")
@@ -79,7 +83,7 @@ def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> di
 
     Raises: `BackendUnavailable`; `ValueError` for a GPU that is not RTX, or a graph that does not build.
     """
-    targets = _targets(options.compute_capability)
+    targets = _targets(options.compute_capability, options.device)
     compute_capabilities = targets or [known for known in _capabilities() if known != _TURING]
     return build_engines(_PACKAGE, graphs, folder, options, compute_capabilities, partial(_configured, targets))
 
@@ -89,12 +93,13 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> TensorRTEngine:
 
     Raises: `BackendUnavailable`; `ValueError` for a file that is damaged, or of another version or GPU.
     """
-    facts, here = describe(path), gpu()
+    facts, here = describe(path), gpu(options.device)
     require_valid(facts, path)
     _PACKAGE.require(options.device)
-    if here is None or not support("cuda").can_run:
-        raise BackendUnavailable(support("cuda").reason)
-    kernels = cache_path(NAME, facts.version, here.name, facts.sha256)
+    found = support(options.device)
+    if here is None or not found.can_run:
+        raise BackendUnavailable(found.reason)
+    kernels = cache_path(CAPABILITIES.name, facts.version, here.name, facts.sha256)
     return TensorRTEngine(_PACKAGE, path, options, partial(_JitContexts, kernels))
 
 
@@ -126,10 +131,10 @@ def _capabilities() -> dict[str, Any]:
     return {f"{int(sm) // 10}.{int(sm) % 10}": sm for name, sm in members.items() if name.startswith("SM")}
 
 
-def _targets(asked: Sequence[str]) -> list[str]:
+def _targets(asked: Sequence[str], device: str) -> list[str]:
     """The compute capabilities to build for; none is the library's own choice."""
     check_targets(asked)
-    known, here = _capabilities(), gpu()
+    known, here = _capabilities(), gpu(device)
     if asked or here is None:
         return list(dict.fromkeys(asked))
     if here.compute_capability not in known:

@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from fastcache.bench.machine import environment, gpus
 from fastcache.bench.work import empty_unet, geometry
-from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable
-from fastcache_engines import DType
+from fastcache_engines import DType, torch_dtype
 from fastcache_kernels import launch, norm, reference
 from fastcache_kernels.guidance import GuidanceStep
 from fastcache_kernels.values import step_tables
@@ -226,7 +225,7 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 def _concat_norm(shape: Shape, cached_channels: int, num_groups: int, dtype: DType, device: str) -> Case:
     """The norm of the plain cut, with the concat that the shortcut takes."""
-    out, joined = (torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device) for _ in range(2))
+    out, joined = (torch.empty(shape, dtype=torch_dtype(dtype), device=device) for _ in range(2))
     cached, skip = (half.contiguous() for half in _random(out).tensor_split([cached_channels], 1))
     weight, bias = (_random(out[0, :, 0, 0]) for _ in range(2))
     bound = norm.bind(cached, skip, weight, bias, num_groups, out=out, joined=joined)
@@ -244,7 +243,7 @@ def _concat_norm(shape: Shape, cached_channels: int, num_groups: int, dtype: DTy
 
 def _norm(shape: Shape, num_groups: int, dtype: DType, device: str) -> Case:
     """What is left of that norm in the projected cut: the skip connection's half."""
-    out = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
+    out = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
     x, weight, bias = _random(out), _random(out[0, :, 0, 0]), _random(out[0, :, 0, 0])
     bound = norm.bind(out[:, :0].contiguous(), x, weight, bias, num_groups, out=out)
 
@@ -260,7 +259,7 @@ def _norm(shape: Shape, num_groups: int, dtype: DType, device: str) -> Case:
 
 def _guidance(batch: int, side: int, dtype: DType, device: str) -> Case:
     """A step of a sampler that looks back one call, as DPM++ 2M does, under guidance."""
-    scale, model_input = 7.5, torch.empty(2 * batch, 4, side, side, dtype=TORCH_DTYPES[dtype], device=device)
+    scale, model_input = 7.5, torch.empty(2 * batch, 4, side, side, dtype=torch_dtype(dtype), device=device)
     noise_pred, timestep = _random(model_input), torch.empty(2 * batch, device=device)
     ring = _random(torch.empty(2, 3, batch, 4, side, side, device=device))
     later = [0.1, 0.05, 0.0, 0.8, -0.3, 0.0]

@@ -26,7 +26,6 @@ from fastcache.errors import BackendUnavailable, BuildError
 from fastcache_engines import BACKENDS, DType
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
-CAPTURED = ("tensorrt", "tensorrt-rtx", "inductor")  # backends whose engines a CUDA graph can hold
 BundleKey = tuple[str, DType, int]
 
 
@@ -226,12 +225,13 @@ def _further(defaults: Defaults, device: str) -> Iterable[Arm]:
     yield from (parse_arm(f"{kind}:{dtype}", defaults) for kind in ("eager", "deepcache") for dtype in dtypes)
     for name in BACKENDS:
         module = fastcache_engines.backend(name)
+        can = module.CAPABILITIES
         found = module.support(device)
         if not (found.can_build and found.can_run):
             yield parse_arm(f"engine:{name}", defaults)
             continue
-        kinds = ["engine", "engine+cache"] + ["engine+cache+graph"] * (device == "cuda" and name in CAPTURED)
-        for dtype in (dtype for dtype in dtypes if dtype in module.DTYPES.get(device, ())):
+        kinds = ["engine", "engine+cache"] + ["engine+cache+graph"] * (device == "cuda" and can.captured)
+        for dtype in (dtype for dtype in dtypes if dtype in can.computes(device)):
             yield from (parse_arm(f"{kind}:{name}:{dtype}", defaults) for kind in kinds)
 
 
@@ -247,7 +247,7 @@ def _obstacle(arm: Arm, device: str) -> str | None:
         except BackendUnavailable as error:
             return str(error)
     module = fastcache_engines.backend(arm.backend)
-    found, dtypes = module.support(device), module.DTYPES.get(device, ())
+    found, dtypes = module.support(device), module.CAPABILITIES.computes(device)
     if not (found.can_build and found.can_run):
         return found.reason
     if arm.dtype not in dtypes:

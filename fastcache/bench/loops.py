@@ -26,12 +26,11 @@ import fastcache
 from fastcache.bench.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
 from fastcache.bench.plain import PlainPipeline
 from fastcache.bundle.recipe import Size
-from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.compile.models import find_model
 from fastcache.compile.sources import load
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.controls import ControlArguments
-from fastcache_engines import Binding, DType, Engine
+from fastcache_engines import Binding, DType, Engine, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class TorchArms:
     """
 
     def __init__(self, task: Task) -> None:
-        self.settings, device, dtype = task.settings, task.settings.device, TORCH_DTYPES[task.dtype]
+        self.settings, device, dtype = task.settings, task.settings.device, torch_dtype(task.dtype)
         self.inputs = {name: tensor.to(device, dtype) for name, tensor in task.inputs.items()}
         model = find_model(self.settings.model, random_weights=self.settings.random_weights)
         unet: Any = model.load_unet()
@@ -268,6 +267,9 @@ class _TimedBinding:
         self._clock.mark()
         self._binding.run()
         self._clock.mark()
+
+    def capturable(self) -> bool:
+        return False  # a graph has no times of its calls
 
 
 class CallClock:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastcache.bundle.recipe import Component, ControlKind, Device, DType, Profile, Recipe, Size
-from fastcache_engines import TensorSpec
+from fastcache.bundle.recipe import Component, ControlKind, Profile, Recipe, Size
+from fastcache_engines import Device, DType, TensorSpec
 
 SCHEMA = "fastcache.bundle/4"
 

@@ -15,12 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Parity
-from fastcache.bundle.recipe import DType
-from fastcache_engines import Backend, Engine, LoadOptions
-
-# The largest error of one U-Net call. Eight bits of mantissa through some hundred layers leave 2 to 5% of bfloat16 in
-# single values, on random weights; pictures agree far better than that (README).
-TOLERANCE: dict[DType, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+from fastcache_engines import TOLERANCE, Backend, DType, Engine, LoadOptions
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -90,7 +85,7 @@ def measure_parity(
             tensors[name].copy_(value)
         errors.append(worst(run(backend.load(path, options)), of_full))
     return Parity(
-        measured_on=backend.NAME,
+        measured_on=backend.CAPABILITIES.name,
         full_vs_model=worst(of_full, expected),
         shallow_vs_full=max(errors),
         tolerance=TOLERANCE[options.dtype],

@@ -10,15 +10,31 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-Backend = Literal["auto", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"]
-Device = Literal["cpu", "cuda"]
+from fastcache_engines import BACKENDS, Device, DType
+
 CutKind = Literal["auto", "plain", "projected"]
-DType = Literal["fp32", "fp16", "bf16"]
 Component = Literal["unet", "vae", "text"]
 ControlKind = Literal["controlnet", "t2i_adapter", "ip_adapter"]  # networks beside the U-Net that a picture steers
 
+
+def _known(backend: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"expected auto or a backend out of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+Backend = Annotated[str, AfterValidator(_known)]
 _PACKAGE = Path(__file__).parents[1]
 # A wheel carries the recipes inside the package; a checkout, installed as editable or not, has them beside it.
 _RECIPES = next(

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
@@ -28,9 +28,10 @@ from filelock import FileLock
 import fastcache
 import fastcache_engines
 from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
-from fastcache.bundle.recipe import Component, Device, Recipe, recipe_from
+from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
+from fastcache_engines import Device
 
 Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
@@ -76,14 +77,16 @@ def resolve(recipe: Recipe) -> Job:
             f"expected components of {recipe.model} ({', '.join(model.components)}), got {', '.join(missing)}"
         )
     name, device, reason = _settle_backend(recipe)
+    backend = fastcache_engines.backend(name)
     if recipe.compute_capability:
-        fastcache_engines.backend(name).check_targets(recipe.compute_capability)
-    if recipe.max_tokens and fastcache_engines.backend(name).SOURCE == "program":
+        backend.check_targets(recipe.compute_capability)
+    if recipe.max_tokens and not backend.CAPABILITIES.free_tokens:
         raise BackendUnavailable(
             f"expected a backend whose engines serve several prompt lengths, got {name}; leave max_tokens out"
         )
-    if recipe.kernels and fastcache_engines.backend(name).SOURCE != "program":
-        raise BackendUnavailable(f"expected a backend whose graphs can hold kernels (inductor), got {name}")
+    if recipe.kernels and not backend.CAPABILITIES.kernels:
+        holding = fastcache_engines.backends_with("kernels")
+        raise BackendUnavailable(f"expected a backend whose graphs can hold kernels ({holding}), got {name}")
     settled = recipe.model_copy(update={"backend": name, "device": device, "components": components})
     versions = {
         "fastcache": fastcache.__version__,
@@ -91,7 +94,7 @@ def resolve(recipe: Recipe) -> Job:
         "diffusers": diffusers.__version__,
     }
     if not recipe.onnx_only:  # graphs need no library, and are for whatever version builds engines from them
-        versions[name] = fastcache_engines.backend(name).version()
+        versions[name] = backend.version()
     return Job(settled, model, versions, _target(settled, device), reason)
 
 
@@ -106,20 +109,21 @@ def _settle_backend(recipe: Recipe) -> tuple[str, Device, str]:
         name, reason = fastcache_engines.choose(device, recipe.dtype)
         return name, device, reason
     backend = fastcache_engines.backend(recipe.backend)
-    devices = cast("tuple[Device, ...]", tuple(backend.DTYPES))
+    can = backend.CAPABILITIES
+    devices = tuple(can.dtypes)
     device = recipe.device or (here if here in devices else devices[0])
-    dtypes = backend.DTYPES.get(device)
+    dtypes = can.dtypes.get(device)
     if dtypes is None:
-        raise BackendUnavailable(f"expected device {' or '.join(devices)}, which {backend.NAME} runs on, got {device}")
+        raise BackendUnavailable(f"expected device {' or '.join(devices)}, which {can.name} runs on, got {device}")
     if recipe.dtype not in dtypes:
         raise BackendUnavailable(
-            f"expected dtype {' or '.join(dtypes)}, which {backend.NAME} has on a {device.upper()}, got {recipe.dtype}"
+            f"expected dtype {' or '.join(dtypes)}, which {can.name} has on a {device.upper()}, got {recipe.dtype}"
         )
     found = backend.support(device)
     if not (found.can_build or recipe.onnx_only):
         raise BackendUnavailable(found.reason)
-    if recipe.onnx_only and backend.SOURCE != "onnx":
-        raise BackendUnavailable(f"expected a backend that builds from ONNX for --onnx-only, got {backend.NAME}")
+    if recipe.onnx_only and can.source != "onnx":
+        raise BackendUnavailable(f"expected a backend that builds from ONNX for --onnx-only, got {can.name}")
     return recipe.backend, device, "as asked for"
 
 

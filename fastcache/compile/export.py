@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
+from fastcache.compile.fold import fold_shapes
 from fastcache.errors import BuildError
-from fastcache_engines import TensorSpec
+from fastcache_engines import Program, TensorSpec
 
 OPSET = 20
 _ALIGNMENT_BYTES = 4096  # lets a backend map the weights file page by page
@@ -98,8 +99,6 @@ def export_program(part: Exportable, free: Free = Free(), others: Sequence[tuple
 
     Raises: `BuildError` with the exporter's reason.
     """
-    from fastcache_engines.inductor import Program
-
     program = _program(part)
     sized = others if any(name in part.strides for name in part.inputs) else ()
     further = tuple(_program(_at_size(part, *size)) for size in sized)
@@ -180,6 +179,7 @@ def export(
         raise BuildError(f"cannot export the {part.role} graph: {cause}") from error
     if program is None:
         raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
+    fold_shapes(program.model)
     graph = program.model.graph
     names = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
     if names != (list(part.inputs), list(part.outputs)):

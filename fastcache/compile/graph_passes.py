@@ -13,8 +13,8 @@ import torch
 from onnxscript import opset20
 from onnxscript.values import Op, Opset
 
-from fastcache.bundle.recipe import DType
 from fastcache.errors import BuildError
+from fastcache_engines import Capabilities, DType
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -98,7 +98,7 @@ def _float32(op: Any, value: Any) -> Any:
 NORMS_IN_FLOAT32: Translations = {torch.ops.aten.group_norm.default: group_norm_in_float32}
 
 
-def translations(backend: str, dtype: DType) -> Translations:
-    """What a backend's graphs are exported with, for a graph of the dtype's own types."""
-    attention = FUSED_ATTENTION if backend == "onnxruntime" else {}
-    return {**attention, **(NORMS_IN_FLOAT32 if dtype != "fp32" else {})}
+def translations(backend: Capabilities, dtype: DType) -> Translations:
+    """What a backend's graphs of a dtype are exported with."""
+    attention = FUSED_ATTENTION if backend.fused_attention else {}
+    return {**attention, **(NORMS_IN_FLOAT32 if backend.typed and dtype != "fp32" else {})}

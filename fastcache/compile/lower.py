@@ -14,11 +14,9 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcache.bundle.recipe import DType
 from fastcache.cut.fused import fuse_first_norm
 from fastcache.cut.partition import Cut
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from fastcache_engines import DType, torch_dtype
 
 
 def lower(cut: Cut, dtype: DType) -> None:
@@ -28,7 +26,7 @@ def lower(cut: Cut, dtype: DType) -> None:
     """
     for unet in (cut.full, cut.shallow):
         for name, part in unet.named_children():
-            part.to(torch.float32 if name == "embeddings" else TORCH_DTYPES[dtype])
+            part.to(torch.float32 if name == "embeddings" else torch_dtype(dtype))
 
 
 def prepare(cuts: Iterable[Cut], dtype: DType | None, kernels: bool = False) -> None:

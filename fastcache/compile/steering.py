@@ -14,10 +14,9 @@ import torch
 from diffusers import MultiControlNetModel
 from torch import nn
 
-from fastcache.bundle.recipe import DType
 from fastcache.compile.export import Exportable, Inputs
-from fastcache.compile.lower import TORCH_DTYPES
 from fastcache.cut.controlnet import partition_controlnet
+from fastcache_engines import DType, torch_dtype
 
 EMBEDDING = "controlnet_embedding"  # of several ControlNets the first's, the others numbered from 2
 CONDITIONING_SCALE = "conditioning_scale"
@@ -119,4 +118,4 @@ class Controls:
     def lower(self, dtype: DType) -> None:
         """Bring what joins the passes to a dtype; IP-Adapter's layers are the U-Net's."""
         if self.controlnet is not None:
-            nn.Module.to(self.controlnet, TORCH_DTYPES[dtype])
+            nn.Module.to(self.controlnet, torch_dtype(dtype))

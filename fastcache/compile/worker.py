@@ -23,7 +23,7 @@ import fastcache_engines
 from fastcache.bundle.bundle import seal
 from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Recipe
-from fastcache.compile import describe, lower
+from fastcache.compile import describe
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
@@ -41,8 +41,8 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     start = time.monotonic()
     recipe, model, wanted = job.recipe, job.model, job.recipe.components or ()
     say(f"loading {model.name}")
-    typed = fastcache_engines.backend(recipe.backend).TYPED
-    unet = model.load_unet(lower.TORCH_DTYPES[recipe.dtype if typed else "fp32"])
+    typed = fastcache_engines.backend(recipe.backend).CAPABILITIES.typed
+    unet = model.load_unet(fastcache_engines.torch_dtype(recipe.dtype if typed else "fp32"))
     info = describe.describe(model, unet)
     shapes = describe.shapes(unet, recipe, info)
     _require_space(folder, state_bytes(unet))

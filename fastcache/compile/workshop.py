@@ -21,7 +21,6 @@ import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
 from fastcache.bundle.parity import measure_parity, module_parity
-from fastcache.bundle.recipe import Device, DType
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
@@ -30,7 +29,7 @@ from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache_engines import BuildOptions, LoadOptions
+from fastcache_engines import BuildOptions, Device, DType, LoadOptions
 
 _LARGEST_FP16 = 65504.0
 
@@ -55,7 +54,10 @@ class Workshop:
         self.device: Device = self.recipe.device or "cpu"
         self.dtype: DType = self.recipe.dtype
         self.backend = fastcache_engines.backend(self.recipe.backend)
+        self.can = self.backend.CAPABILITIES
         self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
+        if not self.runs_here and self.dtype != "bf16":
+            fastcache_engines.backend(fastcache_engines.REFERENCE).version()  # checks the graphs, so has to be there
         self.parity: Parity | None = None
 
     def make_unet(self, unet: UNet2DConditionModel | UNet2DModel) -> int:
@@ -70,8 +72,8 @@ class Workshop:
         expected = passes.reference(unet, cuts, controls.given(inputs))
         write_whole(self.folder / REFERENCE, save(inputs | expected))
         cut = cuts.at[self.recipe.branch_id]
-        lower.prepare(cuts.at.values(), self.dtype if self.backend.TYPED else None, self.recipe.kernels)
-        if self.backend.TYPED:
+        lower.prepare(cuts.at.values(), self.dtype if self.can.typed else None, self.recipe.kernels)
+        if self.can.typed:
             controls.lower(self.dtype)
         named = ", ".join(map(str, self.recipe.branches))
         self.say(f"exporting full and shallow U-Nets, branch {named} of {cut.num_branches}")
@@ -110,8 +112,8 @@ class Workshop:
             name = f"VAE {part.role.removeprefix('vae_')}"
             self.say(f"exporting the {name}")
             dtype = self._vae_dtype(part, name)
-            if self.backend.TYPED:
-                part.module.to(lower.TORCH_DTYPES[dtype])
+            if self.can.typed:
+                part.module.to(fastcache_engines.torch_dtype(dtype))
             images = self.recipe.batch
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
@@ -133,7 +135,7 @@ class Workshop:
         }
 
     def _translations(self, dtype: DType) -> graph_passes.Translations:
-        return graph_passes.translations(self.recipe.backend, dtype if self.backend.TYPED else "fp32")
+        return graph_passes.translations(self.can, dtype)
 
     def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
         """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
@@ -160,7 +162,7 @@ class Workshop:
             self.weights_bytes, self.duplicated_bytes = total, shared
         if checked and not self.runs_here:
             self._check_graphs(parts)
-        if self.backend.SOURCE == "onnx":
+        if self.can.source == "onnx":
             _release(parts)
         if not self.recipe.onnx_only:
             self.say(f"building {' and '.join(graphs)} with {self.recipe.backend}")
@@ -182,7 +184,7 @@ class Workshop:
         graphs: dict[str, Any] = {}
         models: list[tuple[str, Any]] = []
         for part in parts:
-            if self.backend.SOURCE == "program":
+            if self.can.source == "program":
                 others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
                 graph, specs = export.export_program(part, self.shapes.free, others)
                 graphs[part.role] = graph
@@ -227,7 +229,7 @@ class Workshop:
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             _release(parts)
-            self._measure(fastcache_engines.backend("onnxruntime"), LoadOptions("cpu", self.dtype))
+            self._measure(fastcache_engines.backend(fastcache_engines.REFERENCE), LoadOptions("cpu", self.dtype))
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         full, *shallow = (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 import fastcache_engines
-from fastcache.bundle.recipe import Backend, Device
 from fastcache.errors import BackendUnavailable
+from fastcache_engines import Device
 from fastcache_kernels import cpu_step, launch
 
 
@@ -19,9 +19,8 @@ def examine() -> dict[str, Any]:
     devices: list[Device] = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     rows = [
         _backend(name, device)
-        for name in get_args(Backend)
-        if name != "auto"
-        for device in fastcache_engines.backend(name).DTYPES
+        for name in fastcache_engines.BACKENDS
+        for device in fastcache_engines.backend(name).CAPABILITIES.dtypes
     ]
     return {
         "python": platform.python_version(),
@@ -39,7 +38,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _backend(name: str, device: str) -> dict[str, Any]:
+def _backend(name: str, device: Device) -> dict[str, Any]:
     backend = fastcache_engines.backend(name)
     found = backend.support(device)
     return {
@@ -48,7 +47,8 @@ def _backend(name: str, device: str) -> dict[str, Any]:
         "can_build": found.can_build,
         "can_run": found.can_run,
         "version": found.version,
-        "dtypes": list(backend.DTYPES[device]),
+        "dtypes": list(backend.CAPABILITIES.dtypes[device]),
+        "can": list(backend.CAPABILITIES.named),
         "reason": found.reason,
     }
 

@@ -20,7 +20,7 @@ from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import Manifest, Role
 from fastcache.bundle.parity import relative_error
 from fastcache.errors import BackendUnavailable
-from fastcache_engines import LoadOptions, onnx_files, onnxruntime
+from fastcache_engines import LoadOptions, onnx_files
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
 
     Raises: `BackendUnavailable` for a backend whose bundles hold no ONNX graphs, or where Polygraphy is missing.
     """
-    backend = fastcache_engines.backend(manifest.backend)
-    evaluate = getattr(backend, "evaluate", None)
-    if evaluate is None:
+    backend, plain = (fastcache_engines.backend(name) for name in (manifest.backend, fastcache_engines.REFERENCE))
+    if not backend.CAPABILITIES.layers:
+        compared = fastcache_engines.backends_with("layers")
         raise BackendUnavailable(
-            f"expected a backend whose layers can be compared (onnxruntime, openvino), got {manifest.backend}"
+            f"expected a backend whose layers can be compared ({compared}), got {manifest.backend}"
         )
     reference = load_file(folder / REFERENCE)
     errors: list[LayerError] = []
@@ -54,8 +54,8 @@ def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
             entry = manifest.engines[role]
             graph = _with_every_tensor_out(folder / entry.file, Path(temporary))
             inputs = {spec.name: reference[spec.name] for spec in entry.inputs}
-            expected = onnxruntime.evaluate(graph, inputs, LoadOptions())
-            got = evaluate(graph, inputs, LoadOptions(manifest.device_type, entry.dtype))
+            expected = plain.evaluate(graph, inputs, LoadOptions())
+            got = backend.evaluate(graph, inputs, LoadOptions(manifest.device_type, entry.dtype))
             for operator, name in _made(graph):
                 if name in expected and name in got and expected[name].is_floating_point():
                     error = relative_error(got[name].float(), expected[name].float())

@@ -116,10 +116,10 @@ class Runtime:
 
     def _load(self, role: Role) -> Engine:
         path, entry = self.bundle.engine_path(role), self.manifest.engines[role]
-        options = LoadOptions(self.device, entry.dtype, self._threads, self._workspace)
-        engine = fastcache_engines.backend(self.manifest.backend).load(path, options)
-        engine.inputs, engine.outputs = entry.inputs, entry.outputs  # an engine's file need not keep its sizes' names
-        return engine
+        options = LoadOptions(
+            self.device, entry.dtype, self._threads, self._workspace, inputs=entry.inputs, outputs=entry.outputs
+        )
+        return fastcache_engines.backend(self.manifest.backend).load(path, options)
 
     @torch.no_grad()
     def once(self, role: Role, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

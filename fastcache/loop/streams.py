@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Final
 
 import torch
 
@@ -18,8 +17,6 @@ import fastcache_engines
 from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.manifest import Role
 from fastcache_engines import Engine, LoadOptions
-
-BACKENDS: Final = ("onnxruntime", "openvino")  # what may be called from several threads
 
 
 class Streams:
@@ -43,15 +40,16 @@ def load_streams(bundle: Bundle, threads: int = 0) -> Streams | None:
     Raises: as the engines' loading.
     """
     manifest, threads = bundle.manifest, threads or torch.get_num_threads()
-    if manifest.device_type != "cpu" or threads == 1 or manifest.backend not in BACKENDS:
+    backend = fastcache_engines.backend(manifest.backend)
+    if threads == 1 or manifest.device_type not in backend.CAPABILITIES.concurrent:
         return None
 
     def load(role: Role) -> Engine:
         entry = manifest.engines[role]
-        options = LoadOptions("cpu", entry.dtype, threads, streams=threads)
-        engine = fastcache_engines.backend(manifest.backend).load(bundle.engine_path(role), options)
-        engine.inputs, engine.outputs = entry.inputs, entry.outputs
-        return engine
+        options = LoadOptions(
+            manifest.device_type, entry.dtype, threads, streams=threads, inputs=entry.inputs, outputs=entry.outputs
+        )
+        return backend.load(bundle.engine_path(role), options)
 
     roles = dict.fromkeys(role for one in manifest.passes.values() for role in one.engines)
     return Streams({role: load(role) for role in roles}, threads)

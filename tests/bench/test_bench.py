@@ -95,7 +95,7 @@ def test_arms_come_in_the_order_given_and_once() -> None:
 
 
 def test_the_usual_arms_and_every_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     found = line_up(None, Defaults(), "cpu")
     names = [arm.name for arm in found.arms]
     assert names[:7] == ["eager", "deepcache", "compile", "engine", "engine+cache", "eager:bf16", "deepcache:bf16"]
@@ -107,7 +107,7 @@ def test_the_usual_arms_and_every_backend_that_runs(monkeypatch: pytest.MonkeyPa
         module = fastcache_engines.backend(name)
         support, own = module.support("cpu"), [arm for arm in found.arms if arm.backend == name]
         if support.can_build and support.can_run:
-            assert {arm.dtype for arm in own} == set(module.DTYPES["cpu"]) - {"fp16"}
+            assert {arm.dtype for arm in own} == set(module.CAPABILITIES.dtypes["cpu"]) - {"fp16"}
             assert {arm.kind for arm in own} == {"engine", "engine+cache"}
             assert not any(arm in found.skipped for arm in own)
         else:
@@ -115,7 +115,8 @@ def test_the_usual_arms_and_every_backend_that_runs(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_fast_bf16_nothing_is_tried_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert {arm.dtype for arm in line_up(None, Defaults(), "cpu").arms} == {"fp32"}
 
 
@@ -193,7 +194,7 @@ def test_a_bundle_that_cannot_be_built_skips_its_own_arms_only(
     """The reason is the build's own, here of a backend that said it could."""
     module = fastcache_engines.backend("tensorrt")
     monkeypatch.setattr(module, "support", lambda device: Support("1", True, True, "ready"))
-    monkeypatch.setattr(module, "DTYPES", {"cpu": ("fp32",)})
+    monkeypatch.setattr(module, "CAPABILITIES", replace(module.CAPABILITIES, dtypes={"cpu": ("fp32",)}))
     settings = settings_for(tiny_model)
     found = line_up("eager,engine:tensorrt,engine+cache:tensorrt", Defaults(), "cpu")
     assert not found.skipped

@@ -29,7 +29,7 @@ Engines = tuple[Any, Any, dict[str, Tensor]]
 CASES: list[Case] = [
     (name, device, dtype)
     for name in fastcache_engines.BACKENDS
-    for device, dtypes in fastcache_engines.backend(name).DTYPES.items()
+    for device, dtypes in fastcache_engines.backend(name).CAPABILITIES.dtypes.items()
     for dtype in dtypes
 ]
 PSNR_DB = {"fp32": 60.0, "fp16": 40.0, "bf16": 30.0}  # of random weights, which forgive less than trained ones
@@ -152,7 +152,7 @@ def test_a_backend_that_cannot_build_says_why(name: str, device: str, dtype: str
 
 @pytest.mark.parametrize("name", fastcache_engines.BACKENDS)
 def test_dtypes_and_devices_that_a_backend_lacks(name: str, tmp_path: Path) -> None:
-    devices = fastcache_engines.backend(name).DTYPES
+    devices = fastcache_engines.backend(name).CAPABILITIES.dtypes
     for device in ("cpu", "cuda"):
         for dtype in ("fp32", "fp16", "bf16"):
             if dtype not in devices.get(device, ()):
@@ -171,7 +171,8 @@ def test_support_never_raises_and_always_says_something(name: str, device: str) 
 
 def test_auto_picks_what_is_there_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, first in ((True, "openvino"), (False, "onnxruntime")):
-        monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         name, reason = fastcache_engines.choose("cpu", "fp32")
         assert name == first
         assert "AVX512-BF16" in reason
@@ -196,7 +197,7 @@ def test_auto_passes_over_what_is_not_installed(monkeypatch: pytest.MonkeyPatch)
         raise BackendUnavailable("OpenVINO is not installed")
 
     monkeypatch.setattr(openvino, "_openvino", missing)
-    monkeypatch.setattr(fastcache_engines, "fast_bf16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     name, reason = fastcache_engines.choose("cpu", "fp32")
     assert name == "onnxruntime"
     assert "passed over: openvino: OpenVINO is not installed" in reason

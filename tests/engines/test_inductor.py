@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,11 +21,12 @@ from fastcache_engines import (
     BackendUnavailable,
     BuildOptions,
     LoadOptions,
+    Program,
+    Support,
     TensorSpec,
-    _inductor_weights,
     inductor,
 )
-from fastcache_engines.inductor import Program
+from fastcache_engines.inductor import weights as inductor_weights
 from inductor_modules import (
     LABELS,
     MOST,
@@ -233,12 +235,12 @@ def test_constants_of_every_layout_come_back(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3),
         "counts": torch.arange(3),
     }
-    store = _inductor_weights.Store()
+    store = inductor_weights.Store()
     places = store.add("role", constants)
-    package = _inductor_weights.Package("", "cpu", "", {}, None, None, (), (), (), places)
+    package = inductor_weights.Package("", "cpu", "", {}, None, None, (), (), (), places)
     store.write(tmp_path / WEIGHTS, {"role": package})
-    assert _inductor_weights.find_package(tmp_path / "role.pt2") == (package, tmp_path / WEIGHTS)
-    weights = _inductor_weights.load_weights(tmp_path / WEIGHTS, "cpu")
+    assert inductor_weights.find_package(tmp_path / "role.pt2") == (package, tmp_path / WEIGHTS)
+    weights = inductor_weights.load_weights(tmp_path / WEIGHTS, torch.device("cpu"))
     found = weights.constants(package)
     for name, tensor in constants.items():
         assert torch.equal(found[name], tensor), name
@@ -364,9 +366,37 @@ def test_a_package_that_lacks_a_constant(copy: Path) -> None:
 
 
 def test_support_on_the_cpu() -> None:
-    assert inductor.support("cpu") == inductor.Support(
-        torch.__version__, True, True, "ready, on the CPU in fp32 and bf16"
-    )
+    assert inductor.support("cpu") == Support(torch.__version__, True, True, "ready, on the CPU in fp32 and bf16")
+
+
+def test_a_torch_that_has_another_loader(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = rf"^expected torch 2\.13, .* got {re.escape(torch.__version__)}, which has no torch\._C\._aoti\."
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda path: None)  # of other arguments
+    with pytest.raises(BackendUnavailable, match=expected):
+        inductor.load(copy / "first.pt2")
+    monkeypatch.delattr(torch._C._aoti, "AOTIModelPackageLoader")
+    with pytest.raises(BackendUnavailable, match=expected):
+        inductor.load(copy / "first.pt2")
+
+
+@pytest.mark.parametrize("name", ["cpp_builder.get_cpp_compiler", "cpu_vec_isa.pick_vec_isa", "package.package_aoti"])
+def test_a_torch_that_has_another_compiler(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = pair(first_module())["second"]
+    monkeypatch.delattr(f"torch._inductor.{name}")
+    with pytest.raises(BackendUnavailable, match=rf"which has no torch\._inductor\.{name} .*; install torch 2\.13"):
+        inductor.build({"second": program}, tmp_path, BuildOptions())
+    assert not list(tmp_path.iterdir())
+    found = inductor.support("cpu")
+    assert (found.can_build, found.can_run) == (not name.startswith("cpp_builder"), True)
+
+
+def test_what_torch_promises_nobody_stands_behind_one_file_each() -> None:
+    package = Path(inductor.__file__).parents[1]
+    private = {"torch._C": "inductor/loader.py", "torch._inductor": "inductor/compiler.py"}
+    for name, file in private.items():
+        using = re.compile(rf"^\s*(from|import) {re.escape(name)}\b|import_module\(.*{re.escape(name)}", re.MULTILINE)
+        found = [path for path in sorted(package.rglob("*.py")) if using.search(path.read_text(encoding="utf-8"))]
+        assert [path.relative_to(package).as_posix() for path in found] == [file]
 
 
 def test_without_a_compiler_it_runs_but_does_not_build(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastcache
 from fastcache.compile.export import Exportable, Free, export_program
-from fastcache_engines import BuildOptions, inductor
+from fastcache_engines import Binding, BuildOptions, inductor
 from live_pipelines import agreement_db
 
 # numpy's word to diffusers, not to us
@@ -62,7 +62,7 @@ def folder(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def bound(folder: Path, height: int, width: int, rows: int = 3) -> tuple[inductor.InductorBinding, dict[str, Tensor]]:
+def bound(folder: Path, height: int, width: int, rows: int = 3) -> tuple[Binding, dict[str, Tensor]]:
     tensors = {"sample": torch.randn(rows, 4, height // 8, width // 8), "level": torch.rand(rows)}
     tensors["noise_pred"] = torch.full((rows, 8, height // 8, width // 8), torch.nan)
     return inductor.load(folder / "full.pt2").bind(tensors), tensors

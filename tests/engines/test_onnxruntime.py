@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 import fastcache_engines
 from fastcache import Bundle
-from fastcache_engines import BackendUnavailable, TensorSpec, onnxruntime
+from fastcache_engines import (
+    BackendUnavailable,
+    BuildOptions,
+    LoadOptions,
+    TensorSpec,
+    onnxruntime,
+    onnxruntime_tensorrt,
+)
+from fastcache_engines.inductor import compiler
 
 SIZE = 512
 
@@ -167,8 +180,129 @@ def test_a_backend_of_another_name() -> None:
 
 def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"pip install onnxruntime"):
+    with pytest.raises(BackendUnavailable, match=r"pip install onnxruntime, .* pip install onnxruntime-gpu$"):
         onnxruntime.version()
+
+
+def test_without_any_runtime_a_build_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name in ("onnxruntime", "openvino") else find(name)
+    )
+    monkeypatch.setattr(compiler, "missing", lambda device: "AOTInductor builds with a C++ compiler; install g++")
+    with pytest.raises(BackendUnavailable) as caught:
+        fastcache_engines.choose("cpu", "fp32")
+    for remedy in ("pip install onnxruntime", "pip install 'fastcache[openvino]'", "install g++"):
+        assert remedy in str(caught.value)
+
+
+def test_both_builds_of_it_in_one_environment_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip leaves them: two records of what is one folder."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        record = tmp_path / f"{name.replace('-', '_')}-1.31.1.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+        assert ("both installed" in onnxruntime.support("cpu").reason) == (name == "onnxruntime-gpu")
+        monkeypatch.syspath_prepend(tmp_path)
+    for device in ("cpu", "cuda"):
+        reason = onnxruntime.support(device).reason
+        assert "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in reason
+        assert "pip uninstall -y onnxruntime onnxruntime-gpu" in reason
+
+
+def run_apart(code: str, home: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_it_tells_its_makers_nothing(tmp_path: Path) -> None:
+    """It would keep a device id and a queue of events in the user's cache folder, and send them."""
+    path = save_graph(tmp_path / "graph")
+    for folder in ("ours", "theirs"):
+        (tmp_path / folder).mkdir()
+    code = f"import pathlib; from fastcache_engines import onnxruntime; onnxruntime.load(pathlib.Path({str(path)!r}))"
+    run_apart(code, tmp_path / "ours")
+    assert list((tmp_path / "ours").rglob("*")) == []
+    run_apart("import onnxruntime", tmp_path / "theirs")
+    if not list((tmp_path / "theirs").rglob("*")):
+        pytest.skip(f"onnxruntime {onnxruntime.version()} keeps nothing of itself: the test shows nothing")
+
+
+def assigned(path: Path) -> Any:
+    """What ONNX Runtime says of who runs what, here the CPU everything."""
+    runtime = onnxruntime.library()
+    settings = runtime.SessionOptions()
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    return session.get_provider_graph_assignment_info()
+
+
+def test_sizes_may_be_computed_on_the_cpu_and_nothing_else(tmp_path: Path) -> None:
+    sizes = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> sizes (float[batch, 6, h] x) => (float[a, b] y) <int64[1] one = {1},'
+        "int64[1] end = {-1}> { all = Shape(x) first = Slice(all, one, end) s = Concat<axis=0>(end, first) "
+        "y = Reshape(x, s) }"
+    )
+    work = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> work (float[batch, 4, h, w] x) => (float[batch, 4, a, b] y) '
+        "<float[4] scales = {1, 1, 2, 2}> { z = Softmax(x) y = Resize(z, , scales) }"
+    )
+    for name, model in (("sizes", sizes), ("work", work)):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    onnxruntime.refuse_cpu_work("sizes.onnx", assigned(tmp_path / "sizes.onnx"))
+    with pytest.raises(
+        ValueError,
+        match=r"^expected work\.onnx to run on the GPU, got Resize, Softmax on the CPU, .* -U onnxruntime-gpu",
+    ):
+        onnxruntime.refuse_cpu_work("work.onnx", assigned(tmp_path / "work.onnx"))
+
+
+class Stream:
+    cuda_stream = 77
+
+
+def test_what_the_cuda_provider_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = Stream()
+    told = onnxruntime.cuda_settings(LoadOptions("cuda:3", "fp32"), stream)
+    assert told == {"device_id": "3", "user_compute_stream": "77", "use_tf32": "0", "prefer_nhwc": "0"}
+    monkeypatch.setenv("FASTCACHE_ORT_NHWC", "1")
+    assert onnxruntime.cuda_settings(LoadOptions("cuda:0", "fp16"), stream)["prefer_nhwc"] == "1"
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name, **_: tmp_path / "cache" / name)
+
+
+@pytest.mark.usefixtures("cache_folder")
+def test_tensorrts_provider_is_told_every_size_beforehand(tmp_path: Path) -> None:
+    """Another batch would otherwise be built anew, under the graphs that are captured."""
+    path = save_graph(tmp_path / "graph")
+    options = BuildOptions("cuda:0", "fp16", rows=(1, 2, 8))
+    assert onnxruntime_tensorrt.build({"full": path}, path.parent, options) == {"full": "graph.onnx"}
+    told = onnxruntime_tensorrt._settings(path)
+    sizes = [told[f"trt_profile_{end}_shapes"] for end in ("min", "opt", "max")]
+    assert sizes == [f"x:1x{SIZE}", f"x:2x{SIZE}", f"x:8x{SIZE}"]
+    onnxruntime.load(path)  # still a graph
+
+
+@pytest.mark.usefixtures("cache_folder")
+def test_tensorrts_provider_and_further_free_sizes(tmp_path: Path) -> None:
+    graph = "g (float[batch, tokens, 6] x, float[batch] t) => (float[batch, tokens, 6] y) { y = Identity(x) }"
+    onnx.save(
+        onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {graph}'), path := tmp_path / "full.onnx"
+    )
+    with pytest.raises(ValueError, match=r"^expected full\.onnx to say its inputs' sizes, .*; build it again$"):
+        onnxruntime_tensorrt._settings(path)
+    with pytest.raises(ValueError, match=r"^expected full\.onnx to have no free size .*, got x$"):
+        onnxruntime_tensorrt.build({"full": path}, tmp_path, BuildOptions("cuda:0"))
+    options = BuildOptions("cuda:0", rows=(1, 2, 4), shapes={"x": ((1, 6), (77, 6), (154, 6))})
+    onnxruntime_tensorrt.build({"full": path}, tmp_path, options)
+    told = onnxruntime_tensorrt._settings(path)
+    assert told["trt_profile_min_shapes"] == "x:1x1x6,t:1"
+    assert told["trt_profile_max_shapes"] == "x:4x154x6,t:4"
 
 
 def test_full_and_shallow_share_one_feature_buffer(tiny_bundle: Bundle) -> None:

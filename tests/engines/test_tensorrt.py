@@ -19,8 +19,10 @@ from onnx import TensorProto
 
 from fastcache import BackendUnavailable, partition_unet
 from fastcache.compile.lower import lower
-from fastcache_engines import BuildOptions, TensorSpec, _tensorrt, _tensorrt_build, tensorrt, tensorrt_rtx
-from fastcache_engines._tensorrt import Gpu, Package
+from fastcache_engines import BuildOptions, TensorSpec, tensorrt, tensorrt_rtx
+from fastcache_engines.machine import Gpu
+from fastcache_engines.tensorrt import builder, library
+from fastcache_engines.tensorrt.library import Package
 from tensorrt_graphs import TORCH, WIDTH, build_graph, built, cuda, few_layers, no_gpu, one_line, save_graph, save_unet
 
 PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -105,7 +107,7 @@ def test_what_the_builder_is_asked_for(dtype: Any, tf32: bool, tmp_path: Path) -
 
     package = Package("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
     graph = save_graph(tmp_path, dtype=dtype)
-    plan = _tensorrt_build.engine_from_onnx_path(package, graph, cuda(dtype=dtype), look)
+    plan = builder.engine_from_onnx_path(package, graph, cuda(dtype=dtype), look)
     assert configs == [(True, tf32)]
     assert f"tf32={int(tf32)}".encode() in bytes(plan.content)
 
@@ -126,7 +128,7 @@ def test_gpus_that_rtx_does_not_know(asked: tuple[str, ...], tmp_path: Path) -> 
 
 @built
 def test_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "gpu", lambda: Gpu("NVIDIA H100", "9.0"))
+    monkeypatch.setattr(tensorrt_rtx, "gpu", lambda device: Gpu("NVIDIA H100", "9.0"))
     with pytest.raises(
         BackendUnavailable, match=r"NVIDIA H100 is of compute capability 9.0, not 7.5, .*or 12.1; use t"
     ):
@@ -137,7 +139,7 @@ def test_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert tensorrt_rtx.describe(build_graph(tmp_path, cuda(compute_capability=("8.9",)))).compute_capabilities == (
         "8.9",
     )
-    monkeypatch.setattr(tensorrt_rtx, "gpu", lambda: Gpu("NVIDIA GeForce RTX 3090", "8.6"))
+    monkeypatch.setattr(tensorrt_rtx, "gpu", lambda device: Gpu("NVIDIA GeForce RTX 3090", "8.6"))
     assert tensorrt_rtx.describe(build_graph(tmp_path, cuda())).compute_capabilities == ("8.6",)
     assert tensorrt_rtx.support("cuda").can_run
 
@@ -203,7 +205,7 @@ def test_another_device_is_refused(tmp_path: Path) -> None:
 
 @built
 def test_progress_names_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensorrt_build, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(builder, "_PROGRESS_SECONDS", 0.0)
     lines: list[str] = []
     build_graph(tmp_path, cuda(progress=lines.append))
     assert lines[0] == f"TensorRT-RTX builds full.engine for compute capability {', '.join(PORTABLE)}"
@@ -216,7 +218,7 @@ def test_progress_names_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_progress_raises_ends_the_build(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_tensorrt_build, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(builder, "_PROGRESS_SECONDS", 0.0)
 
     def tell(line: str) -> None:
         if "Building engine" in line:
@@ -233,13 +235,13 @@ def test_a_cpu_is_none_of_its_devices(backend: Any) -> None:
     found = backend.support("cpu")
     assert (found.can_build, found.can_run) == (False, False)
     assert "use onnxruntime, openvino or inductor" in found.reason
-    assert "cpu" not in backend.DTYPES
+    assert "cpu" not in backend.CAPABILITIES.dtypes
 
 
 @pytest.mark.parametrize("backend", [tensorrt, tensorrt_rtx])
 def test_without_the_library_it_says_what_to_install(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    expected = rf"is not installed; run: pip install 'fastcache\[{backend.NAME}\]'"
+    expected = rf"is not installed; run: pip install 'fastcache\[{backend.CAPABILITIES.name}\]'"
     for call in (backend.version, lambda: backend.build({}, Path(), cuda()), lambda: backend.load(Path("full.engine"))):
         with pytest.raises(BackendUnavailable, match=expected):
             call()
@@ -270,7 +272,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Package("tensorrt", "tensorrt_rtx", "TensorRT", "tensorrt")
     monkeypatch.setattr(tensorrt, "_PACKAGE", package)
     monkeypatch.setattr(tensorrt, "version", package.version)
-    monkeypatch.setattr(tensorrt, "gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    monkeypatch.setattr(tensorrt, "gpu", lambda device: Gpu("NVIDIA H200", "9.0"))
 
 
 @built
@@ -315,7 +317,7 @@ def test_the_data_centre_library_takes_no_compute_capability(tmp_path: Path) -> 
 @built
 @pytest.mark.usefixtures("stand_in")
 def test_the_data_centre_library_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "gpu", lambda: None)
+    monkeypatch.setattr(tensorrt, "gpu", lambda device: None)
     with pytest.raises(BackendUnavailable, match=r"and PyTorch finds none; use tensorrt-rtx to build without one"):
         tensorrt.build({"full": save_graph(tmp_path)}, tmp_path, cuda())
     found = tensorrt.support("cuda")
@@ -324,14 +326,14 @@ def test_the_data_centre_library_needs_a_gpu(tmp_path: Path, monkeypatch: pytest
 
 def test_caches_are_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "some.cache"
-    assert _tensorrt.read_cache(path) == b""
+    assert library.read_cache(path) == b""
     for content in (b"first", b"second"):
-        _tensorrt.write_cache(path, content)
-        assert _tensorrt.read_cache(path) == content
+        library.write_cache(path, content)
+        assert library.read_cache(path) == content
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_caches_are_kept_apart(cache_folder: Path) -> None:
-    paths = {_tensorrt.cache_path("a", *parts) for parts in (("1", "gpu"), ("2", "gpu"), ("1", "other"))}
+    paths = {library.cache_path("a", *parts) for parts in (("1", "gpu"), ("2", "gpu"), ("1", "other"))}
     assert len(paths) == 3
     assert {path.parent for path in paths} == {cache_folder / "a"}

@@ -15,7 +15,7 @@ from fastcache.bundle.parity import relative_error
 from fastcache.compile import passes
 from fastcache.compile.lower import lower
 from fastcache_engines import LoadOptions, Workspace, tensorrt, tensorrt_rtx
-from fastcache_engines._tensorrt import facts_path
+from fastcache_engines.tensorrt.library import facts_path
 from tensorrt_graphs import (
     WIDTH,
     build_graph,
@@ -139,7 +139,7 @@ def test_the_runtimes_names_are_in_the_installed_library() -> None:
     assert "runtime_config: " in trt.ICudaEngine.create_execution_context.__doc__
 
 
-@pytest.fixture(params=[tensorrt, tensorrt_rtx], ids=lambda backend: backend.NAME)
+@pytest.fixture(params=[tensorrt, tensorrt_rtx], ids=lambda backend: backend.CAPABILITIES.name)
 def running(request: pytest.FixtureRequest) -> Any:
     """A backend that can build and run on this machine."""
     found = request.param.support("cuda")

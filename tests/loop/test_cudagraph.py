@@ -133,8 +133,10 @@ class ForgetfulRecorder(ListRecorder):
         kept = [weakref.WeakMethod(call) if inspect.ismethod(call) else weakref.ref(call) for call in calls]
 
         def launch() -> None:
-            for call in kept:
-                call()()
+            for kept_call in kept:
+                call = kept_call()
+                assert call is not None, "what a graph writes to is gone"
+                call()
 
         return launch
 

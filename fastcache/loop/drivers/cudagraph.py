@@ -24,7 +24,8 @@ from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.steps import Run, Sampler, Scales, Step
 from fastcache.loop.table import SamplerTable
-from fastcache_engines import Binding
+from fastcache_engines import Binding, backends_with
+from fastcache_engines.capturing import capture_lock
 from fastcache_kernels.guidance import GuidanceStep
 from fastcache_kernels.values import StepTables
 
@@ -39,7 +40,7 @@ class Recorder(Protocol):
         """Make calls for the first time: what they load or allocate once must not fall into a recording."""
         ...
 
-    def capturable(self, binding: Any) -> bool: ...
+    def capturable(self, binding: Binding) -> bool: ...
 
     def record(self, calls: Sequence[Call]) -> Callable[[], object]: ...
 
@@ -59,15 +60,15 @@ class CudaRecorder:
                     call()
         current.wait_stream(self._stream)
 
-    def capturable(self, binding: Any) -> bool:
+    def capturable(self, binding: Binding) -> bool:
         """Whether a binding says that it can be; ONNX Runtime's, which replays a graph of its own, does not."""
-        asked = getattr(binding, "capturable", None)
         with torch.cuda.stream(self._stream):
-            return asked is not None and asked()
+            return binding.capturable()
 
     def record(self, calls: Sequence[Call]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+        options: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with capture_lock, torch.cuda.graph(graph, pool=self._memory, **options):
             for call in calls:
                 call()
         return graph.replay
@@ -283,8 +284,8 @@ def _recorded(
     for binding in bindings:
         if not recorder.capturable(binding):
             raise BackendUnavailable(
-                f"expected engines that a CUDA graph can hold (tensorrt, inductor), got {type(binding).__name__}; "
-                "load without cuda_graph"
+                f"expected engines that a CUDA graph can hold ({backends_with('captured')}), got "
+                f"{type(binding).__name__}; load without cuda_graph"
             )
     ring = lane.ring(table.numbers.ring_calls)
     tensors = [ring, *(tensor for _, guided in keys for tensor in lane.rows(guided).tensors.values())]

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from fastcache.bundle.bundle import open_bundle, publish
 from fastcache.bundle.manifest import Manifest
-from fastcache.bundle.recipe import Device
 from fastcache.errors import BundleError
 from fastcache.files import write_whole
 from fastcache.serve.cluster.rows import MAX_SEED, Outcome, Row, draw_rows
+from fastcache_engines import Device
 
 _ENGINES: Final = "engines"
 _MODEL: Final = '''"""What Triton's Python backend loads; its interpreter needs fastcache and the bundle's backend."""

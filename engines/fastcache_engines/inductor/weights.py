@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache_engines import TensorSpec
+from fastcache_engines.machine import device_kind, gpu
+from fastcache_engines.tensors import TensorSpec
 
 SUFFIX = ".weights.safetensors"
 _ALIGNMENT_BYTES = 512  # of CUDA's own allocator; Triton kernels are compiled for constants aligned to 16
@@ -97,7 +98,9 @@ def features() -> dict[str, Any]:
 
 
 def compute_capability(device: str) -> str | None:
-    return "{}.{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else None
+    """A GPU's, as "8.9"; None on a CPU."""
+    here = gpu(device) if device_kind(device) == "cuda" else None
+    return here and here.compute_capability
 
 
 def reason_of(error: Exception) -> str:
@@ -138,19 +141,27 @@ def find_packages(path: Path) -> dict[str, Package]:
 class Weights:
     """The contents of one file, in one block of a device's memory, which is freed with this."""
 
-    def __init__(self, file: Path, device: str) -> None:
+    def __init__(self, file: Path, device: torch.device) -> None:
         from safetensors import safe_open
 
         self._tensors: dict[str, Tensor] = {}
+        self._readers: set[int] = set()
         with safe_open(file, "pt") as source:
             mapped = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 (no iterator)
             sizes = [-(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for tensor in mapped.values()]
             block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
             for (name, tensor), place in zip(mapped.items(), block.split(sizes), strict=True):
                 self._tensors[name] = place[: tensor.nbytes].view(tensor.dtype).copy_(tensor)
+        self._block = block
         # A package keeps its references to constants that are its user's for good (MaybeOwningAtenTensorHandle in
         # torch 2.11 and 2.13): without this, the memory would be held until the process ends.
         weakref.finalize(self, _free, block).atexit = False
+
+    def note_reader(self, stream: torch.cuda.Stream) -> None:
+        """Say that runs in a stream read this: once it is gone, its memory is used again only after them."""
+        if stream.cuda_stream not in self._readers:
+            self._readers.add(stream.cuda_stream)
+            self._block.record_stream(stream)
 
     def constants(self, package: Package) -> dict[str, Tensor]:
         """A package's constants by its own names: views, which must not be read once this is gone."""
@@ -161,8 +172,14 @@ class Weights:
 
 
 def _free(block: Tensor) -> None:
+    """Give a block back without waiting: this may be called by the garbage collector in the midst of a capture.
+
+    torch uses the memory again once the streams that read it have come so far. Replays of a graph of the caller's are
+    not seen here: those are taken to be in its present stream or the default one.
+    """
     if block.is_cuda:
-        torch.cuda.synchronize(block.device)  # a run may still be reading, in any stream
+        for stream in (torch.cuda.current_stream(block.device), torch.cuda.default_stream(block.device)):
+            block.record_stream(stream)
     block.untyped_storage().resize_(0)
 
 
@@ -170,7 +187,7 @@ _loaded: weakref.WeakValueDictionary[tuple[Any, ...], Weights] = weakref.WeakVal
 _loading = threading.Lock()
 
 
-def load_weights(file: Path, device: str) -> Weights:
+def load_weights(file: Path, device: torch.device) -> Weights:
     """The contents of a file, read once for all engines that are alive."""
     status = file.stat()
     key = file.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, device

@@ -5,44 +5,31 @@ What only a build needs, so that a process that loads packages carries no compil
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import tempfile
-import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcache_engines import BuildOptions, TensorSpec
-from fastcache_engines._inductor_weights import SUFFIX, Package, Store, compute_capability, features, reason_of
-
-if TYPE_CHECKING:
-    from fastcache_engines.inductor import Program
-
-_OPTIONS: dict[str, Any] = {
-    "aot_inductor.package": True,
-    "aot_inductor.package_constants_in_so": False,
-    "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # they come as tensors; no pickle is written
-    "aot_inductor.use_runtime_constant_folding": False,
-    # They would lie in a folder that all builds of a machine share, and take 10 s to make where they save 5.
-    "aot_inductor.precompile_headers": False,
-    "aot_inductor.enable_line_tables": False,  # the build machine's paths
-    "cpp.dynamic_threads": True,  # as many threads as the running process has, not the building one
-    "freezing": False,  # it packs weights into layouts that no file holds and no two engines share
-}
+from fastcache_engines.inductor import compiler
+from fastcache_engines.inductor.weights import SUFFIX, Package, Store, compute_capability, features, reason_of
+from fastcache_engines.machine import BackendUnavailable, device_kind, ieee_float32
+from fastcache_engines.protocol import BuildOptions, Program
+from fastcache_engines.tensors import TensorSpec
 
 
-def build(graphs: Mapping[str, Program], folder: Path, options: BuildOptions) -> dict[str, str]:
+def build_packages(graphs: Mapping[str, Program], folder: Path, options: BuildOptions) -> dict[str, str]:
     """See `inductor.build`."""
-    from torch._inductor.utils import fresh_cache
-
     store, packages = Store(), {}
-    # Inductor's and Triton's caches of this build's own: nothing of another build is taken, and nothing is left.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".inductor-") as scratch, _quiet(), fresh_cache(dir=scratch):
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".inductor-") as scratch,
+        compiler.quiet(),
+        compiler.own_caches(Path(scratch)),
+        ieee_float32(),
+    ):
         for name, program in _by_name(graphs):
             package = _describe(name, program, options)
             options.progress(f"compiling {name} with AOTInductor")
@@ -62,7 +49,6 @@ def _by_name(graphs: Mapping[str, Program]) -> Generator[tuple[str, Program]]:
 
 def _describe(role: str, program: Program, options: BuildOptions) -> Package:
     """What a program takes and gives, and what its package will need; its constants are not known yet."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch.utils import _pytree as pytree
 
     exported: Any = program.exported
@@ -80,8 +66,8 @@ def _describe(role: str, program: Program, options: BuildOptions) -> Package:
         raise ValueError(f"expected at most {min(limits)} rows, as the {role} program has it, got {options.rows[2]}")
     return Package(
         torch=torch.__version__,
-        device=options.device,
-        isa=str(pick_vec_isa()),
+        device=device_kind(options.device),
+        isa=compiler.vector_instructions(),
         features=features(),
         compute_capability=compute_capability(options.device),
         inputs=tuple(_spec(name, takes[places[name]]) for name in program.inputs),
@@ -99,33 +85,26 @@ def _spec(name: str, value: Tensor) -> TensorSpec:
 
 def _compile(program: Program, file: Path, scratch: Path, options: BuildOptions) -> dict[str, Tensor]:
     """Write one package without its constants, and return these by its own names for them."""
-    from torch._inductor import aot_compile, config
-    from torch._inductor.package import package_aoti
     from torch.export.passes import move_to_device_pass
 
-    known: Any = config
-    settings = {name: value for name, value in _OPTIONS.items() if name in known.get_config_copy()}
     # cuDNN's kernels for tensor cores want images channels last; inductor of itself would not where the batch is free.
     # On a CPU that made SD1.5 no faster in bf16, and 4% slower in fp32.
-    channels_last = options.device == "cuda" and options.dtype != "fp32"
-    settings |= {"layout_optimization": channels_last, "force_layout_optimization": channels_last}
+    channels_last = device_kind(options.device) == "cuda" and options.dtype != "fp32"
     exported = program.exported
     try:
-        if options.device != "cpu":
+        if device_kind(options.device) != "cpu":
             exported = move_to_device_pass(exported, options.device)
         module: Any = exported.module(check_guards=False)
         if channels_last:
             _lay_out(module)
         args, kwargs = exported.example_inputs or ((), {})
-        files: Any = aot_compile(module, args, kwargs, options=settings)
-        paths = [Path(part) for part in files if isinstance(part, str)]
-        package_aoti(str(file), [str(_emptied(path, scratch) if path.suffix == ".cpp" else path) for path in paths])
-    except (OSError, MemoryError):
+        parts, constants = compiler.compile_program(module, args, kwargs, channels_last)
+        compiler.write_package(file, [_emptied(part, scratch) if part.suffix == ".cpp" else part for part in parts])
+    except (OSError, MemoryError, BackendUnavailable):
         raise
     except Exception as error:  # inductor's, Triton's and the compiler's errors share no base class
         raise ValueError(f"AOTInductor cannot compile the {file.stem} graph: {reason_of(error)}") from error
-    found = [part for part in files if isinstance(part, Mapping)]
-    return {name: tensor.detach() for weights in found for name, (tensor, _) in weights.items()}
+    return constants
 
 
 def _emptied(source: Path, scratch: Path) -> Path:
@@ -146,17 +125,3 @@ def _lay_out(module: nn.Module) -> None:
             if parameter.dim() == 4:
                 laid_out = parameter.detach().contiguous(memory_format=torch.channels_last)
                 setattr(owner, name, nn.Parameter(laid_out, requires_grad=False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Keep inductor's logs and deprecation warnings out of a user's terminal; errors are raised all the same."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

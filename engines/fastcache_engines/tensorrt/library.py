@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from fastcache_engines import BackendUnavailable, Support, TensorSpec, free_size
+from fastcache_engines.machine import BackendUnavailable, device_kind
+from fastcache_engines.protocol import Support
+from fastcache_engines.tensors import TensorSpec, free_size
 
 CPU = Support(None, False, False, "TensorRT runs on NVIDIA GPUs only; use onnxruntime, openvino or inductor")
 
@@ -57,24 +57,8 @@ class Package:
 
     def require(self, device: str) -> None:
         """Raise `BackendUnavailable` for another device than a GPU."""
-        if device != "cuda":
+        if device_kind(device) != "cuda":
             raise BackendUnavailable(f"expected device cuda, which {self.title} is for, got {device}")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that torch uses: its name, and its compute capability as "8.9"."""
-
-    name: str
-    compute_capability: str
-
-
-def gpu() -> Gpu | None:
-    """The GPU at hand, if there is one."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from a bundle whose bytes were checked.
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache_engines import LoadOptions, TensorSpec, Workspace, check_tensors
-from fastcache_engines._tensorrt import Package, log_of, spec
+from fastcache_engines.machine import torch_device
+from fastcache_engines.protocol import LoadOptions, Workspace
+from fastcache_engines.tensorrt.in_flight import InFlight
+from fastcache_engines.tensorrt.library import Package, log_of, spec
+from fastcache_engines.tensors import TensorSpec, agreed, check_tensors
 
 Contexts = Callable[[], Any]
+
+_contexts = InFlight()  # of bindings that are gone: a context must not end before its work
 
 
 class TensorRTEngine:
@@ -32,11 +38,14 @@ class TensorRTEngine:
         self._runtime = trt.Runtime(self.log)
         self._engine = self._deserialize(path)
         self._contexts = contexts(self._engine)
-        self._workspace = options.workspace or Workspace("cuda")
+        self._device = torch_device(options.device)
+        self._workspace = options.workspace or Workspace(str(self._device))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
-        self.inputs = tuple(self._spec(name) for name in names if modes[name] == trt.TensorIOMode.INPUT)
-        self.outputs = tuple(self._spec(name) for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
+        takes = [self._spec(name) for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        gives = [self._spec(name) for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self.inputs = agreed(path.name, takes, options.inputs)
+        self.outputs = agreed(path.name, gives, options.outputs)
 
     def _deserialize(self, path: Path) -> Any:
         self.log.clear()
@@ -54,7 +63,7 @@ class TensorRTEngine:
 
         Raises: `ValueError` as the protocol says; `RuntimeError` where the GPU has no memory left.
         """
-        check_tensors((*self.inputs, *self.outputs), tensors, "cuda")
+        check_tensors((*self.inputs, *self.outputs), tensors, self._device)
         for name in (given.name for given in self.inputs):
             least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
             rows = tensors[name].shape[0]
@@ -64,10 +73,27 @@ class TensorRTEngine:
                     "build it for another batch"
                 )
         self.log.clear()
-        context = self._contexts()
-        if context is None:
-            raise RuntimeError(f"{self.title} cannot prepare {self.name} to run: {self.log.reason()}")
-        return TensorRTBinding(self, context, tensors, self._workspace)
+        _contexts.let_go()
+        with torch.cuda.device(self._device):
+            context = self._contexts()
+            if context is None:
+                raise RuntimeError(f"{self.title} cannot prepare {self.name} to run: {self.log.reason()}")
+            return TensorRTBinding(self, context, tensors, self._workspace)
+
+
+class _LastStream:
+    """Where a binding ran last."""
+
+    stream: torch.cuda.Stream | None = None
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind all that is in that stream by now; none while it is being captured, which holds no events."""
+        event, stream = torch.cuda.Event(), self.stream or torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+        event.record(stream)
+        return event
 
 
 class TensorRTBinding:
@@ -79,6 +105,7 @@ class TensorRTBinding:
         self._engine, self._context, self._workspace = engine, context, workspace
         self._tensors = [tensors[given.name] for given in (*engine.inputs, *engine.outputs)]
         self._stream = torch.cuda.Stream()
+        self._last = _LastStream()
         placed = all(context.set_input_shape(s.name, tuple(tensors[s.name].shape)) for s in engine.inputs) and all(
             context.set_tensor_address(s.name, tensors[s.name].data_ptr()) for s in (*engine.inputs, *engine.outputs)
         )
@@ -86,7 +113,10 @@ class TensorRTBinding:
             raise ValueError(f"{engine.title} cannot bind {engine.name}: {engine.log.reason()}")
         self._workspace_bytes = context.update_device_memory_size_for_shapes()
         self._block: Tensor | None = None
-        self._captured: list[Tensor] = []
+        self._captured: list[Tensor] = []  # blocks that a caller's graph works in
+        weakref.finalize(
+            self, _contexts.keep, (context, self._captured, self._tensors, engine), self._last.mark
+        ).atexit = False
         self._settle()
 
     def _settle(self) -> None:
@@ -115,5 +145,6 @@ class TensorRTBinding:
             current.wait_stream(self._stream)
 
     def _enqueue(self, stream: torch.cuda.Stream) -> None:
+        self._last.stream = stream
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"{self._engine.title} cannot run {self._engine.name}: {self._engine.log.reason()}")

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache_engines import BuildOptions, TensorSpec
-from fastcache_engines._tensorrt import EngineFacts, Package, log_of, one_line, spec, write_facts
 from fastcache_engines.onnx_files import external_locations, refuse_outside_weights
+from fastcache_engines.protocol import BuildOptions
+from fastcache_engines.tensorrt.library import EngineFacts, Package, log_of, one_line, spec, write_facts
+from fastcache_engines.tensors import TensorSpec
 
 _PROGRESS_SECONDS = 2.0
 

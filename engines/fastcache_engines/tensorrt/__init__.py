@@ -10,47 +10,47 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fastcache_engines import BackendUnavailable, BuildOptions, DType, LoadOptions, Support, refuse_targets
-from fastcache_engines._tensorrt import (
+from fastcache_engines.machine import BackendUnavailable, Gpu, device_kind, gpu
+from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.registry import refuse_evaluate, refuse_targets
+from fastcache_engines.tensorrt.builder import build_engines
+from fastcache_engines.tensorrt.library import (
     CPU,
     EngineFacts,
-    Gpu,
     Package,
     cache_path,
     describe_engine,
-    gpu,
     read_cache,
     require_valid,
     write_cache,
 )
-from fastcache_engines._tensorrt_build import build_engines
-from fastcache_engines._tensorrt_run import Contexts, TensorRTEngine
+from fastcache_engines.tensorrt.run import Contexts, TensorRTEngine
 
-NAME = "tensorrt"
-SOURCE: Literal["onnx"] = "onnx"
-TYPED = True
-DTYPES: Mapping[str, tuple[DType, ...]] = {"cuda": ("fp32", "fp16", "bf16")}
+CAPABILITIES = Capabilities(
+    name="tensorrt",
+    source="onnx",
+    dtypes={"cuda": ("fp32", "fp16", "bf16")},
+    captured=True,
+    free_tokens=True,
+)
 
-_PACKAGE = Package(NAME, "tensorrt", "TensorRT", "tensorrt")
+_PACKAGE = Package(CAPABILITIES.name, "tensorrt", "TensorRT", "tensorrt")
 _NO_GPU = "TensorRT builds and runs on the GPU at hand, and PyTorch finds none; use tensorrt-rtx to build without one"
 
-version = _PACKAGE.version
-
-
-check_targets = refuse_targets
+version, check_targets, evaluate = _PACKAGE.version, refuse_targets, refuse_evaluate
 
 
 def support(device: str) -> Support:
     """What can be done here. Never raises."""
-    if device != "cuda":
+    if device_kind(device) != "cuda":
         return CPU
     try:
         found = version()
     except BackendUnavailable as error:
         return Support(None, False, False, str(error))
-    here = gpu()
+    here = gpu(device)
     if here is None:
         return Support(found, False, False, _NO_GPU)
     return Support(found, True, True, f"ready, on {here.name}")
@@ -63,7 +63,7 @@ def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> di
     """
     _PACKAGE.library()
     check_targets(options.compute_capability)
-    here = _here()
+    here = _here(options.device)
     timed = partial(_timing_cache, here, options.progress)
     return build_engines(_PACKAGE, graphs, folder, options, [here.compute_capability], timed)
 
@@ -75,7 +75,7 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> TensorRTEngine:
     """
     require_valid(describe(path), path)
     _PACKAGE.require(options.device)
-    _here()
+    _here(options.device)
     return TensorRTEngine(_PACKAGE, path, options, _contexts)
 
 
@@ -87,8 +87,8 @@ def describe(path: Path) -> EngineFacts:
     return describe_engine(_PACKAGE, path)
 
 
-def _here() -> Gpu:
-    here = gpu()
+def _here(device: str) -> Gpu:
+    here = gpu(device)
     if here is None:
         raise BackendUnavailable(_NO_GPU)
     return here
