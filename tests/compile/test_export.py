@@ -81,7 +81,7 @@ def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Pat
     """Export, then compare both engines with the modules they came from at three batch sizes."""
     cut = partition_unet(unet, branch_id)
     duplicated_bytes = save(cut, inputs_of(name, unet, 2), tmp_path)
-    full, shallow = onnxruntime.load(tmp_path / "full.onnx"), onnxruntime.load(tmp_path / "shallow.onnx")
+    full, shallow = onnxruntime.load(tmp_path / "full.onnx"), onnxruntime.load(tmp_path / "shallow-0.onnx")
     assert [spec.name for spec in full.inputs] == NAMES[name]
     assert [spec.name for spec in full.outputs] == ["noise_pred", "cached_feature"]
     assert [spec.name for spec in shallow.inputs] == [*NAMES[name], "cached_feature"]
@@ -108,7 +108,7 @@ def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Pat
 def check_files(folder: Path, duplicated_bytes: int) -> None:
     """Weights are beside the graphs, stored once, and the graphs hold no path and no name of this machine."""
     external: dict[str, list[tuple[int, int]]] = {}
-    for role in ("full", "shallow"):
+    for role in ("full", "shallow-0"):
         content = (folder / f"{role}.onnx").read_bytes()
         assert not re.search(rb"\.py\b|site-packages|File \"|/(home|root|tmp|usr|work|Users)/", content)
         model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
@@ -116,8 +116,8 @@ def check_files(folder: Path, duplicated_bytes: int) -> None:
         places = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
         assert {place["location"] for place in places} == {"unet.weights"}
         external[role] = [(int(place["offset"]), int(place["length"])) for place in places]
-    both = external["full"] + external["shallow"]
-    assert set(external["shallow"]) & set(external["full"])
+    both = external["full"] + external["shallow-0"]
+    assert set(external["shallow-0"]) & set(external["full"])
     assert duplicated_bytes == sum(n for _, n in both) - sum(n for _, n in set(both))
     assert duplicated_bytes > 0
     size = (folder / "unet.weights").stat().st_size
@@ -150,7 +150,7 @@ def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
     export.save_graphs([(f"{part.role}.onnx", model) for part, model, _ in graphs], tmp_path, "unet.weights")
     for _, _, specs in graphs:
         assert all(spec.shape == free_shapes(cut)[spec.name] for side in specs for spec in side)
-    full, shallow = (onnxruntime.load(tmp_path / f"{role}.onnx") for role in ("full", "shallow"))
+    full, shallow = (onnxruntime.load(tmp_path / f"{role}.onnx") for role in ("full", "shallow-0"))
     for batch, height, width, tokens in ((1, 8, 8, 7), (2, 12, 6, 20), (3, 4, 20, 2)):
         inputs = passes.unet_inputs(unet, batch, height, width, tokens)
         expected, *cached = cut.full(*inputs.values())

@@ -55,7 +55,7 @@ def engines(bundle: Bundle) -> Engines:
     if not support.can_run:
         pytest.skip(f"{manifest.backend} on {manifest.device_type}: {support.reason}")
     options = LoadOptions(manifest.device_type, manifest.engines["full"].dtype)
-    full, shallow = (backend.load(bundle.engine_path(role), options) for role in ("full", "shallow"))
+    full, shallow = (backend.load(bundle.engine_path(role), options) for role in ("full", "shallow-0"))
     dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*full.inputs, *full.outputs)}
     reference = load_file(bundle.file("reference.safetensors"))
     return full, shallow, {name: reference[name].to(manifest.device_type, dtype) for name, dtype in dtypes.items()}
@@ -73,7 +73,7 @@ def test_the_manifest_tells_the_parity_that_was_measured(bundle: Bundle) -> None
 
 
 def test_engines_are_what_the_manifest_says(bundle: Bundle, engines: Engines) -> None:
-    for role, engine in zip(("full", "shallow"), engines, strict=False):
+    for role, engine in zip(("full", "shallow-0"), engines, strict=False):
         entry = bundle.manifest.engines[role]
         assert [(s.name, s.dtype, s.shape[1:]) for s in engine.inputs] == [
             (s.name, s.dtype, s.shape[1:]) for s in entry.inputs
@@ -86,7 +86,7 @@ def test_engines_are_what_the_manifest_says(bundle: Bundle, engines: Engines) ->
 def test_engine_files_are_described_without_being_loaded(bundle: Bundle) -> None:
     describe = fastcache_engines.backend(bundle.manifest.backend).describe
     facts = {role: dataclasses.asdict(describe(bundle.engine_path(role))) for role in bundle.manifest.engines}
-    assert set(facts) == {"full", "shallow", "text_encoder", "vae_decoder", "vae_encoder"}
+    assert set(facts) == {"full", "shallow-0", "text_encoder", "vae_decoder", "vae_encoder"}
     json.dumps(facts)
     assert all(facts.values())
     with pytest.raises(ValueError, match="none"):

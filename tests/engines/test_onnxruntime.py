@@ -313,7 +313,7 @@ def test_full_and_shallow_share_one_feature_buffer(tiny_bundle: Bundle) -> None:
     expected = tensors["noise_pred"].clone()
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     full = onnxruntime.load(tiny_bundle.engine_path("full")).bind(tensors)
-    shallow = onnxruntime.load(tiny_bundle.engine_path("shallow")).bind(tensors)
+    shallow = onnxruntime.load(tiny_bundle.engine_path("shallow-0")).bind(tensors)
     scale = expected.abs().max().item()
     for _ in range(2):
         tensors["cached_feature"].fill_(torch.nan)

@@ -46,14 +46,14 @@ def test_full_and_shallow_of_a_unet(dtype: Any, tmp_path: Path) -> None:
     lower(cut, dtype)
     specs, graphs = save_unet(cut, tmp_path)
     names = tensorrt_rtx.build(graphs, tmp_path, cuda(dtype=dtype, rows=(2, 2, 4)))
-    assert names == {"full": "full.engine", "shallow": "shallow.engine"}
+    assert names == {"full": "full.engine", "shallow-0": "shallow-0.engine"}
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         *names.values(),
         *(f"{name}.json" for name in names.values()),
     }
     full, shallow = (tensorrt_rtx.describe(tmp_path / name) for name in names.values())
     assert (full.inputs, full.outputs) == specs["full"]
-    assert (shallow.inputs, shallow.outputs) == specs["shallow"]
+    assert (shallow.inputs, shallow.outputs) == specs["shallow-0"]
     assert full.outputs[1] == shallow.inputs[-1]
     assert full.outputs[1].dtype == TORCH[dtype]
     assert full.layers > shallow.layers > 100

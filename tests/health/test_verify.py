@@ -47,7 +47,7 @@ def test_graphs_are_checked_by_their_hashes_and_not_run(graphs: Bundle) -> None:
     assert found.not_run is not None
     assert "ONNX graphs only" in found.not_run
     assert found.to_json()["ok"]
-    assert {"full", "shallow"} == set(engine_facts(graphs.path, graphs.manifest))
+    assert {"full", "shallow-0"} == set(engine_facts(graphs.path, graphs.manifest))
     with pytest.raises(BackendUnavailable, match="expected engines, got ONNX graphs for tensorrt only"):
         fastcache.load(graphs.path)
 
@@ -61,10 +61,10 @@ def test_engines_of_another_machine_are_read_as_far_as_they_can_be(tiny_model: P
     assert found.problems == []
     assert found.not_run
 
-    engine = folder / read_manifest(folder).engines["shallow"].file
+    engine = folder / read_manifest(folder).engines["shallow-0"].file
     engine.write_bytes(b"no engine" * 100)
     sign(folder)
-    assert any("shallow" in problem and "valid" in problem for problem in verify_bundle(folder).problems)
+    assert any("shallow-0" in problem and "valid" in problem for problem in verify_bundle(folder).problems)
 
     manifest = read_manifest(folder)
     older = manifest.model_copy(update={"versions": manifest.versions | {"tensorrt-rtx": "1.0"}})

@@ -210,11 +210,11 @@ def test_invariant_2_holds_at_both_branches(pipe: FastCachePipeline) -> None:
 
 def test_shallow_engines_take_no_more_than_their_layers_read(pipe: FastCachePipeline) -> None:
     engines = pipe.bundle.manifest.engines
-    taken = {role: {spec.name for spec in engines[role].inputs} for role in ("full", "shallow", "shallow_2")}
+    taken = {role: {spec.name for spec in engines[role].inputs} for role in ("full", "shallow-0", "shallow-2")}
     residuals = {role: {name for name in names if "residual" in name} for role, names in taken.items()}
     assert residuals["full"] == {"adapter_residual_0", "adapter_residual_1"}
-    assert residuals["shallow"] <= {"cached_residual"}
-    assert residuals["shallow_2"] - {"cached_residual_2"} == {"adapter_residual_0"}
+    assert residuals["shallow-0"] <= {"cached_residual"}
+    assert residuals["shallow-2"] - {"cached_residual_2"} == {"adapter_residual_0"}
     assert all({"controlnet_embedding", "conditioning_scale", "ip_tokens"} <= names for names in taken.values())
 
 
