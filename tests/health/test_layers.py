@@ -19,7 +19,7 @@ from fastcache_engines import onnx_files
 def built(request: pytest.FixtureRequest, tiny_model: Path, builds: BuildStore) -> Bundle:
     if request.param == "openvino":
         pytest.importorskip("openvino")
-    return builds.bundle(tiny_model, backend=request.param, device="cpu", components=("unet",))
+    return builds.bundle(tiny_model, backend=request.param, device="cpu")
 
 
 def test_a_right_bundle_has_no_wrong_tensor(built: Bundle) -> None:
@@ -40,7 +40,7 @@ def test_backends_without_graphs_say_so(built: Bundle) -> None:
 
 def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, builds: BuildStore) -> None:
     pytest.importorskip("openvino")
-    bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16", components=("unet",))
+    bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
     errors = [layer.error for layer in compare_layers(bundle.path, read_manifest(bundle.path)) if layer.role == "full"]
     assert 1e-4 < max(errors) < 0.2
 
