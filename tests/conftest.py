@@ -29,8 +29,29 @@ hypothesis.settings.register_profile("fastcache", deadline=None)  # a busy machi
 hypothesis.settings.load_profile("fastcache")
 
 
+# A file is one process's work, so that its fixtures are made once: the longest go first, lest one is left to the end.
+LONGEST = (
+    "engines/test_backends.py",
+    "structure/test_structure.py",
+    "compile/test_builder.py",
+    "bench/test_bench.py",
+    "engines/test_inductor.py",
+    "compile/test_presets.py",
+    "kernels/test_aot.py",
+    "serve/cluster/test_ray.py",
+    "engines/test_inductor_sizes.py",
+    "pipeline/test_controls.py",
+    "pipeline/test_sdxl.py",
+    "compile/test_export.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    """The longest files first; tests marked `gpu` are skipped where torch sees no CUDA device."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    if gone := [str(file) for file in ranks if not file.is_file()]:
+        raise pytest.UsageError(f"expected the files of LONGEST in {__file__}, got none at {', '.join(gone)}")
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
