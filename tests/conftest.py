@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
@@ -19,10 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hypothesis
 import pytest
 import torch
-from filelock import FileLock
 
-import fastcache
+from build_store import ROOT, BuildStore
 from fastcache import Bundle
+from tiny_model import save_tiny_model
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -30,8 +29,29 @@ hypothesis.settings.register_profile("fastcache", deadline=None)  # a busy machi
 hypothesis.settings.load_profile("fastcache")
 
 
+# A file is one process's work, so that its fixtures are made once: the longest go first, lest one is left to the end.
+LONGEST = (
+    "engines/test_backends.py",
+    "structure/test_structure.py",
+    "compile/test_builder.py",
+    "bench/test_bench.py",
+    "engines/test_inductor.py",
+    "compile/test_presets.py",
+    "kernels/test_aot.py",
+    "serve/cluster/test_ray.py",
+    "engines/test_inductor_sizes.py",
+    "pipeline/test_controls.py",
+    "pipeline/test_sdxl.py",
+    "compile/test_export.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    """The longest files first; tests marked `gpu` are skipped where torch sees no CUDA device."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    if gone := [str(file) for file in ranks if not file.is_file()]:
+        raise pytest.UsageError(f"expected the files of LONGEST in {__file__}, got none at {', '.join(gone)}")
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
@@ -48,34 +68,27 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(_shared_folder: Path) -> Path:
+def builds() -> BuildStore:
+    """Models and bundles that this run, or one before it, has made."""
+    return BuildStore(ROOT / "build" / "test-store")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(builds: BuildStore) -> Path:
     """A folder with a whole Stable Diffusion of random weights (`tiny_model.py`); not to be changed."""
-    from tiny_model import save_tiny_model
-
-    folder = _shared_folder / "tiny-model"
-    with FileLock(_shared_folder / "tiny-model.lock"):
-        if not (folder / "model_index.json").is_file():  # what is written last
-            save_tiny_model(folder)
-    return folder
+    return builds.model("tiny-model", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(_shared_folder: Path, tiny_model: Path) -> Bundle:
-    """`tiny_model` built with all its components, once for all workers; tests that damage it copy it first."""
-    return fastcache.build_engines(tiny_model, output=_shared_folder / "tiny-bundle")
+def tiny_bundle(builds: BuildStore, tiny_model: Path) -> Bundle:
+    """`tiny_model` built with all its components; tests that damage it copy it first."""
+    return builds.bundle(tiny_model)
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(_shared_folder: Path) -> Callable[[int], Bundle]:
+def demo_bundle(builds: BuildStore) -> Callable[[int], Bundle]:
     """The bundled model cut at a branch; only branch 0 comes with its text encoder and VAE."""
-
-    @cache
-    def build(branch_id: int) -> Bundle:
-        components = None if branch_id == 0 else ("unet",)
-        output = _shared_folder / f"demo-branch-{branch_id}"
-        return fastcache.build_engines("demo", output=output, branch_id=branch_id, components=components)
-
-    return build
+    return lambda branch_id: builds.bundle(branch_id=branch_id, **({} if branch_id == 0 else {"components": ("unet",)}))
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from filelock import FileLock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -83,16 +81,6 @@ def save_tiny_sdxl(folder: Path, *, refiner: bool = False) -> Path:
     }
     del index["safety_checker"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def save_once(folder: Path, save: Callable[[Path], object]) -> Path:
-    """Call `save` with the folder unless it is there, also where other processes of a test run want it, too."""
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            temporary = folder.with_suffix(".tmp")
-            save(temporary)
-            temporary.rename(folder)
     return folder
 
 

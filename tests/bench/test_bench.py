@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_
 from fastcache.bench.bench import ArmResult, _speedups, document, doubts, make_inputs, run_bench, summary
 from fastcache.bench.eager import EagerParts
 from fastcache.bench.lineup import Wishes, build_bundles, line_up, of_bundle, of_model
-from fastcache.bench.loops import CallClock, EngineArms, Task, TimedRun
+from fastcache.bench.loops import CallClock, EngineArms, Task, TimedRun, TorchArms
 from fastcache.bench.machine import available_bytes, environment, parse_gpus
 from fastcache.bench.work import empty_unet, geometry, unet_work
 from fastcache.bench.workers import ArmFailed, PlannedWorker, Workers
@@ -388,9 +389,30 @@ def test_what_does_not_fit_is_ended_and_loaded_again_and_what_fails_says_why(tin
     assert not multiprocessing.active_children()
 
 
+def test_deepcache_does_not_undo_a_compilation(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same guards as inductor's, without its code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    settings = settings_for(tiny_model, steps=2)
+    task = Task(settings, make_inputs(find_model(str(tiny_model)), settings), "fp32", None)
+    arms, (compiled, deepcache) = TorchArms(task), parse_arms("compile,deepcache", Defaults())
+    first = arms(compiled)
+    arms(deepcache)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(arms(compiled).latents, first.latents)
+
+
 @pytest.mark.slow
-def test_torch_compile_draws_the_eager_picture(tiny_model: Path) -> None:
-    """It compiles in a round that is not timed, also where no warm-up was asked for, and DeepCache does not undo it."""
+def test_torch_compile_draws_the_eager_picture(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles in a round that is not timed, also where no warm-up was asked for."""
+    runs: list[tuple[str, bool, int]] = []
+    run = Workers.run
+
+    def noted(self: Workers, arm: Arm, *, timed: bool) -> TimedRun:
+        times = run(self, arm, timed=timed)
+        runs.append((arm.name, timed, times.earlier_runs))
+        return times
+
+    monkeypatch.setattr(Workers, "run", noted)
     settings, found = of_model(
         str(tiny_model), False, Wishes(arms="eager,deepcache,compile"), COMMON | {"warmup": 0, "repeats": 2}
     )
@@ -399,8 +421,8 @@ def test_torch_compile_draws_the_eager_picture(tiny_model: Path) -> None:
     compiled: Any = by_name["compile"]
     assert compiled.skipped is None
     assert compiled.psnr_db_vs_eager > 80
-    assert compiled.build_s > 1
-    assert compiled.loop_ms_p90 < 1e3 * compiled.build_s / 2
+    assert compiled.build_s is not None
+    assert [own for own in runs if own[0] == "compile"] == [("compile", k > 0, k) for k in range(3)]
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -460,7 +482,8 @@ def test_calls_on_a_gpu_are_timed_by_its_own_clock() -> None:
 
     _, loop_ms = clock.time(loop)
     assert len(clock.call_ms()) == 3
-    assert 0.8 * loop_ms < sum(clock.call_ms()) <= loop_ms
+    assert min(clock.call_ms()) > 10_000_000 / 4e6  # no GPU's clock has 4 GHz: what it slept is in its calls
+    assert sum(clock.call_ms()) <= loop_ms
 
 
 @pytest.mark.gpu

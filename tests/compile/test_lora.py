@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from fastcache import BackendUnavailable, Bundle, FastCachePipeline
 from fastcache.bundle.recipe import Lora, Recipe
 from fastcache.compile.builder import resolve
 from fastcache.compile.models import find_model
 from fastcache.evaluate.quality import psnr_db
 from fastcache.files import sha256_of
-from tiny_model import save_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
@@ -58,24 +58,21 @@ def save_lora(model: Path, file: Path, seed: int, text: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(tiny_model: Path, _shared_folder: Path) -> list[Path]:
+def files(tiny_model: Path, builds: BuildStore) -> list[Path]:
     """Two LoRAs: one for the U-Net and the text encoder, one for the U-Net alone."""
 
     def save(folder: Path) -> None:
         for i in range(2):
             save_lora(tiny_model, folder / f"{i}.safetensors", i, text=i == 0)
 
-    return sorted(save_once(_shared_folder / "tiny-loras", save).iterdir())
+    return sorted(builds.model("tiny-loras", save).iterdir())
 
 
 @pytest.fixture(scope="module")
-def merged(files: list[Path], tiny_model: Path, _shared_folder: Path) -> FastCachePipeline:
+def merged(files: list[Path], tiny_model: Path, builds: BuildStore) -> FastCachePipeline:
     """The tiny model with both merged in."""
     given = [f"{file}:{weight}" for file, weight in zip(files, WEIGHTS, strict=True)]
-    output = _shared_folder / "tiny-merged"
-    return fastcache.load(
-        fastcache.build_engines(tiny_model, output=output, lora=given, components=("unet", "text")).path
-    )
+    return fastcache.load(builds.bundle(tiny_model, lora=given, components=("unet", "text")).path)
 
 
 def images(pipeline: Any, **arguments: Any) -> Tensor:

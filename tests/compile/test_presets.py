@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers import DDIMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from fastcache.bench.bench import document, run_bench
 from fastcache.bench.lineup import Wishes, of_bundle, of_model
 from fastcache.bench.work import empty_unet
@@ -43,18 +44,16 @@ Built = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
-    """Builds a small preset, once for each backend, while this process and those it starts know them."""
+def built(builds: BuildStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """Builds a small preset for a backend, while this process and those it starts know them."""
     folder = tmp_path_factory.mktemp("presets")
     with pytest.MonkeyPatch.context() as patch:
         for name, preset in SMALL_PRESETS.items():
             patch.setitem(PRESETS, name, preset)
         patch.setenv("PYTHONPATH", python_path(folder))
 
-        @cache
         def build(name: str, backend: str = "onnxruntime") -> Bundle:
-            output = folder / f"{name}-{backend}"
-            return fastcache.build_engines(name, output, backend=backend, random_weights=True, batch="1:1:2")
+            return builds.bundle(name, backend=backend, random_weights=True, batch="1:1:2")
 
         yield build
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastcache
 import fastcache_engines
+from build_store import BuildStore
 from fastcache import Bundle
 from fastcache.bundle.parity import TOLERANCE, relative_error
 from fastcache.errors import BackendUnavailable
@@ -35,15 +36,18 @@ CASES: list[Case] = [
 PSNR_DB = {"fp32": 60.0, "fp16": 40.0, "bf16": 30.0}  # of random weights, which forgive less than trained ones
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
-def bundle(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+# AOTInductor's C++ compiler takes two minutes for the five graphs of a bundle.
+COMPILED = [pytest.param(case, marks=pytest.mark.slow) if case[0] == "inductor" else case for case in CASES]
+
+
+@pytest.fixture(scope="module", params=COMPILED, ids="-".join)
+def bundle(request: pytest.FixtureRequest, tiny_model: Path, builds: BuildStore) -> Bundle:
     """The tiny model built for one backend, device and dtype."""
     name, device, dtype = request.param
     support = fastcache_engines.backend(name).support(device)
     if not support.can_build:
         pytest.skip(f"{name} on {device}: {support.reason}")
-    output = tmp_path_factory.mktemp("backends") / "bundle"
-    return fastcache.build_engines(tiny_model, output=output, backend=name, device=device, dtype=dtype, batch="1:1:2")
+    return builds.bundle(tiny_model, backend=name, device=device, dtype=dtype)
 
 
 @pytest.fixture

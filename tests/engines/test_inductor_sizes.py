@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 import fastcache
+from build_store import BuildStore
 from fastcache.compile.export import Exportable, Free, export_program
 from fastcache_engines import Binding, BuildOptions, inductor
 from live_pipelines import agreement_db
@@ -87,13 +88,16 @@ def test_a_size_it_was_not_built_for_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bundle_picks_by_size(tiny_model: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    config = UNet2DConditionModel.load_config(model / "unet")
-    torch.manual_seed(0)
-    UNet2DConditionModel.from_config(dict(config) | FEW_LAYERS).save_pretrained(model / "unet")
+def test_a_bundle_picks_by_size(tiny_model: Path, builds: BuildStore) -> None:
+    def save(folder: Path) -> None:
+        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+        config = UNet2DConditionModel.load_config(folder / "unet")
+        torch.manual_seed(0)
+        UNet2DConditionModel.from_config(dict(config) | FEW_LAYERS).save_pretrained(folder / "unet")
+
+    model = builds.model("tiny-few-layers", save)
     recipe: dict[str, Any] = {"backend": "inductor", "device": "cpu", "sizes": ("32x32", "48x32")}
-    bundle = fastcache.build_engines(model, tmp_path / "bundle", components=("unet",), **recipe)
+    bundle = builds.bundle(model, components=("unet",), **recipe)
     assert [str(size) for size in bundle.manifest.sizes] == ["32x32", "48x32"]
     plain, pipe = StableDiffusionPipeline.from_pretrained(model), fastcache.load(bundle.path, threads=1)
     embeds = plain.encode_prompt("a cat", "cpu", 1, True)

@@ -9,26 +9,27 @@ import onnx
 import pytest
 
 import fastcache
+from build_store import BuildStore
 from fastcache.bundle.bundle import Bundle, read_manifest
 from fastcache.health.layers import compare_layers
 from fastcache_engines import onnx_files
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def built(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def built(request: pytest.FixtureRequest, tiny_model: Path, builds: BuildStore) -> Bundle:
     if request.param == "openvino":
         pytest.importorskip("openvino")
-    output = tmp_path_factory.mktemp("layers") / "bundle"
-    return fastcache.build_engines(tiny_model, output, backend=request.param, device="cpu", components=("unet",))
+    return builds.bundle(tiny_model, backend=request.param, device="cpu")
 
 
 def test_a_right_bundle_has_no_wrong_tensor(built: Bundle) -> None:
+    beside = sorted(built.path.parent.iterdir())
     errors = compare_layers(built.path, built.manifest)
     assert {layer.role for layer in errors} == {"full", "shallow-0"}
     operators = onnx_files.describe(built.engine_path("full")).operators
     assert sum(layer.operator == "Conv" for layer in errors if layer.role == "full") == operators["Conv"]
     assert max(layer.error for layer in errors) < 1e-4
-    assert sorted(path.name for path in built.path.parent.iterdir()) == [".bundle.lock", "bundle"]
+    assert sorted(built.path.parent.iterdir()) == beside
 
 
 def test_backends_without_graphs_say_so(built: Bundle) -> None:
@@ -37,11 +38,9 @@ def test_backends_without_graphs_say_so(built: Bundle) -> None:
         compare_layers(built.path, manifest)
 
 
-def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, tmp_path: Path) -> None:
+def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, builds: BuildStore) -> None:
     pytest.importorskip("openvino")
-    bundle = fastcache.build_engines(
-        tiny_model, tmp_path / "bundle", backend="openvino", device="cpu", dtype="bf16", components=("unet",)
-    )
+    bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
     errors = [layer.error for layer in compare_layers(bundle.path, read_manifest(bundle.path)) if layer.role == "full"]
     assert 1e-4 < max(errors) < 0.2
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastcache
+from build_store import BuildStore
 from fastcache import BackendUnavailable, BundleError
 from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
 from fastcache.bundle.manifest import FileEntry
@@ -33,9 +35,8 @@ def write(folder: Path, manifest: dict[str, object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("graphs") / "bundle"
-    return fastcache.build_engines(tiny_model, folder, backend="tensorrt", onnx_only=True, components=("unet",))
+def graphs(tiny_model: Path, builds: BuildStore) -> Bundle:
+    return builds.bundle(tiny_model, backend="tensorrt", onnx_only=True, components=("unet",))
 
 
 def test_graphs_are_checked_by_their_hashes_and_not_run(graphs: Bundle) -> None:
@@ -52,11 +53,12 @@ def test_graphs_are_checked_by_their_hashes_and_not_run(graphs: Bundle) -> None:
         fastcache.load(graphs.path)
 
 
-def test_engines_of_another_machine_are_read_as_far_as_they_can_be(tiny_model: Path, tmp_path: Path) -> None:
+def test_engines_of_another_machine_are_read_as_far_as_they_can_be(
+    tiny_model: Path, builds: BuildStore, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    folder = tmp_path / "rtx"
     fields = {"backend": "tensorrt-rtx", "dtype": "fp16", "components": ("unet",), "compute_capability": ("8.9",)}
-    fastcache.build_engines(tiny_model, folder, **fields)
+    folder = Path(shutil.copytree(builds.bundle(tiny_model, **fields).path, tmp_path / "rtx"))
     found = verify_bundle(folder)
     assert found.problems == []
     assert found.not_run

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCacheHelper, Forecast
 from fastcache.loop.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, draw, full_calls, helped, switch
@@ -129,12 +130,10 @@ def test_engines_of_another_architecture_are_refused(tiny_bundle: Bundle, pipe: 
     assert pipe.unet is unet
 
 
-def test_engines_of_several_depths_and_sizes(tiny_model: Path, tmp_path: Path) -> None:
+def test_engines_of_several_depths_and_sizes(tiny_model: Path, builds: BuildStore) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     sizes, branch_ids = ("32x32", "48x32"), (0, 2)
-    bundle = fastcache.build_engines(
-        tiny_model, output=tmp_path / "bundle", branch_id=branch_ids, sizes=sizes, components=("unet",)
-    )
+    bundle = builds.bundle(tiny_model, branch_id=branch_ids, sizes=sizes, components=("unet",))
     plan = CachePlan.from_branches((None, 0, 2, 0, None, 2, 0, 0))
     drawn: list[Tensor] = []
     for engines in (None, bundle):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastcache
+from build_store import BuildStore
 from eager_engines import eager_engines, plain_run
 from fastcache import Bundle, CachePlan, Forecast, compile_sampler
 from fastcache.bundle.parity import module_parity
@@ -32,9 +33,8 @@ PLAN = CachePlan.from_branches((None, 2, 0, 0, 2, 0, None, 0))
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    output = tmp_path_factory.mktemp("depths") / "bundle"
-    return fastcache.build_engines(tiny_model, output=output, branch_id=[0, 2], components=("unet",))
+def bundle(tiny_model: Path, builds: BuildStore) -> Bundle:
+    return builds.bundle(tiny_model, branch_id=[0, 2], components=("unet",))
 
 
 def test_the_manifest_names_every_branch(bundle: Bundle) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from controlled import STEPS, command, latents, live, picture, pil, seeded, texts
 from fastcache import BundleError, CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.bench.lineup import Wishes, of_bundle
@@ -36,7 +37,6 @@ from fastcache.serve.engine.executor import Executor
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet, save_ip_adapter, save_t2i_adapter
-from tiny_model import save_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
@@ -44,13 +44,13 @@ OFF: dict[str, Any] = {"controlnet_conditioning_scale": 0.0, "adapter_conditioni
 
 
 @pytest.fixture(scope="module")
-def files(_shared_folder: Path, tiny_model: Path) -> dict[str, Path]:
+def files(builds: BuildStore, tiny_model: Path) -> dict[str, Path]:
     def save(folder: Path) -> None:
         save_controlnet(folder / "controlnet", tiny_model)
         save_t2i_adapter(folder / "t2i")
         save_ip_adapter(folder / "ip", tiny_model)
 
-    folder = save_once(_shared_folder / "tiny-controls", save)
+    folder = builds.model("tiny-controls", save)
     return {
         "controlnet": folder / "controlnet",
         "t2i_adapter": folder / "t2i",
@@ -59,10 +59,11 @@ def files(_shared_folder: Path, tiny_model: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pipe(_shared_folder: Path, tiny_model: Path, files: dict[str, Path]) -> FastCachePipeline:
-    output = _shared_folder / "tiny-controls-engines"
+def pipe(builds: BuildStore, tiny_model: Path, files: dict[str, Path]) -> FastCachePipeline:
+    output = builds.bundle(tiny_model, branch_id=(0, 2), **{kind: str(path) for kind, path in files.items()}).path
     flags = [text for kind, path in files.items() for text in (f"--{kind.replace('_', '-')}", str(path))]
     with pytest.MonkeyPatch.context() as patch:
+        # It finds that these flags' bundle is there.
         command("build-engines", "--model", tiny_model, "--output", output, "--branch-id", "0,2", *flags, patch=patch)
     return fastcache.load(output)
 

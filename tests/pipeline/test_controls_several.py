@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from controlled import STEPS, command, latents, live, picture, pil, seeded, texts
 from fastcache import CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.bundle.recipe import recipe_from
@@ -31,16 +32,19 @@ PICTURES: dict[str, Any] = {"control_image": [picture(1), picture(2)]}
 
 
 @pytest.fixture(scope="module")
-def folders(_shared_folder: Path, tiny_model: Path) -> list[Path]:
-    return [save_controlnet(_shared_folder / f"tiny-{name}", tiny_model, len(name)) for name in ("pose", "edges")]
+def folders(builds: BuildStore, tiny_model: Path) -> list[Path]:
+    def saved(name: str) -> Path:
+        return builds.model(f"tiny-{name}", lambda folder: save_controlnet(folder, tiny_model, len(name)))
+
+    return [saved(name) for name in ("pose", "edges")]
 
 
 @pytest.fixture(scope="module")
-def pipe(_shared_folder: Path, tiny_model: Path, folders: list[Path]) -> FastCachePipeline:
-    output = _shared_folder / "tiny-several-engines"
+def pipe(builds: BuildStore, tiny_model: Path, folders: list[Path]) -> FastCachePipeline:
+    output = builds.bundle(tiny_model, controlnet=tuple(map(str, folders))).path
     flags = ["--model", tiny_model, "--output", output, "--controlnet", folders[0], "--controlnet", folders[1]]
     with pytest.MonkeyPatch.context() as patch:
-        command("build-engines", *flags, patch=patch)
+        command("build-engines", *flags, patch=patch)  # finds that these flags' bundle is there
     return fastcache.load(output)
 
 

@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from fastcache import FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
-from tiny_model import save_once, save_tiny_model
+from tiny_model import save_tiny_model
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:You have passed 2 text prompts")
@@ -170,10 +171,10 @@ def test_caching_works_from_an_image_and_under_a_mask(pipe: FastCachePipeline) -
 
 
 @pytest.fixture(scope="module")
-def nine_channels(_shared_folder: Path) -> tuple[FastCachePipeline, Any]:
+def nine_channels(builds: BuildStore) -> tuple[FastCachePipeline, Any]:
     """A small inpainting model of 9 channels, both as a bundle and in diffusers."""
-    model = save_once(_shared_folder / "tiny-inpaint", lambda folder: save_tiny_model(folder, in_channels=9))
-    bundle = fastcache.build_engines(model, output=_shared_folder / "tiny-inpaint-engines", components=("unet", "vae"))
+    model = builds.model("tiny-inpaint", lambda folder: save_tiny_model(folder, in_channels=9))
+    bundle = builds.bundle(model, components=("unet", "vae"))
     return fastcache.load(bundle.path), diffusers_pipeline(StableDiffusionInpaintPipeline, model)
 
 
@@ -199,10 +200,10 @@ def test_a_unet_of_nine_channels_is_told_what_the_mask_leaves(
 
 
 @pytest.fixture(scope="module")
-def editor(_shared_folder: Path) -> tuple[FastCachePipeline, Any]:
+def editor(builds: BuildStore) -> tuple[FastCachePipeline, Any]:
     """A small InstructPix2Pix, both as a bundle and in diffusers."""
-    model = save_once(_shared_folder / "tiny-editor", lambda folder: save_tiny_model(folder, in_channels=8))
-    bundle = fastcache.build_engines(model, output=_shared_folder / "tiny-editor-engines", components=("unet", "vae"))
+    model = builds.model("tiny-editor", lambda folder: save_tiny_model(folder, in_channels=8))
+    bundle = builds.bundle(model, components=("unet", "vae"))
     return fastcache.load(bundle.path), diffusers_pipeline(StableDiffusionInstructPix2PixPipeline, model)
 
 

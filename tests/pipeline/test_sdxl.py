@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
+from build_store import BuildStore
 from fastcache import FastCachePipeline
 from fastcache.cli import main
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.scheduler import make_scheduler
-from tiny_model import save_once, save_tiny_sdxl
+from tiny_model import save_tiny_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:.*tokens of the prompt")
 
@@ -26,23 +27,23 @@ STEPS = 8
 Both = tuple[FastCachePipeline, Any]
 
 
-def built(folder: Path, kind: Any, *, refiner: bool) -> Both:
+def built(builds: BuildStore, name: str, kind: Any, *, refiner: bool) -> Both:
     """A model's bundle, and diffusers' pipeline of it."""
-    model = save_once(folder, lambda new: save_tiny_sdxl(new, refiner=refiner))
-    bundle = fastcache.build_engines(model, output=folder.with_name(f"{folder.name}-engines"))
+    model = builds.model(name, lambda folder: save_tiny_sdxl(folder, refiner=refiner))
+    bundle = builds.bundle(model)
     reference = kind.from_pretrained(model, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     return fastcache.load(bundle.path), reference
 
 
 @pytest.fixture(scope="module")
-def base(_shared_folder: Path) -> Both:
-    return built(_shared_folder / "tiny-sdxl", StableDiffusionXLPipeline, refiner=False)
+def base(builds: BuildStore) -> Both:
+    return built(builds, "tiny-sdxl", StableDiffusionXLPipeline, refiner=False)
 
 
 @pytest.fixture(scope="module")
-def refiner(_shared_folder: Path) -> Both:
-    return built(_shared_folder / "tiny-refiner", StableDiffusionXLImg2ImgPipeline, refiner=True)
+def refiner(builds: BuildStore) -> Both:
+    return built(builds, "tiny-refiner", StableDiffusionXLImg2ImgPipeline, refiner=True)
 
 
 def images(pipeline: Any, *, seeds: tuple[int, ...] = (0,), prompt: Any = PROMPT, **arguments: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 import fastcache
+from build_store import BuildStore
 from fastcache import BackendUnavailable, FastCachePipeline
 from fastcache.bundle.recipe import Size
 from fastcache.evaluate.quality import psnr_db
@@ -24,14 +25,8 @@ MOST_TOKENS = 24
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
-def pipe(request: pytest.FixtureRequest, tiny_model: Path, _shared_folder: Path) -> Any:
-    bundle = fastcache.build_engines(
-        tiny_model,
-        output=_shared_folder / f"tiny-sizes-{request.param}",
-        backend=request.param,
-        sizes=SIZES,
-        max_tokens=MOST_TOKENS,
-    )
+def pipe(request: pytest.FixtureRequest, tiny_model: Path, builds: BuildStore) -> Any:
+    bundle = builds.bundle(tiny_model, backend=request.param, sizes=SIZES, max_tokens=MOST_TOKENS)
     return fastcache.load(bundle.path)
 
 

@@ -45,11 +45,11 @@ class Running:
 
     def until(self, true: Callable[[], bool]) -> None:
         """Wait for something that the server will do."""
-        for _ in range(3000):
+        for _ in range(30_000):
             if true():
                 return
             time.sleep(0.01)
-        raise TimeoutError("it did not happen in 30 s")
+        raise TimeoutError("it did not happen in 300 s")
 
     def end(self) -> None:
         self.server.end()

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 import fastcache
+from build_store import BuildStore
 from fastcache import Bundle
 from fastcache.serve.cluster.answers import Answer, merged
 from fastcache.serve.http.metrics import CONTENT_TYPE, Metrics
@@ -79,10 +80,9 @@ def test_settings_are_checked(tiny_bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tiny_model: Path, builds: BuildStore) -> Bundle:
     """The tiny model at a size where a step takes tens of milliseconds, so that a job lasts until others have begun."""
-    folder = tmp_path_factory.mktemp("larger") / "bundle"
-    return fastcache.build_engines(tiny_model, output=folder, height=128, width=128)
+    return builds.bundle(tiny_model, height=128, width=128)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import cpu_library
 import fastcache
+from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.plan import Forecast
@@ -282,11 +283,10 @@ def test_what_memory_errors_look_like() -> None:
 
 
 @pytest.mark.slow
-def test_sdxl_in_two_sizes_and_of_two_branches(tmp_path: Path) -> None:
+def test_sdxl_in_two_sizes_and_of_two_branches(builds: BuildStore) -> None:
     """Requests of either size, with plans of either branch, in company, against the pipeline."""
-    save_tiny_sdxl(tmp_path / "model")
-    fastcache.build_engines(tmp_path / "model", tmp_path / "bundle", sizes=("32x32", "48x32"), branch_id=(0, 2))
-    pipe = fastcache.load(tmp_path / "bundle", threads=1)
+    model = builds.model("tiny-sdxl", save_tiny_sdxl)
+    pipe = fastcache.load(builds.bundle(model, sizes=("32x32", "48x32"), branch_id=(0, 2)).path, threads=1)
     executor, forecast = Executor(pipe, 4), Forecast(2, by="sigma")
     plans = [
         CachePlan.from_branches((None, 0, 2, 0, None, 2)),
