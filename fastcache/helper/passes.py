@@ -17,22 +17,20 @@ from torch import Tensor, nn
 from fastcache.bundle.bundle import REFERENCE, Bundle
 from fastcache.bundle.parity import TOLERANCE, relative_error
 from fastcache.cut.fused import fuse_first_norm
-from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import partition_branches
+from fastcache.helper.arguments import Arguments
 from fastcache.helper.features import Features
-from fastcache.helper.watch import AdapterWatch, same
-from fastcache.loop.lane import allocate, shape_of
-from fastcache.loop.plan import Forecast
+from fastcache.helper.network import NetworkWatch, fingerprint
+from fastcache.loop.buffers import shape_of
+from fastcache.loop.plan import FULL, Forecast
 from fastcache.loop.runtime import Runtime
-from fastcache_engines import Binding
-
-Arguments = dict[str, Any]
+from fastcache_engines import Binding, Engine
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Call:
+class UNetCall:
     """One call of a run: its step and the U-Net's arguments, `halved` to their conditional half where guidance is off.
 
     `sigmas` are the noise levels of the run's calls, where a forecast needs them.
@@ -59,11 +57,11 @@ class Passes(Protocol):
         """Keep the conditional half of what is cached, for smaller calls from now on; False where that cannot be."""
         ...
 
-    def full(self, call: Call) -> Tensor:
+    def full(self, call: UNetCall) -> Tensor:
         """The noise prediction of the whole U-Net, keeping what is cached."""
         ...
 
-    def shallow(self, branch_id: int, call: Call) -> Tensor:
+    def shallow(self, branch_id: int, call: UNetCall) -> Tensor:
         """The noise prediction out of what is cached at a branch; a deeper pass renews what is cached above it."""
         ...
 
@@ -94,12 +92,12 @@ class EagerPasses:
         self._features.halve()
         return True
 
-    def full(self, call: Call) -> Tensor:
+    def full(self, call: UNetCall) -> Tensor:
         noise_pred, *cached = self._cuts.full(**call.arguments)
         self._features.store(call.step, dict(zip(self._cuts.cached, cached, strict=True)), call.halved)
         return noise_pred
 
-    def shallow(self, branch_id: int, call: Call) -> Tensor:
+    def shallow(self, branch_id: int, call: UNetCall) -> Tensor:
         cut = self._cuts.at[branch_id]
         (name,) = cut.cached  # the plain cut's only one
         feature = self._features.at(name, call.step, call.halved, call.sigmas)
@@ -122,50 +120,56 @@ class EnginePasses:
         self, unet: nn.Module, branch_ids: tuple[int, ...], bundle: Bundle, forecast: Forecast | None = None
     ) -> None:
         self._unet, self._runtime, self._manifest = unet, Runtime(bundle), bundle.manifest
-        built = self._manifest.branches
+        built = tuple(self._manifest.shallow_roles)
         if not set(branch_ids) <= set(built):
             raise ValueError(f"expected cache_branch_id in {built}, as the engines were built, got {branch_ids}")
-        self._adapters = AdapterWatch(unet).state()
+        self._network, self._fingerprint = NetworkWatch(unet), fingerprint(unet)
         self._features, self._keeps = Features(forecast), forecast is not None
-        self._engines = self._runtime.pass_engines
+        engines: dict[int | None, Engine] = {FULL: self._runtime.full, **self._runtime.shallow_engines}
+        self._engines, cached = engines, {spec.name for spec in engines[FULL].outputs} - {"noise_pred"}
+        # What each engine takes of what is cached, and what it caches.
+        self._taken = {branch: cached & {spec.name for spec in own.inputs} for branch, own in engines.items()}
+        self._made = {branch: cached & {spec.name for spec in own.outputs} for branch, own in engines.items()}
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._bound = lru_cache(maxsize=4)(self._bind)
         self._check_model()
 
     def refresh(self) -> None:
-        """Refuse adapters that the engines do not have, for what an engine computes does not change."""
+        """Refuse another U-Net than the one that was checked, for what an engine computes does not change."""
         self._features.clear()
-        if not same(AdapterWatch(self._unet).state(), self._adapters):
+        change = self._network.change()
+        if change is None and fingerprint(self._unet) != self._fingerprint:
+            change = "weights or classes of its modules"
+        if change is not None:
             raise ValueError(
-                "expected the LoRA and IP-Adapter state that the engines were enabled with, got another; build "
-                "engines with it, or use FastCacheHelper without engines"
+                f"expected the U-Net as it was when the engines were enabled, got one with other {change}; build "
+                "engines of it, use FastCacheHelper without engines, or disable() and enable() to have it checked again"
             )
 
     def serves(self, branch_id: int, halved: bool) -> bool:
-        taken = self._manifest.passes[shallow_pass(branch_id)].takes
-        return all(self._features.serves(name, halved) for name in taken)
+        return all(self._features.serves(name, halved) for name in self._taken[branch_id])
 
     def halve(self) -> bool:
         self._features.halve()
         return True
 
-    def full(self, call: Call) -> Tensor:
+    def full(self, call: UNetCall) -> Tensor:
         return self._run(FULL, call)
 
-    def shallow(self, branch_id: int, call: Call) -> Tensor:
-        return self._run(shallow_pass(branch_id), call)
+    def shallow(self, branch_id: int, call: UNetCall) -> Tensor:
+        return self._run(branch_id, call)
 
-    def _run(self, name: str, call: Call) -> Tensor:
+    def _run(self, branch: int | None, call: UNetCall) -> Tensor:
         values = self._values(call.arguments)
         tensors, bindings = self._bound(self._sizes(values))
-        for given, value in values.items():
-            tensors[given].copy_(value)
-        for taken in self._manifest.passes[name].takes:
-            feature = self._features.at(taken, call.step, call.halved, call.sigmas, out=tensors[taken])
-            if feature.data_ptr() != tensors[taken].data_ptr():
-                tensors[taken].copy_(feature)
-        bindings[name].run()
-        made = {stored: tensors[stored] for stored in self._manifest.passes[name].stores}
+        for name, value in values.items():
+            tensors[name].copy_(value)
+        for name in self._taken[branch]:
+            feature = self._features.at(name, call.step, call.halved, call.sigmas, out=tensors[name])
+            if feature.data_ptr() != tensors[name].data_ptr():
+                tensors[name].copy_(feature)
+        bindings[branch].run()
+        made = {name: tensors[name] for name in self._made[branch]}
         if self._keeps:
             made = {name: feature.clone() for name, feature in made.items()}
         self._features.store(call.step, made, call.halved)
@@ -176,7 +180,7 @@ class EnginePasses:
         """A call's arguments by the engines' names."""
         values = dict(arguments)
         values |= values.pop("added_cond_kwargs", {})
-        wanted = {spec.name for spec in self._engines[FULL].inputs}
+        wanted = {spec.name for spec in self._runtime.full.inputs}
         if others := sorted(values.keys() ^ wanted):
             raise ValueError(
                 f"expected what the engines take ({', '.join(sorted(wanted))}), got a call that differs in "
@@ -189,7 +193,7 @@ class EnginePasses:
     def _sizes(self, values: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
         """The free sizes of the engines' inputs, by name: `height/8` is an eighth of `height`."""
         sizes: dict[str, int] = {}
-        for spec in self._engines[FULL].inputs:
+        for spec in self._runtime.full.inputs:
             shape = values[spec.name].shape
             free = [(i, *named.partition("/")) for i, named in enumerate(spec.shape) if isinstance(named, str)]
             if len(shape) == len(spec.shape):
@@ -222,19 +226,21 @@ class EnginePasses:
                 f"got {sizes['tokens']}; build with --max-tokens"
             )
 
-    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[str, Binding]]:
+    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[int | None, Binding]]:
         tensors = {
-            spec.name: allocate(spec, dict(sizes), self._runtime.device)
+            spec.name: torch.zeros(
+                shape_of(spec, dict(sizes)), dtype=getattr(torch, spec.dtype), device=self._runtime.device
+            )
             for engine in self._engines.values()
             for spec in (*engine.inputs, *engine.outputs)
         }
-        return tensors, {name: engine.bind(tensors) for name, engine in self._engines.items()}
+        return tensors, {branch: engine.bind(tensors) for branch, engine in self._engines.items()}
 
     def _check_model(self) -> None:
         """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
         unet: Any = self._unet
         stored = load_file(self._runtime.bundle.file(REFERENCE))
-        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines[FULL].inputs}
+        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines["full"].inputs}
         inputs = {name: x.to(unet.device, unet.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
         arguments = inputs | ({"added_cond_kwargs": added} if added else {})
