@@ -94,7 +94,8 @@ class Caching:
         if step == 0 or not self._fits(kept):
             self._stored = None
             self._passes.refresh()
-            self._network = NetworkWatch(self._unet)
+            if self._network.change():
+                self._network = NetworkWatch(self._unet)
         halved = self._halves(step)
         given = conditional_half(arguments, len(sample)) if halved else arguments
         noise_pred = self._predict(UNetCall(step, given, halved, self._sigmas))

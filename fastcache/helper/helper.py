@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -165,4 +165,4 @@ def _whole(least: int, **named: Any) -> int:
     Raises: `ValueError` for another value, or a smaller one.
     """
     ((name, value),) = named.items()
-    return at_least(least, **{name: value.item() if isinstance(value, np.generic) else value})
+    return at_least(least, **{name: cast(Any, value).item() if isinstance(value, np.generic) else value})

@@ -39,8 +39,8 @@ class NetworkWatch:
             if held and not any(weight is not None and weight.is_meta for weight in held.values())
         ]
         inner = [module for module in modules if module is not network]
-        self._attentions: list[Any] = [module for module in inner if hasattr(module, "processor")]
-        self._lora: list[Any] = [module for module in inner if isinstance(getattr(module, "scaling", None), dict)]
+        self._attentions: list[Any] = [m for m in inner if "processor" in vars(m) or "processor" in _contents(m)]
+        self._lora: list[Any] = [module for module in inner if isinstance(vars(module).get("scaling"), dict)]
         self._blocks: list[Any] = list(getattr(network, "up_blocks", ()))
         self._modules_then = list(chain.from_iterable(self._children))
         self._weights_then = list(chain.from_iterable(self._weights))
@@ -70,7 +70,7 @@ class NetworkWatch:
     def _switches_now(self) -> object:
         first = next(iter(self._counting), None)
         return (
-            [[getattr(block, name, None) for name in _FREEU] for block in self._blocks],
+            [vars(block).get(name) for block in self._blocks for name in _FREEU],
             [attention.processor for attention in self._attentions],
             first is not None and first.dtype,
             self._network.training,
@@ -101,8 +101,10 @@ def fingerprint(network: nn.Module) -> object:
     columns: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for weight in network.parameters():
         if not weight.is_meta and weight.numel():
-            column = torch.atleast_1d(weight.detach())[(..., *(0,) * (weight.ndim - 1))]
-            columns.setdefault((weight.device, weight.dtype), []).append(column[:: -(-len(column) // _SAMPLED)])
+            rows, stride = (len(weight), weight.stride(0)) if weight.ndim else (1, 1)
+            every = -(-rows // _SAMPLED)
+            sample = weight.detach().as_strided((-(-rows // every),), (every * stride,))
+            columns.setdefault((weight.device, weight.dtype), []).append(sample)
     sampled = dict[torch.dtype, bytes]()  # of equal bytes also NaNs are equal
     for (_, dtype), values in columns.items():
         sampled[dtype] = sampled.get(dtype, b"") + torch.cat(values).cpu().view(torch.uint8).numpy().tobytes()
