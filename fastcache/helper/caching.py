@@ -13,48 +13,51 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
 from fastcache.cut.controlnet import partition_controlnet
+from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.helper.arguments import Arguments, Kept, bind, conditional_half, output_class
 from fastcache.helper.network import NetworkWatch
-from fastcache.helper.passes import Passes, UNetCall
+from fastcache.helper.passes import PassRunner, UNetCall
 from fastcache.helper.runs import RunCounter, is_guided
-from fastcache.loop.plan import FULL, CachePlan, Forecast
+from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.loop.table import noise_levels
 
 
 class Pacing:
-    """What each step runs: after an interval, which suits any number of steps, or after a plan."""
+    """Which pass each step runs: after an interval, which suits any number of steps, or after a plan."""
 
     def __init__(self, interval: int, branch_id: int, plan: CachePlan | None = None) -> None:
-        self._interval, self._branch_id, self._plan = interval, branch_id, plan
+        self._interval, self._shallow, self._plan = interval, shallow_pass(branch_id), plan
         self.forecast: Forecast | None = plan.forecast if plan else None
         self.unguided_steps = plan.unguided_steps if plan else ()
 
     @property
-    def branch_ids(self) -> tuple[int, ...]:
-        return (self._plan and self._plan.branch_ids) or (self._branch_id,)
+    def names(self) -> tuple[str, ...]:
+        """The passes that may run; of a plan without caching, one more that a U-Net is cut for."""
+        planned = self._plan.pass_names if self._plan else (FULL,)
+        return planned if len(planned) > 1 else (FULL, self._shallow)
 
-    def branch(self, step: int) -> int | None:
+    def at(self, step: int) -> str:
         if self._plan is None:
-            return FULL if step % self._interval == 0 else self._branch_id
+            return FULL if step % self._interval == 0 else self._shallow
         if step >= self._plan.num_steps:
             raise ValueError(
                 f"expected a plan for every U-Net call of the run, got one for {self._plan.num_steps} and call "
                 f"{step + 1}; make a plan for as many calls as the sampler takes"
             )
-        return self._plan.branches[step]
+        return self._plan.passes[step]
 
 
 class Caching:
     """What an exchanged U-Net does when it is called."""
 
-    def __init__(self, pipe: Any, unet: nn.Module, passes: Passes, pacing: Pacing) -> None:
+    def __init__(self, pipe: Any, unet: nn.Module, passes: PassRunner, pacing: Pacing) -> None:
         self._pipe, self._unet, self._passes, self._pacing = pipe, unet, passes, pacing
         self._run, self._network = RunCounter(pipe), NetworkWatch(unet)
         self._stored: Kept | None = None  # what the cached feature was made under
         self._sigmas: tuple[float, ...] | None = None
         self._on = True
 
-    def change(self, pacing: Pacing, passes: Passes | None) -> None:
+    def change(self, pacing: Pacing, passes: PassRunner | None) -> None:
         """Go on with another pacing, and other passes if there are some, as if a run began."""
         self._pacing, self._passes = pacing, passes or self._passes
         self._run.forget()
@@ -77,17 +80,17 @@ class Caching:
         noise_pred = self._noise_pred(arguments)
         return output_class(type(self._unet))(sample=noise_pred) if return_dict else (noise_pred,)
 
-    def branch_ahead(self, arguments: Arguments) -> int | None:
-        """The branch that the next call will run, as far as can be told before it, for what is called first."""
+    def pass_ahead(self, arguments: Arguments) -> str:
+        """The pass that the next call will run, as far as can be told before it, for what is called first."""
         step = self._run.index(arguments["timestep"], arguments["sample"]) if self._on else 0
         if step == 0 or self._stored is None or self._network.change():
             return FULL
-        return self._branch(step, self._halves(step))
+        return self._pass(step, self._halves(step))
 
     def _noise_pred(self, arguments: Arguments) -> Tensor:
         timestep, sample, kept = arguments["timestep"], arguments["sample"], Kept(arguments)
         step = self._run.index(timestep, sample)
-        self._pacing.branch(step)  # a plan that is too short is refused before anything is counted
+        self._pacing.at(step)  # a plan that is too short is refused before anything is counted
         self._run.count(step, timestep, sample)
         if step == 0:
             self._sigmas = self._noise_levels()
@@ -103,16 +106,15 @@ class Caching:
         return torch.cat([noise_pred] * 2) if halved else noise_pred
 
     def _predict(self, call: UNetCall) -> Tensor:
-        branch = FULL if self._stored is None else self._branch(call.step, call.halved)
-        if branch is not None:
-            return self._passes.shallow(branch, call)
-        self._stored = None  # should this call fail, nothing is reused
-        return self._passes.full(call)
+        name = FULL if self._stored is None else self._pass(call.step, call.halved)
+        if name == FULL:
+            self._stored = None  # should this call fail, nothing is reused
+        return self._passes.run(name, call)
 
-    def _branch(self, step: int, halved: bool) -> int | None:
-        """The branch of the pacing, where what is cached is of the rows that it needs."""
-        branch = self._pacing.branch(step)
-        return branch if branch is not None and self._passes.serves(branch, halved) else FULL
+    def _pass(self, step: int, halved: bool) -> str:
+        """The pass that is planned, where what is stored is of the rows that it needs."""
+        name = self._pacing.at(step)
+        return name if name == FULL or self._passes.serves(name, halved) else FULL
 
     def _halves(self, step: int) -> bool:
         """Whether the step runs on the conditional half alone, which the pipeline then guides by itself to itself."""
@@ -143,7 +145,7 @@ class ControlCaching:
     def __init__(self, net: nn.Module, caching: Caching) -> None:
         self._net, self._caching, self._network = net, caching, NetworkWatch(net)
         self._kept: Kept | None = None
-        self._parts: dict[int, nn.Module] = {}
+        self._parts: dict[str, nn.Module] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments, return_dict = bind(self._net, args, kwargs)
@@ -154,13 +156,14 @@ class ControlCaching:
             self._caching.spoil()
             self._network = NetworkWatch(self._net)
         self._kept = kept
-        branch = self._caching.branch_ahead(arguments)
+        name = self._caching.pass_ahead(arguments)
+        branch = branch_of(name)
         if branch is None:
             self._parts.clear()  # a LoRA may take the place of what they are made of
             return type(self._net).forward(self._net, *args, **kwargs)
-        if branch not in self._parts:
-            self._parts[branch] = partition_controlnet(self._net, branch).shallow
-        residuals = self._parts[branch](**arguments)
+        if name not in self._parts:
+            self._parts[name] = partition_controlnet(self._net, branch).shallow
+        residuals = self._parts[name](**arguments)
         # Pipelines join the middle's residual to zeros for the unconditional half; a shallow pass does not read it.
         middle = residuals[0].new_zeros(0)
         return ControlNetOutput(residuals, middle) if return_dict else (residuals, middle)

@@ -1,7 +1,7 @@
 """A live diffusers pipeline -> the same pipeline, its U-Net's calls FULL or SHALLOW after a plan.
 
 The pipeline's U-Net, and its ControlNet where there is one, are exchanged for objects that stand for them, and put
-back. Which call is FULL is `caching.py`'s business, how it is computed `passes.py`'s.
+back. Which call is FULL is `caching.py`'s business, how it is computed `eager.py`'s and `engines.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import nn
 from fastcache.bundle.bundle import Bundle, open_bundle
 from fastcache.expect import at_least, expected
 from fastcache.helper.caching import Caching, ControlCaching, Pacing, can_cut
-from fastcache.helper.passes import EagerPasses, EnginePasses, Passes
+from fastcache.helper.eager import EagerPasses
+from fastcache.helper.engines import EnginePasses
+from fastcache.helper.passes import PassRunner
 from fastcache.helper.standin import check_free, dismiss, guard, release, stand_in
 from fastcache.loop.plan import CachePlan
 
@@ -102,7 +104,7 @@ class FastCacheHelper:
         pacing = Pacing(interval, branch_id, plan)
         if self._caching is not None:
             before = self._pacing
-            same_passes = (pacing.branch_ids, pacing.forecast) == (before.branch_ids, before.forecast)
+            same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
             self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
         self._pacing = pacing
 
@@ -140,10 +142,10 @@ class FastCacheHelper:
             self._caching.stop()
         self._caching, self._exchanged = None, []
 
-    def _passes(self, unet: nn.Module, pacing: Pacing) -> Passes:
+    def _passes(self, unet: nn.Module, pacing: Pacing) -> PassRunner:
         if self._bundle is None:
-            return EagerPasses(unet, pacing.branch_ids, pacing.forecast, self._kernels)
-        return EnginePasses(unet, pacing.branch_ids, self._bundle, pacing.forecast)
+            return EagerPasses(unet, pacing.names, pacing.forecast, self._kernels)
+        return EnginePasses(unet, pacing.names, self._bundle, pacing.forecast)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, which is not enabled: copies of the pipeline have a plain U-Net."""

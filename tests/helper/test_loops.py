@@ -70,9 +70,7 @@ def test_a_second_picture_is_what_it_is_alone(
             for seed in (0, 2, 1):
                 last = picture(pipe, text, told, steps, seed=seed)
     assert torch.equal(last, alone)
-    assert seen[::steps] == [True] * 3
-    if steps == 5:  # of two steps the latents do not look alike, and where only values tell nothing is reused
-        assert seen == [True, False, False, True, False] * 3
+    assert seen == [step % 3 == 0 for step in range(steps)] * 3
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
