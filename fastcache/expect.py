@@ -7,7 +7,8 @@ from typing import TypeGuard
 
 
 def expected(what: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"expected {what}, got {reprlib.repr(got)}; {remedy}")
+    shown = " ".join(reprlib.repr(got).split())  # a tensor shows itself in several lines
+    return ValueError(f"expected {what}, got {shown}; {remedy}")
 
 
 def is_int(value: object) -> TypeGuard[int]:

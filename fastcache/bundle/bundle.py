@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file() or file.is_symlink():
         raise BundleError(
-            f"expected a bundle (a folder with {MANIFEST}), got {path}; build one with `fastcache build-engines`"
+            f"expected a bundle (a folder with {MANIFEST}), got {str(path)!r}; build one with `fastcache build-engines`"
         )
     if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
         raise BundleError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,15 +82,3 @@ class Features:
 
 def _conditional(stored: _Stored) -> Tensor:
     return stored.feature if stored.halved else stored.feature[len(stored.feature) // 2 :]
-
-
-def conditional_half(value: Any, rows: int) -> Any:
-    """A call's arguments, for `rows` rows, with the last half of every tensor that counts by them."""
-    if isinstance(value, Tensor):
-        counts = value.ndim > 0 and value.shape[0] % rows == 0  # a video's text has a row for each frame
-        return value[value.shape[0] // 2 :] if counts else value
-    if isinstance(value, Mapping):
-        return {key: conditional_half(item, rows) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [conditional_half(item, rows) for item in value]
-    return value

@@ -1,22 +1,26 @@
 """A live diffusers pipeline -> the same pipeline, its U-Net's calls FULL or SHALLOW after a plan.
 
 The pipeline's U-Net, and its ControlNet where there is one, are exchanged for objects that stand for them, and put
-back. Which call is FULL is `helper_caching.py`'s business, how it is computed `helper_passes.py`'s.
+back. Which call is FULL is `caching.py`'s business, how it is computed `eager.py`'s and `engines.py`'s.
 """
 
 from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from fastcache.bundle.bundle import Bundle, open_bundle
-from fastcache.expect import at_least
-from fastcache.helper.caching import Caching, ControlCaching, Schedule, can_cut
-from fastcache.helper.passes import EagerPasses, EnginePasses, Passes
-from fastcache.helper.standin import check_free, dismiss, stand_in
+from fastcache.expect import at_least, expected
+from fastcache.helper.caching import Caching, ControlCaching, Pacing, can_cut
+from fastcache.helper.eager import EagerPasses
+from fastcache.helper.engines import EnginePasses
+from fastcache.helper.passes import PassRunner
+from fastcache.helper.standin import check_free, dismiss, guard, release, stand_in
 from fastcache.loop.plan import CachePlan
 
 
@@ -53,16 +57,20 @@ class FastCacheHelper:
     def __init__(
         self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None, *, kernels: bool = False
     ) -> None:
+        if not isinstance(getattr(pipe, "unet", None), nn.Module):
+            raise ValueError(f"expected pipe with a U-Net, got a {type(pipe).__name__} without one; give a pipeline")
+        if not isinstance(kernels, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("kernels to be True or False", kernels, "see the README for what they are")
+        if not isinstance(engines, Bundle | str | os.PathLike | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("engines to be a bundle or its folder", engines, "build one with `fastcache build`")
         if kernels and engines is not None:
             raise ValueError(
                 "expected kernels or engines, got both; an engine's kernels are chosen when it is built (--kernels)"
             )
-        if not isinstance(getattr(pipe, "unet", None), nn.Module):
-            raise ValueError(f"expected a diffusers pipeline with a U-Net, got a {type(pipe).__name__} without `unet`")
         self.pipe = pipe
         self._bundle = engines if engines is None or isinstance(engines, Bundle) else open_bundle(engines)
         self._kernels = kernels
-        self._schedule = Schedule(1, 0 if self._bundle is None else self._bundle.manifest.branch_id)
+        self._pacing = Pacing(1, 0 if self._bundle is None else self._bundle.manifest.branch_id)
         self._caching: Caching | None = None  # while enabled
         self._exchanged: list[_Exchange] = []
 
@@ -86,17 +94,19 @@ class FastCacheHelper:
 
         Raises: `ValueError` for arguments out of range.
         """
-        if skip_mode != "uniform":
-            raise ValueError(f'expected skip_mode "uniform", got {skip_mode!r}; give plan= for any other schedule')
-        if plan is not None and cache_interval != 1:
-            raise ValueError("expected cache_interval or plan, got both")
-        at_least(1, cache_interval=cache_interval)
-        schedule = Schedule(cache_interval, cache_branch_id, plan)
+        interval, branch_id = _whole(1, cache_interval=cache_interval), _whole(0, cache_branch_id=cache_branch_id)
+        if not (isinstance(skip_mode, str) and skip_mode == "uniform"):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected('skip_mode to be "uniform"', skip_mode, "give plan= for any other schedule")
+        if not isinstance(plan, CachePlan | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("plan to be a CachePlan or None", plan, "make one with CachePlan.uniform or from_json")
+        if plan is not None and interval != 1:
+            raise ValueError("expected cache_interval or plan, got both; leave cache_interval out")
+        pacing = Pacing(interval, branch_id, plan)
         if self._caching is not None:
-            before = self._schedule
-            same_passes = (schedule.branch_ids, schedule.forecast) == (before.branch_ids, before.forecast)
-            self._caching.change(schedule, None if same_passes else self._passes(self._exchanged[0].own, schedule))
-        self._schedule = schedule
+            before = self._pacing
+            same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
+            self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
+        self._pacing = pacing
 
     def enable(self) -> None:
         """Exchange the pipeline's U-Net and ControlNet. Does nothing where that is done.
@@ -110,16 +120,20 @@ class FastCacheHelper:
         unet, control_net = self.pipe.unet, getattr(self.pipe, "controlnet", None)
         for module in filter(None, (unet, control_net)):
             check_free(module)
-        caching = Caching(self.pipe, unet, self._passes(unet, self._schedule), self._schedule)
+        caching = Caching(self.pipe, unet, self._passes(unet, self._pacing), self._pacing)
         self._caching, self._exchanged = caching, [_Exchange("unet", unet, stand_in(unet, caching.forward))]
         if can_cut(control_net):
             twin = stand_in(control_net, ControlCaching(control_net, caching).forward)
             self._exchanged.append(_Exchange("controlnet", control_net, twin))
         for exchange in self._exchanged:
             setattr(self.pipe, exchange.name, exchange.twin)
+        if isinstance(self.pipe, DiffusionPipeline):
+            guard(self.pipe, [exchange.name for exchange in self._exchanged])
 
     def disable(self) -> None:
         """Put the very objects back that were there before. Does nothing where that is done."""
+        if self._exchanged:
+            release(self.pipe)
         for name, own, twin in self._exchanged:
             if getattr(self.pipe, name, None) is twin:
                 setattr(self.pipe, name, own)
@@ -128,10 +142,14 @@ class FastCacheHelper:
             self._caching.stop()
         self._caching, self._exchanged = None, []
 
-    def _passes(self, unet: nn.Module, schedule: Schedule) -> Passes:
+    def _passes(self, unet: nn.Module, pacing: Pacing) -> PassRunner:
         if self._bundle is None:
-            return EagerPasses(unet, schedule.branch_ids, schedule.forecast, self._kernels)
-        return EnginePasses(unet, schedule.branch_ids, self._bundle, schedule.forecast)
+            return EagerPasses(unet, pacing.names, pacing.forecast, self._kernels)
+        return EnginePasses(unet, pacing.names, self._bundle, pacing.forecast)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, which is not enabled: copies of the pipeline have a plain U-Net."""
+        return vars(self) | {"_caching": None, "_exchanged": []}
 
     def __enter__(self) -> Self:
         self.enable()
@@ -141,3 +159,12 @@ class FastCacheHelper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.disable()
+
+
+def _whole(least: int, **named: Any) -> int:
+    """The one argument given by its name, which may be an integer of numpy's.
+
+    Raises: `ValueError` for another value, or a smaller one.
+    """
+    ((name, value),) = named.items()
+    return at_least(least, **{name: cast(Any, value).item() if isinstance(value, np.generic) else value})

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
 
 import fastcache
 from fastcache import FastCacheHelper
-from live_pipelines import agreement_db, calls, full_calls, helped
+from live_pipelines import agreement_db, calls, draw, full_calls, helped, switch
 
 # numpy's word to diffusers, and transformers' to diffusers' text encoder of LDM, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore::FutureWarning")
@@ -102,6 +103,35 @@ def test_a_control_nets_end_makes_its_step_full() -> None:
         assert full_calls(unet, subject.draw) == [0, 3]
         assert full_calls(unet, lambda: subject.draw(control_guidance_end=0.7)) == [0, 3, 4]
         assert full_calls(unet, lambda: subject.draw(controlnet_conditioning_scale=0.5)) == [0, 3]
+
+
+def test_a_changed_control_net_makes_its_step_full() -> None:
+    subject = pipelines.control_net()
+    pipe, own = subject.pipe, subject.pipe.controlnet
+
+    def change(pipe: Any, tensors: dict[str, Any]) -> None:
+        with torch.no_grad():
+            own.controlnet_mid_block.weight.mul_(0.5)
+
+    with helped(pipe, interval=4):
+        assert full_calls(pipe.unet, lambda: subject.draw(num_inference_steps=4, **switch(1, change))) == [0, 2]
+        assert full_calls(pipe.unet, lambda: subject.draw(num_inference_steps=4)) == [0]
+        with pytest.raises(ValueError, match="controlnet to be left alone"):
+            pipe.controlnet = own
+
+
+def test_views_of_a_panorama_reuse_nothing_of_each_other() -> None:
+    """They take turns at each timestep, under one prompt."""
+    pipe = subjects.bundled()
+    panorama: Any = diffusers.StableDiffusionPanoramaPipeline(**pipe.components, requires_safety_checker=False)
+    panorama.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        return draw(panorama, num_inference_steps=3, height=64, width=160, view_batch_size=1)
+
+    plain = run()
+    with helped(panorama):
+        assert torch.equal(run(), plain)
 
 
 def test_a_control_net_of_another_class_runs_whole() -> None:

@@ -157,6 +157,36 @@ def test_a_prompt_changed_on_the_way(pipe: StableDiffusionPipeline) -> None:
         assert full_calls(pipe.unet, lambda: draw(pipe, **switch(3, change))) == [0, 3, 6]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_prompt_written_in_place(mode: Any, pipe: StableDiffusionPipeline) -> None:
+    """As one that another tensor took the place of; guidance off or on, in inference mode too."""
+
+    def write(pipe: Any, tensors: dict[str, Any]) -> None:
+        tensors["prompt_embeds"].mul_(0.2)
+
+    def replace(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return tensors | {"prompt_embeds": tensors["prompt_embeds"] * 0.2}
+
+    with mode(), helped(pipe):
+        for scale in (1.0, 7.5):
+            expected = draw(pipe, guidance_scale=scale, **switch(0, replace))
+            run = lambda own=scale: draw(pipe, guidance_scale=own, **switch(0, write))  # noqa: E731
+            assert full_calls(pipe.unet, run) == [0, 1, 3, 6]
+            assert torch.equal(run(), expected)
+
+
+def test_a_prompt_written_in_place_as_guidance_ends(pipe: StableDiffusionPipeline) -> None:
+    """Its conditional half is another than that of what is cached."""
+
+    def end(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        tensors["prompt_embeds"].mul_(0.2)
+        return tensors | {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+    with helped(pipe):
+        assert full_calls(pipe.unet, lambda: draw(pipe, **switch(3, end))) == [0, 3, 4, 6]
+
+
 def test_batch_and_size_may_change(pipe: StableDiffusionPipeline) -> None:
     with helped(pipe):
         alone = draw(pipe)
