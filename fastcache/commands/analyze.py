@@ -18,12 +18,12 @@ def analyze(
     model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")],
     output: OutputFolder,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="The model's own if left out.")] = None,
     gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
     height: Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")] = None,
@@ -56,6 +56,8 @@ def analyze(
     from fastcache.analysis.report import check_drawable, document, write_report
     from fastcache.analysis.sections import Experiments
     from fastcache.analysis.subject import find_subject
+    from fastcache.compile.describe import defaults_of
+    from fastcache.loop.scheduler import own_sampler
 
     check_drawable()
     intervals = [_interval(text) for text in guidance_interval or ()]
@@ -72,7 +74,8 @@ def analyze(
             seeds=seeds,
             device=device,
         )
-        scale = guidance_scale if guidance_scale is not None else 4.0 if model == "demo" else 7.5
+        scale = defaults_of(subject.source).guidance_scale if guidance_scale is None else guidance_scale
+        sampler = sampler or own_sampler(subject.source.scheduler)
         settings = Settings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
         # The short experiments first: what they refuse is said before the long measurement.
         experiments = Experiments(

@@ -42,7 +42,7 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="Of engine arms that name none: fp32, fp16 or bf16; fp32 if left out.")
     ] = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     kernels: Annotated[

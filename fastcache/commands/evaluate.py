@@ -28,9 +28,9 @@ def evaluate(
     num_images: Annotated[
         int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32, if left out.")
     ] = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="The model's own if left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A folder with a CLIP model, for the CLIP score.")] = None,
@@ -49,7 +49,7 @@ def evaluate(
     from fastcache.bench.demo import grid
     from fastcache.bundle.bundle import open_bundle
     from fastcache.evaluate.chart import draw_frontier
-    from fastcache.evaluate.evaluate import arms_of, usual_guidance
+    from fastcache.evaluate.evaluate import arms_of
     from fastcache.evaluate.evaluate import evaluate as run
     from fastcache.files import write_whole
     from fastcache.pipeline.pipeline import FastCachePipeline
@@ -59,7 +59,7 @@ def evaluate(
         raise ValueError("expected --inception and --reference-images together, got one of them")
     pipe = FastCachePipeline(open_bundle(engines))
     chosen = _prompts(pipe, prompts, num_images)
-    guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
+    guidance = pipe.bundle.manifest.model.defaults.guidance_scale if guidance_scale is None else guidance_scale
     arms = arms_of(pipe, plans, sampler, steps)
     judges, features_of, truth = _judges(chosen, lpips, clip, inception, reference_images)
     output.mkdir(parents=True, exist_ok=True)

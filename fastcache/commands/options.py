@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 EnginesOption = Annotated[Path, typer.Option("--engines", help="A bundle, as build-engines makes it.")]
-Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
+Sampler = Annotated[
+    str | None,
+    typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; the model's own."),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; 1 or less switches it off; the model's own.")
+]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 

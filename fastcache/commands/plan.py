@@ -24,7 +24,7 @@ def plan(
     engines: EnginesOption,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")],
     output: Annotated[Path, typer.Option(help="The plan file to write (JSON).")],
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
     nonuniform: Annotated[int | None, typer.Option(min=1, help="As many, dense around --center.")] = None,
     center: Annotated[float | None, typer.Option(help="The densest step; 0.3 of all if left out.")] = None,
@@ -59,7 +59,7 @@ def plan(
         Path | None, typer.Option(help="Prompts to calibrate on, one a line; the bundled model has its own.")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 16,
-    guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; 4 for demo, else 7.5.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; the model's own.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Use this calibration; without it one is measured and kept.")
     ] = None,
@@ -73,9 +73,10 @@ def plan(
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
     from fastcache.bundle.bundle import open_bundle, read_manifest
-    from fastcache.evaluate.evaluate import num_calls, usual_guidance
+    from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
     from fastcache.loop.features import check_reuse
+    from fastcache.loop.scheduler import own_sampler
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
 
@@ -97,6 +98,7 @@ def plan(
         raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
     branches = _branches(read_manifest(engines), branch_id, several=max_latency_ms is not None)
     details: dict[str, Any] = {}
+    sampler = sampler or own_sampler(read_manifest(engines).model.scheduler)
     if uniform is not None or nonuniform is not None:
         if prompts is not None or calibration is not None:
             raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {given[0]}")
@@ -106,7 +108,7 @@ def plan(
         with progress() as say:
             pipe = FastCachePipeline(open_bundle(engines))
             times = None
-            guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
+            guidance = pipe.bundle.manifest.model.defaults.guidance_scale if guidance_scale is None else guidance_scale
             if max_latency_ms is not None:
                 say("timing full and shallow steps")
                 times = measure_loop(pipe, sampler, steps, guidance, branches, guidance=choose_guidance)
@@ -172,9 +174,9 @@ def _by_formula(
 ) -> CachePlan:
     from fastcache.loop.plan import CachePlan
     from fastcache.loop.scheduler import make_scheduler
-    from fastcache.loop.table import compile_sampler
+    from fastcache.pipeline.schedule import Steps
 
-    calls = compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
+    calls = len(Steps(steps).prepare(make_scheduler(sampler, manifest.model.scheduler)).timesteps)
     if uniform is not None:
         made = CachePlan.uniform(calls, uniform, branch_id)
     else:

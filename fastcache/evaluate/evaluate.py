@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fastcache.evaluate.quality import Estimate, bootstrap, frechet_distance, mean_of
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import make_scheduler, same_sampler
-from fastcache.loop.table import compile_sampler
+from fastcache.loop.scheduler import make_scheduler, own_sampler
+from fastcache.pipeline.arguments import check_plan
 from fastcache.pipeline.pipeline import FastCachePipeline, Run
+from fastcache.pipeline.request import Request
+from fastcache.pipeline.schedule import Steps, steps_for
 
 Array = npt.NDArray[np.floating]
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Array]
@@ -50,41 +52,39 @@ class Drawn:
     loop_ms: float
 
 
-def arms_of(pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str, steps: int | None) -> list[Arm]:
+def arms_of(
+    pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str | None, steps: int | None
+) -> list[Arm]:
     """The uncached run, with `steps` or else as many as the longest plan's sampler takes, and an arm for each plan.
+
+    `sampler` is None for the model's own; a plan that names one runs with that.
 
     Raises: `ValueError` naming the plan for one of another model or branch, or that no number of steps makes.
     """
-    arms = [_arm(pipe, name, plan, sampler) for name, plan in plans.items()]
+    usual = sampler or own_sampler(pipe.bundle.manifest.model.scheduler)
+    arms = [_arm(pipe, name, plan, usual) for name, plan in plans.items()]
     most = steps or max(arm.steps for arm in arms)
-    calls = num_calls(pipe, sampler, most)
-    return [Arm(UNCACHED, CachePlan.all_full(calls), sampler, most), *arms]
+    calls = num_calls(pipe, usual, most)
+    return [Arm(UNCACHED, CachePlan.all_full(calls), usual, most), *arms]
 
 
 def _arm(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> Arm:
-    manifest = pipe.bundle.manifest
-    if plan.model not in (None, manifest.model.name):
-        raise ValueError(f"{name}: expected a plan made for model {manifest.model.name}, got one for {plan.model}")
-    if strange := [name for name in plan.pass_names if name not in manifest.passes]:
-        built = ", ".join(manifest.passes)
-        raise ValueError(f"{name}: expected a plan for branch {built}, got one for {strange}")
-    if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
-        sampler = plan.sampler
-    calls = plan.num_steps
-    for steps in (calls, calls - 1, (calls + 1) // 2):  # one call a step; pndm makes one more, heun two but at the last
-        if steps > 0 and num_calls(pipe, sampler, steps) == calls:
-            return Arm(name, plan, sampler, steps)
-    raise ValueError(f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {calls}")
-
-
-def usual_guidance(pipe: FastCachePipeline) -> float:
-    """What pictures are drawn with where nobody says: 4 by the bundled model, which was tuned so, else 7.5."""
-    return 4.0 if pipe.bundle.manifest.model.name == "demo" else 7.5
+    manifest, sampler = pipe.bundle.manifest, plan.sampler or sampler
+    try:
+        check_plan(plan, manifest, plan.num_steps, sampler)
+        steps = steps_for(make_scheduler(sampler, manifest.model.scheduler), plan.num_steps)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if steps is None:
+        raise ValueError(
+            f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {plan.num_steps}"
+        )
+    return Arm(name, plan, sampler, steps)
 
 
 def num_calls(pipe: FastCachePipeline, sampler: str, steps: int) -> int:
     """How often a sampler calls the U-Net."""
-    return compile_sampler(make_scheduler(sampler, pipe.bundle.manifest.model.scheduler), steps).num_calls
+    return len(Steps(steps).prepare(make_scheduler(sampler, pipe.bundle.manifest.model.scheduler)).timesteps)
 
 
 def timed_loop(run: Run) -> tuple[Tensor, float]:
@@ -110,15 +110,15 @@ def draw_batch(
     for k in range(len(arms)):
         index = (first + k) % len(arms)
         arm = arms[index]
-        run = pipe.begin(
-            list(prompts),
+        request = Request(
+            prompts,
             num_inference_steps=arm.steps,
             plan=arm.plan,
             sampler=arm.sampler,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            seed=seeds,
             guidance_scale=guidance_scale,
-            whole=True,
         )
+        run = pipe.begin(request, whole=True)
         latents, loop_ms = timed_loop(run)
         images: Tensor = pipe.pictures.decode(latents.clone(), "pt")
         drawn[index] = Drawn(images.float().cpu(), loop_ms)

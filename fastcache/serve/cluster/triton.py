@@ -22,7 +22,8 @@ from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.recipe import Device
 from fastcache.errors import BundleError
 from fastcache.files import write_whole
-from fastcache.serve.cluster.rows import MAX_SEED, Outcome, Row, draw_rows
+from fastcache.pipeline.request import MAX_SEED
+from fastcache.serve.cluster.rows import Outcome, Row, draw_rows
 
 _ENGINES: Final = "engines"
 _MODEL: Final = '''"""What Triton's Python backend loads; its interpreter needs fastcache and the bundle's backend."""
