@@ -18,6 +18,7 @@ from typing import Any
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
+from fastcache.loop.scheduler import own_sampler
 from fastcache.pipeline.arguments import Terms, plan_for, terms_of
 from fastcache.pipeline.request import Request
 from fastcache.serve.engine.events import Event
@@ -26,7 +27,7 @@ from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.schema import ImageRequest
+from fastcache.serve.http.schema import ImageRequest, Usual
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,15 @@ class Served:
     def sizes(self) -> list[str]:
         """The sizes of the bundle as WIDTHxHEIGHT, its usual one first."""
         return [str(size) for size in self.manifest.sizes]
+
+    def usual(self, limits: Limits) -> Usual:
+        """What a request is drawn with that does not say."""
+        model = self.manifest.model
+        return Usual(
+            sampler=own_sampler(model.scheduler),
+            num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
+            guidance_scale=model.defaults.guidance_scale,
+        )
 
     def tokens_of(self, text: str) -> int:
         """How long a text is for the model, its marks of start and end included."""
