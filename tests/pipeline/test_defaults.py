@@ -79,8 +79,8 @@ def test_a_bundle_draws_what_its_models_pipeline_draws_by_default(
     assert own_sampler(pipe.bundle.manifest.model.scheduler) == name
     ours = drawn(pipe)
     assert psnr_db(ours, drawn(reference)) >= 50
-    assert psnr_db(ours, drawn(pipe, sampler="euler" if name == "ddim" else "ddim")) < 60
-    assert psnr_db(ours, drawn(pipe, guidance_scale=4.0)) < 60
+    assert psnr_db(ours, drawn(pipe, sampler="ddpm")) < 50
+    assert psnr_db(ours, drawn(pipe, guidance_scale=4.0)) < 50
 
 
 @pytest.mark.parametrize(
