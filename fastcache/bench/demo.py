@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastcache.evaluate.quality import psnr_db
 from fastcache.files import write_whole
+from fastcache.loop.scheduler import own_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 
 PROMPTS = (
@@ -47,9 +48,7 @@ def run_demo(
     """Draw `PROMPTS` without caching and at each interval, save pictures and grid, and return the rows."""
 
     def draw(interval: int) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-        arguments: dict[str, Any] = {"num_inference_steps": steps, "cache_interval": interval, "guidance_scale": 4.0}
-        return pipe(list(PROMPTS), generator=generators, output_type="pt", **arguments).images
+        return pipe(PROMPTS, num_inference_steps=steps, cache_interval=interval, seed=0, output_type="pt").images
 
     every = [1, *(n for n in intervals if n != 1)]
     say("drawing once with each plan")
@@ -95,7 +94,8 @@ def report(pipe: FastCachePipeline, rows: list[DemoRow], steps: int) -> dict[str
             "device": manifest.device,
             "threads": torch.get_num_threads(),
             "steps": steps,
-            "sampler": "ddim",
+            "sampler": own_sampler(manifest.model.scheduler),
+            "guidance_scale": manifest.model.defaults.guidance_scale,
             "images": len(PROMPTS),
             "size": [manifest.height, manifest.width],
             "time": "median of whole calls: text encoder, U-Net loop, VAE decoder",

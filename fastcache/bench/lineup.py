@@ -23,6 +23,7 @@ from fastcache.compile.builder import resolve
 from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
+from fastcache.loop.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
@@ -82,7 +83,7 @@ def of_bundle(
         dtype=built.dtype,
         guided_rows=built.model.guided_rows,
         controlnets=built.recipe.controls.get("controlnet", ()),
-        **common,
+        **_with_sampler(common, built.model.scheduler),
     )
     defaults = Defaults(built.backend, built.dtype, settings.cache_interval, built.branch_id)
     bundles: dict[BundleKey, Bundle] = {(built.backend, built.dtype, built.branch_id): bundle}
@@ -117,11 +118,16 @@ def of_model(
         width=width,
         dtype=dtype,
         guided_rows=shapes.guided_rows,
-        **common,
+        **_with_sampler(common, model.scheduler),
     )
     partition_unet(empty_unet(model), settings.branch_id)  # refuses a branch that is not there, before any build
     defaults = Defaults(wishes.backend, dtype, settings.cache_interval, settings.branch_id)
     return settings, line_up(wishes.arms, defaults, settings.device)
+
+
+def _with_sampler(common: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with the model's own sampler where none is named."""
+    return {**common, "sampler": common.get("sampler") or own_sampler(scheduler)}
 
 
 def fast_dtypes(device: str) -> tuple[DType, ...]:

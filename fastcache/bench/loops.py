@@ -29,7 +29,7 @@ from fastcache.bundle.recipe import Size
 from fastcache.compile.models import find_model
 from fastcache.compile.sources import load
 from fastcache.loop.scheduler import make_scheduler
-from fastcache.pipeline.controls import ControlArguments
+from fastcache.pipeline.request import ControlArguments, Request
 from fastcache_engines import Binding, DType, Engine, torch_dtype
 
 
@@ -215,19 +215,17 @@ class EngineArms:
         return TimedEngine(engine, self._clock) if "noise_pred" in [spec.name for spec in engine.outputs] else engine
 
     def _latents(self, arm: Arm, full: list[bool]) -> Tensor:
-        run = self.pipe.start(
-            **self.conditioning,
-            **self._steering(),
-            guided=self.settings.guided,
+        request = Request(
             num_inference_steps=self.settings.steps,
             cache_interval=arm.cache_interval,
             sampler=self.settings.sampler,
             generator=torch.Generator().manual_seed(1),
             latents=self.inputs["latents"],
             guidance_scale=GUIDANCE_SCALE,
-            image_guidance_scale=IMAGE_GUIDANCE_SCALE if self.settings.guided_rows == 3 else None,
-            whole=self.whole,
+            image_guidance_scale=IMAGE_GUIDANCE_SCALE,
         )
+        inputs = self.conditioning | self._steering()
+        run = self.pipe.start(request, inputs, guided=self.settings.guided, whole=self.whole)
         if self.whole:  # and then there is one step, the last
             return next(run.steps).latents.clone()
         full += [run.plan.is_full(i) for i in range(run.plan.num_steps)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,6 +78,14 @@ class ControlEntry(_Value):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Defaults(_Value):
+    """How the model's own pipeline draws where nobody says; with which sampler, `ModelInfo.scheduler` does."""
+
+    num_inference_steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(7.5, ge=0)
+    image_guidance_scale: float = Field(1.5, ge=0)
+
+
 class ModelInfo(_Value):
     """What the loop around the engines must know of the model.
 
@@ -99,6 +108,12 @@ class ModelInfo(_Value):
     loras: tuple[LoraEntry, ...]
     unconditional: bool = False
     controls: tuple[ControlEntry, ...] = ()
+    defaults: Defaults = Field(default_factory=Defaults.model_validate({}).model_copy)
+
+    @property
+    def public_name(self) -> str:
+        """The name but for a path, which is nobody's business: of a folder its own name, or a hub id."""
+        return PurePath(self.name).name if PurePath(self.name).is_absolute() or self.name[0] == "." else self.name
 
     @property
     def edits(self) -> bool:

@@ -29,7 +29,7 @@ def analyze(
     model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")],
     output: OutputFolder,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
@@ -63,7 +63,9 @@ def analyze(
     from fastcache.analysis.report import document, write_report
     from fastcache.analysis.sections import Experiments
     from fastcache.analysis.subject import find_subject
+    from fastcache.compile.describe import defaults_of
     from fastcache.evaluate.chart import require_matplotlib
+    from fastcache.loop.scheduler import own_sampler
 
     require_matplotlib()
     check_writable(output)
@@ -81,7 +83,8 @@ def analyze(
             seeds=seeds,
             device=device,
         )
-        scale = guidance_scale if guidance_scale is not None else 4.0 if model == "demo" else 7.5
+        scale = defaults_of(subject.source).guidance_scale if guidance_scale is None else guidance_scale
+        sampler = sampler or own_sampler(subject.source.scheduler)
         settings = AnalysisSettings(sampler, steps, scale, tuple(dict.fromkeys(branch_id or [0])), batch, gains)
         # The short experiments first: what they refuse is said before the long measurement.
         experiments = Experiments(

@@ -12,6 +12,7 @@ import typer
 from fastcache.commands.options import (
     CacheInterval,
     EnginesOption,
+    Guidance,
     Json,
     OutputFolder,
     PlanFile,
@@ -27,9 +28,9 @@ def batch(
     prompts: Annotated[Path, typer.Option(help="One prompt a line, or a .jsonl file of rows with fields.")],
     output: OutputFolder,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 50,
-    sampler: Sampler = "ddim",
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; the model's own.")] = None,
+    sampler: Sampler = None,
+    guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="With a row's id it gives the row's own seed.")] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
@@ -58,7 +59,7 @@ def batch(
         "num_inference_steps": steps,
         "sampler": sampler,
         "guidance_scale": guidance_scale,
-        "cache_interval": cache_interval or 1,
+        "cache_interval": cache_interval,
         "plan": None if plan is None else json.loads(read_plan(plan).to_json()),
     }
     check_writable(output)

@@ -38,7 +38,7 @@ def bench(
     width: Width = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of engine arms that name none; fp32 if left out.")] = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone.")] = False,

@@ -46,7 +46,7 @@ def evaluate(
     output: OutputFolder,
     prompts: Annotated[Path | None, typer.Option(help="One a line; demo has held-out ones.")] = None,
     num_images: Annotated[int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32.")] = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
     guidance_scale: UsualGuidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
@@ -64,7 +64,7 @@ def evaluate(
     """
     from fastcache.bundle.bundle import open_bundle
     from fastcache.evaluate.chart import require_matplotlib
-    from fastcache.evaluate.evaluate import candidates_of, usual_guidance
+    from fastcache.evaluate.evaluate import candidates_of
     from fastcache.evaluate.evaluate import evaluate as run
     from fastcache.pipeline.pipeline import FastCachePipeline
 
@@ -75,7 +75,7 @@ def evaluate(
         raise ValueError("expected --inception and --reference-images together, got one of them")
     pipe = FastCachePipeline(open_bundle(engines))
     chosen = _prompts(pipe, prompts, num_images)
-    guidance = usual_guidance(pipe) if guidance_scale is None else guidance_scale
+    guidance = pipe.bundle.manifest.model.defaults.guidance_scale if guidance_scale is None else guidance_scale
     candidates = candidates_of(pipe, plans, sampler, steps)
     judging = _judges(chosen, lpips, clip, inception, reference_images)
     with progress() as say:

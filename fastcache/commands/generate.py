@@ -14,10 +14,10 @@ import typer
 from fastcache.commands.options import (
     CacheInterval,
     EnginesOption,
+    Guidance,
     Json,
     PlanFile,
     Sampler,
-    Steps,
     check_writable,
     read_plan,
 )
@@ -73,10 +73,10 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
-    steps: Steps = 50,
-    sampler: Sampler = "ddim",
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the plan's or the model's own.")] = None,
+    sampler: Sampler = None,
     eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less switches it off.")] = 7.5,
+    guidance_scale: Guidance = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure by guidance, 0 to 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: CacheInterval = None,
@@ -170,8 +170,8 @@ def _draw_all(
 
     from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
-    from fastcache.pipeline.images import png_bytes
     from fastcache.pipeline.pipeline import FastCachePipeline
+    from fastcache.pipeline.provenance import png_bytes
 
     arguments, pictures = _arguments(given), _read_pictures(given)
     base = FastCachePipeline(open_bundle(engines))
@@ -186,11 +186,11 @@ def _draw_all(
             batch = seeds[first : first + most]
             every = arguments | _batch(batch, lambda *_: bar.advance(task))
             result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
-            used = base.provenance(result.plan)
+            used = result.made | said
             for own, image in zip(batch, result.images, strict=True):
                 path = output if _is_file(output) else output / f"{own:05d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, png_bytes(image, used | said | {"seed": own}))
+                write_whole(path, png_bytes(image, used | {"seed": own}))
                 images.append({"path": str(path), "seed": own})
     return images, used
 
@@ -229,7 +229,8 @@ def _check_controls(pipe: FastCachePipeline, images: Any) -> None:
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """The pipeline's arguments but for pictures and what counts by them."""
     arguments = {name: given[name] for name in (*_FOR_BOTH, *_FOR_BASE) if name in given}
-    arguments |= {"num_inference_steps": given["steps"], "cache_interval": given.get("cache_interval", 1)}
+    renamed = {"num_inference_steps": "steps", "cache_interval": "cache_interval"}
+    arguments |= {name: given[flag] for name, flag in renamed.items() if flag in given}
     if "plan" in given:
         arguments["plan"] = read_plan(Path(given["plan"]))
     if "embeds" in given:
@@ -269,11 +270,8 @@ def _read_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(given: Mapping[str, Any]) -> dict[str, object]:
-    """What a picture's file says of its making: every flag that was given, files by their names."""
-    files = (*_PICTURES, "embeds")
-    unsaid = ("engines", "output", "num_images", "seed", "cache_interval", "plan", "refiner", "json_")
-    said = {name: _named(value) if name in files else value for name, value in given.items() if name not in unsaid}
-    return {"negative_prompt": "", **said}
+    """What a picture's file says of the files that went into it: their names."""
+    return {name: _named(value) for name, value in given.items() if name in (*_PICTURES, "embeds")}
 
 
 def _named(files: Any) -> object:
@@ -281,13 +279,7 @@ def _named(files: Any) -> object:
 
 
 def _batch(seeds: Sequence[int], on_step: Callable[..., None]) -> dict[str, Any]:
-    import torch
-
-    return {
-        "num_images_per_prompt": len(seeds),
-        "generator": [torch.Generator().manual_seed(own) for own in seeds],
-        "callback_on_step_end": on_step,
-    }
+    return {"num_images_per_prompt": len(seeds), "seed": seeds, "callback_on_step_end": on_step}
 
 
 def _draw(

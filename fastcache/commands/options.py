@@ -25,13 +25,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 EnginesOption = Annotated[
     Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing)
 ]
-Sampler = Annotated[str, typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...")]
+Sampler = Annotated[
+    str | None,
+    typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; the model's own."),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; 1 or less switches it off; the model's own.")
+]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
-UsualGuidance = Annotated[float | None, typer.Option(help="4 for demo, else 7.5, if left out.")]
+UsualGuidance = Annotated[float | None, typer.Option(help="The model's own if left out.")]
 CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
 PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]

@@ -30,7 +30,7 @@ def plan(
     engines: EnginesOption,
     steps: Steps,
     output: Annotated[Path, typer.Option(help="The plan file to write (JSON).")],
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
     nonuniform: Annotated[int | None, typer.Option(min=1, help="As many, dense around --center.")] = None,
     center: Annotated[float | None, typer.Option(help="The densest step; 0.3 of all if left out.")] = None,
@@ -58,7 +58,7 @@ def plan(
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 16,
-    guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; 4 for demo, else 7.5.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; the model's own.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
     json_: Json = False,
 ) -> None:
@@ -73,6 +73,7 @@ def plan(
     from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
     from fastcache.loop.features import check_reuse
+    from fastcache.loop.scheduler import own_sampler
 
     wish = _wish(ctx.params)
     if nonuniform is None and (center is not None or power is not None or as_shipped):
@@ -82,6 +83,7 @@ def plan(
     check_writable(output)
     manifest = read_manifest(engines)
     branches = _branches(manifest, branch_id, several=max_latency_ms is not None)
+    sampler = ctx.params["sampler"] = sampler or own_sampler(manifest.model.scheduler)
     if wish in _FORMULAS:
         if prompts is not None or calibration is not None:
             raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
@@ -113,7 +115,7 @@ def _by_measurement(
 ) -> tuple[CachePlan, dict[str, Any]]:
     """The plan that the flags wish for, from a calibration, and what it was made from."""
     from fastcache.bundle.bundle import open_bundle
-    from fastcache.evaluate.evaluate import num_calls, usual_guidance
+    from fastcache.evaluate.evaluate import num_calls
     from fastcache.evaluate.judges import calibration_prompts
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
@@ -123,7 +125,8 @@ def _by_measurement(
     given, kept = (None if flags[name] is None else Path(flags[name]) for name in ("prompts", "calibration"))
     with progress() as say:
         pipe, prompts, most = FastCachePipeline(open_bundle(engines)), list[str](), flags["num_prompts"]
-        guidance = usual_guidance(pipe) if flags["guidance_scale"] is None else flags["guidance_scale"]
+        usual, wanted = pipe.bundle.manifest.model.defaults.guidance_scale, flags["guidance_scale"]
+        guidance = usual if wanted is None else wanted
         times = None
         if latency_ms is not None:
             say("timing full and shallow steps")

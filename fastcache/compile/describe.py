@@ -5,18 +5,20 @@ Knows configurations; nothing is loaded or exported here but the tokenizer.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
+from pydantic import ValidationError
 from torch import nn
 
-from fastcache.bundle.manifest import ModelInfo, WorkEntry
+from fastcache.bundle.manifest import Defaults, ModelInfo, WorkEntry
 from fastcache.bundle.recipe import Profile, Recipe, Size
 from fastcache.compile.export import Free, Inputs
-from fastcache.compile.models import SourceModel
+from fastcache.compile.models import DEFAULTS, SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.work import count_work, empty_unet
@@ -97,7 +99,27 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
         loras=tuple(entry for _, entry in model.loras),
         unconditional=tokens == 0 and not classes,
         controls=tuple(control.entry for control in model.controls),
+        defaults=defaults_of(model),
     )
+
+
+def defaults_of(model: SourceModel) -> Defaults:
+    """What the model's own pipeline of diffusers draws with where nobody says, or else what its folder says.
+
+    Raises: `ValueError` for a `fastcache.json` of something else.
+    """
+    import diffusers
+
+    usual = inspect.signature(getattr(diffusers, model.pipeline).__call__).parameters
+    own = {name: usual[name].default for name in Defaults.model_fields if name in usual}
+    try:
+        return Defaults(**{**own, **model.defaults})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"expected {DEFAULTS} to say {', '.join(Defaults.model_fields)}, got {where}: {first['msg']}"
+        ) from None
 
 
 def work(unet: nn.Module, inputs: Inputs) -> tuple[WorkEntry, ...]:

@@ -36,6 +36,7 @@ _PIPELINES: dict[str, Family] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
 }
+DEFAULTS = "fastcache.json"  # in a model's folder, what it draws best with: {"guidance_scale": 4.0}
 # Each part of a pipeline that is read: its component, and the class it must be of.
 _PARTS: dict[str, tuple[Component, str]] = {
     "unet": ("unet", "UNet2DConditionModel"),
@@ -56,8 +57,9 @@ TOKENIZERS: dict[lora.Part, str] = {"text_encoder": "tokenizer", "text_encoder_2
 class SourceModel:
     """A model found but not loaded: where it is, and what identifies its weights.
 
-    `parts` are the subfolders it is read from, `settings` what the pipeline itself is configured with. LoRAs are merged
-    into whatever is loaded; `controls` lie beside it.
+    `parts` are the subfolders it is read from, `pipeline` is its class in diffusers, `settings` what that is configured
+    with, and `defaults` what its folder says of how it draws best. LoRAs are merged into whatever is loaded; `controls`
+    lie beside it.
     """
 
     name: str
@@ -70,6 +72,8 @@ class SourceModel:
     settings: dict[str, Any] = field(default_factory=dict)
     loras: tuple[tuple[Lora, LoraEntry], ...] = ()
     controls: tuple[Control, ...] = ()
+    pipeline: str = "StableDiffusionPipeline"
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
     def random_weights(self) -> bool:
@@ -151,7 +155,8 @@ def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
         weights = hashlib.sha256(key.encode()).hexdigest()
         family: Family = "sdxl" if "addition_embed_type" in PRESETS[name].unet else "sd"
         scheduler, settings = PRESETS[name].scheduler, PRESETS[name].settings
-        return SourceModel(name, None, weights, scheduler, ("unet",), family, settings=settings)
+        pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+        return SourceModel(name, None, weights, scheduler, ("unet",), family, settings=settings, pipeline=pipeline)
     folder = MODEL_DIRECTORY if name == "demo" else Path(name)
     if not folder.is_dir():
         if name in PRESETS:
@@ -194,8 +199,12 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     if family == "sd":
         scheduler |= {"steps_offset": 1, "clip_sample": False}  # diffusers' pipelines set these, whatever the file says
     settings = {key: index[key] for key in _SETTINGS if key in index}
-    weights = _hash_sources(folder, parts, settings)
-    return SourceModel(name, folder, weights, scheduler, components, family, parts, settings)
+    pipeline = str(index["_class_name"])
+    defaults = read_json(folder / DEFAULTS) if (folder / DEFAULTS).is_file() else {}
+    weights = _hash_sources(folder, parts, {**settings, "pipeline": pipeline, "defaults": defaults})
+    return SourceModel(
+        name, folder, weights, scheduler, components, family, parts, settings, pipeline=pipeline, defaults=defaults
+    )
 
 
 _SETTINGS = ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
@@ -231,7 +240,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns = ["model_index.json", DEFAULTS, "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -20,9 +20,11 @@ from torch import Tensor
 from fastcache.bundle.manifest import Manifest
 from fastcache.evaluate.quality import Estimate, frechet_estimate, mean_of, ratio_of_medians
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import make_scheduler, same_sampler
-from fastcache.loop.table import compile_sampler
+from fastcache.loop.scheduler import make_scheduler, own_sampler
+from fastcache.pipeline.arguments import check_plan
 from fastcache.pipeline.pipeline import FastCachePipeline, Run
+from fastcache.pipeline.request import Request
+from fastcache.pipeline.schedule import Steps, steps_for
 
 Array = npt.NDArray[np.floating]
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Array]
@@ -52,42 +54,38 @@ class DrawnBatch:
 
 
 def candidates_of(
-    pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str, steps: int | None
+    pipe: FastCachePipeline, plans: Mapping[str, CachePlan], sampler: str | None, steps: int | None
 ) -> list[Candidate]:
     """The uncached run, with `steps` or else as many as the longest plan's sampler takes, and each plan.
 
+    `sampler` is None for the model's own; a plan that names one runs with that.
+
     Raises: `ValueError` naming the plan for one of another model or branch, or that no number of steps makes.
     """
-    candidates = [_candidate(pipe, name, plan, sampler) for name, plan in plans.items()]
+    usual = sampler or own_sampler(pipe.bundle.manifest.model.scheduler)
+    candidates = [_candidate(pipe, name, plan, usual) for name, plan in plans.items()]
     most = steps or max(candidate.steps for candidate in candidates)
-    calls = num_calls(pipe.bundle.manifest, sampler, most)
-    return [Candidate(UNCACHED, CachePlan.all_full(calls), sampler, most), *candidates]
+    calls = num_calls(pipe.bundle.manifest, usual, most)
+    return [Candidate(UNCACHED, CachePlan.all_full(calls), usual, most), *candidates]
 
 
 def _candidate(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str) -> Candidate:
-    manifest = pipe.bundle.manifest
-    if plan.model not in (None, manifest.model.name):
-        raise ValueError(f"{name}: expected a plan made for model {manifest.model.name}, got one for {plan.model}")
-    if strange := [name for name in plan.pass_names if name not in manifest.passes]:
-        built = ", ".join(manifest.passes)
-        raise ValueError(f"{name}: expected a plan for branch {built}, got one for {strange}")
-    if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
-        sampler = plan.sampler
-    calls = plan.num_steps
-    for steps in (calls, calls - 1, (calls + 1) // 2):  # one call a step; pndm makes one more, heun two but at the last
-        if steps > 0 and num_calls(manifest, sampler, steps) == calls:
-            return Candidate(name, plan, sampler, steps)
-    raise ValueError(f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {calls}")
-
-
-def usual_guidance(pipe: FastCachePipeline) -> float:
-    """What pictures are drawn with where nobody says: 4 by the bundled model, which was tuned so, else 7.5."""
-    return 4.0 if pipe.bundle.manifest.model.name == "demo" else 7.5
+    manifest, sampler = pipe.bundle.manifest, plan.sampler or sampler
+    try:
+        check_plan(plan, manifest, plan.num_steps, sampler)
+        steps = steps_for(make_scheduler(sampler, manifest.model.scheduler), plan.num_steps)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if steps is None:
+        raise ValueError(
+            f"{name}: expected a plan for as many U-Net calls as {sampler} makes, got one for {plan.num_steps}"
+        )
+    return Candidate(name, plan, sampler, steps)
 
 
 def num_calls(manifest: Manifest, sampler: str, steps: int) -> int:
     """How often a sampler calls the U-Net."""
-    return compile_sampler(make_scheduler(sampler, manifest.model.scheduler), steps).num_calls
+    return len(Steps(steps).prepare(make_scheduler(sampler, manifest.model.scheduler)).timesteps)
 
 
 def timed_loop(run: Run) -> tuple[Tensor, float]:
@@ -113,15 +111,15 @@ def draw_batch(
     for k in range(len(candidates)):
         index = (first + k) % len(candidates)
         candidate = candidates[index]
-        run = pipe.begin(
-            list(prompts),
+        request = Request(
+            prompts,
             num_inference_steps=candidate.steps,
             plan=candidate.plan,
             sampler=candidate.sampler,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            seed=seeds,
             guidance_scale=guidance_scale,
-            whole=True,
         )
+        run = pipe.begin(request, whole=True)
         latents, loop_ms = timed_loop(run)
         images: Tensor = pipe.pictures.decode(latents.clone(), "pt")
         drawn[index] = DrawnBatch(images.float().cpu(), loop_ms)

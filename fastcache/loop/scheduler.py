@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Protocol, cast
 
+from fastcache.expect import expected, suggested
+
 
 class Scheduler(Protocol):
     """What is used of a diffusers scheduler."""
@@ -66,20 +68,46 @@ SAMPLERS: Final[Mapping[str, SchedulerChoice]] = MappingProxyType(
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     """The diffusers scheduler that users call `name`, for a model whose own scheduler has this config.
 
+    The class name of the model's own stands for that one, just as the config has it.
+
     Raises: ValueError for an unknown name; ImportError where the scheduler needs a package (lms: scipy).
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {name!r}; choose one of these")
+    choice = SAMPLERS.get(name)
+    if choice is None and name == config.get("_class_name"):
+        choice = _choice(name)
+    if choice is None:
+        raise expected(
+            f"a sampler out of {', '.join(SAMPLERS)}", name, suggested(name, SAMPLERS) or "choose one of these"
+        )
     import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    choice = SAMPLERS[name]
-    scheduler_class: Any = getattr(diffusers, choice.class_name)
+    scheduler_class: Any = getattr(diffusers, choice.class_name, None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        raise expected("the model's scheduler to be one of diffusers", choice.class_name, "choose a sampler by name")
     accepted = inspect.signature(scheduler_class.__init__).parameters
     # Not `from_config`: it imports every other scheduler, for 1.5 s, to see what values are another class's defaults,
     # which the config says itself.
     unset = config.get("_use_default_values", ())
     own = {key: value for key, value in config.items() if key in accepted and key not in unset}
     return cast(Scheduler, scheduler_class(**{**own, **choice.overrides}))
+
+
+def own_sampler(config: Mapping[str, Any]) -> str:
+    """What `make_scheduler` calls a model's own scheduler: by its name if that draws the same, else by its class.
+
+    A config without a class, as architecture presets have it, leaves `ddim`.
+    """
+    own_class = config.get("_class_name")
+    if own_class is None:
+        return "ddim"
+    same_class = [name for name, choice in SAMPLERS.items() if choice.class_name == own_class]
+    own = _settings(make_scheduler(own_class, config)) if same_class else {}
+    return next((name for name in same_class if _settings(make_scheduler(name, config)) == own), str(own_class))
+
+
+def _settings(scheduler: Scheduler) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
 def same_sampler(name: str, other: str) -> bool:

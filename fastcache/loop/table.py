@@ -7,6 +7,7 @@ once on basis vectors says all there is to know about it. Knows nothing about U-
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,16 +112,31 @@ class SamplerTable:
         return tuple(shortest_update(rows, call) for call in range(calls))
 
 
-def compile_sampler(scheduler: Scheduler, num_steps: int, *, begin_index: int = 0, **step_kwargs: Any) -> SamplerTable:
+def compile_sampler(
+    scheduler: Scheduler,
+    num_steps: int,
+    *,
+    begin_index: int = 0,
+    places: Mapping[str, Sequence[float]] | None = None,
+    **step_kwargs: Any,
+) -> SamplerTable:
     """Run the scheduler once on basis vectors, in float64, and read off what it does.
 
     `step_kwargs` go to every `scheduler.step` (eta=1.0, ...). With `begin_index` the loop starts at that
-    entry of the timesteps, as image to image does. The scheduler given is not changed.
+    entry of the timesteps, as image to image does; `places` are its `timesteps` or its `sigmas` in place of those
+    that it makes itself. The scheduler given is not changed.
 
     Raises: NonlinearSamplerError if it clips or thresholds; ValueError if it cannot make the timesteps, or a
         step raises, gives values that are not finite or draws noise twice. The message names the step.
     """
-    prepared = _prepared(scheduler, num_steps, begin_index)
+    prepared = prepare(scheduler, num_steps, places)
+    if not 0 <= begin_index < len(prepared.timesteps):
+        raise ValueError(
+            f"expected begin_index in 0..{len(prepared.timesteps) - 1}, got {begin_index}; "
+            f"{type(scheduler).__name__} makes {len(prepared.timesteps)} calls for {num_steps} steps"
+        )
+    if begin_index and hasattr(prepared, "set_begin_index"):
+        cast(Any, prepared).set_begin_index(begin_index)
     timesteps: Tensor = prepared.timesteps[begin_index:]
     calls = len(timesteps)
     basis = torch.eye(1 + 2 * calls, dtype=torch.float64, device="cpu")  # x_T, e_0 .., z_0 ..
@@ -158,8 +174,11 @@ def noise_levels(scheduler: Any, timesteps: Tensor) -> tuple[float, ...] | None:
     return floats(torch.lerp(logs[below], logs[above], place - below).exp())
 
 
-def _prepared(scheduler: Scheduler, num_steps: int, begin_index: int) -> Scheduler:
-    """A copy of the scheduler on the CPU, with its timesteps set."""
+def prepare(scheduler: Scheduler, num_steps: int, places: Mapping[str, Sequence[float]] | None = None) -> Scheduler:
+    """A copy of the scheduler on the CPU, with its timesteps set: to those of so many steps, or to `places`.
+
+    Raises: ValueError if it cannot make them.
+    """
     prepared = copy.deepcopy(scheduler)
     for attribute, value in list(vars(prepared).items()):
         if isinstance(value, Tensor):  # add_noise leaves some tables on the device of its sample
@@ -167,20 +186,18 @@ def _prepared(scheduler: Scheduler, num_steps: int, begin_index: int) -> Schedul
     name = type(scheduler).__name__
     if num_steps < 1:
         raise ValueError(f"expected num_steps >= 1, got {num_steps}; ask for at least one step")
+    asked: dict[str, Any] = {key: list(values) for key, values in (places or {}).items()}
+    if missing := sorted(asked.keys() - inspect.signature(prepared.set_timesteps).parameters.keys()):
+        raise ValueError(f"expected no {missing[0]} for {name}, which makes its own, got some; choose another sampler")
+    wish = asked or {"num_inference_steps": num_steps}
     try:
-        prepared.set_timesteps(num_steps, device="cpu")
+        prepared.set_timesteps(**wish, device="cpu")
     except Exception as error:
+        told = " and ".join(asked) or f"num_steps {num_steps}"
         raise ValueError(
-            f"expected {name} to make timesteps for num_steps {num_steps}, got {_told(error)}; "
+            f"expected {name} to make timesteps for {told}, got {_told(error)}; "
             "ask for another number of steps or change the scheduler's settings"
         ) from error
-    if not 0 <= begin_index < len(prepared.timesteps):
-        raise ValueError(
-            f"expected begin_index in 0..{len(prepared.timesteps) - 1}, got {begin_index}; "
-            f"{name} makes {len(prepared.timesteps)} calls for {num_steps} steps"
-        )
-    if begin_index and hasattr(prepared, "set_begin_index"):
-        cast(Any, prepared).set_begin_index(begin_index)
     return prepared
 
 

@@ -1,12 +1,13 @@
-"""A call's arguments -> the size, the plan, the part of the denoising and the conditioning that they mean for a bundle.
+"""A request and a bundle -> what it means there: the size, the sampler, the steps, the guidance, and the plan.
 
-Refuses in one line what does not go together. Knows names and numbers; runs nothing.
+Fills in the model's own ways where a request says nothing, and refuses in one line what does not fit the bundle. Knows
+names and numbers; runs nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from PIL import Image
@@ -14,16 +15,87 @@ from torch import Tensor
 
 from fastcache.bundle.manifest import Manifest, ModelInfo
 from fastcache.bundle.recipe import Size
+from fastcache.expect import expected
 from fastcache.loop.features import check_reuse
-from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import Scheduler, same_sampler
-from fastcache.pipeline.prompts import Embeds, Sizes
-from fastcache.pipeline.schedule import Span
+from fastcache.loop.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
+from fastcache.pipeline.request import Request, Sizes
+from fastcache.pipeline.schedule import WHOLE, Span, Steps, steps_for
 
 # What diffusers' pipelines do without a strength: image to image, and under a mask.
 _STRENGTHS = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
-_SIZE_NAMES = {field.name for field in dataclasses.fields(Sizes)}
+_SIZE_NAMES = {field.name for field in fields(Sizes)}
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a request means for a bundle. `image_guidance_scale` is None where guidance has two parts."""
+
+    size: Size
+    sampler: str | Scheduler
+    steps: Steps
+    span: Span
+    guided: bool
+    guidance_scale: float
+    image_guidance_scale: float | None
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler as plans and pictures have it; of a scheduler of diffusers its class."""
+        return self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__
+
+
+def terms_of(request: Request, manifest: Manifest, *, span: Span | None = None, guided: bool | None = None) -> Terms:
+    """What a request means for a bundle, its model's own ways filled in where nobody said.
+
+    A plan's sampler and steps stand for the request's where that names none; `span` and `guided` for what the request's
+    pictures and guidance say.
+
+    Raises: `ValueError` for what this bundle or its model cannot do.
+    """
+    info, usual = manifest.model, manifest.model.defaults
+    if info.time_ids is None and (told := sorted(_SIZE_NAMES & request.given.keys())):
+        raise ValueError(f"expected no {', '.join(told)}, which only models of SDXL's kind are told, got them")
+    guidance = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    of_image = usual.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
+    if guided is None:
+        guided = guidance > 1 and not info.unconditional and (not info.edits or of_image >= 1)
+    shown = request.picture if request.image is None else request.image
+    span = span or span_of(request, info)
+    sampler = _sampler(request, manifest)
+    return Terms(
+        size=size_of(manifest, request.height, request.width, shown, request.mask_image),
+        sampler=sampler,
+        steps=_steps(request, manifest, sampler, span),
+        span=span,
+        guided=guided,
+        guidance_scale=guidance,
+        image_guidance_scale=of_image if info.edits and guided else None,
+    )
+
+
+def _sampler(request: Request, manifest: Manifest) -> str | Scheduler:
+    if request.sampler is not None:
+        return request.sampler
+    if request.plan is not None and request.plan.sampler is not None:
+        return request.plan.sampler
+    return own_sampler(manifest.model.scheduler)
+
+
+def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span: Span) -> Steps:
+    places = request.timesteps or request.sigmas
+    if places is not None:
+        named = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+        return Steps(len(places), **{name: tuple(values) for name, values in named.items() if values is not None})
+    if request.num_inference_steps is None and request.plan is not None and span == WHOLE:
+        scheduler = make_scheduler(sampler, manifest.model.scheduler) if isinstance(sampler, str) else sampler
+        found = steps_for(scheduler, request.plan.num_steps)
+        if found is None:
+            raise expected(
+                "a plan for as many U-Net calls as its sampler makes", request.plan.num_steps, "give another plan"
+            )
+        return Steps(found)
+    return Steps(request.num_inference_steps or manifest.model.defaults.num_inference_steps)
 
 
 def size_of(manifest: Manifest, height: int | None, width: int | None, image: Any, mask: Any) -> Size:
@@ -47,16 +119,10 @@ def size_of(manifest: Manifest, height: int | None, width: int | None, image: An
     )
 
 
-def span_of(
-    info: ModelInfo,
-    image: Any,
-    mask: Any,
-    strength: float | None,
-    start: float | None,
-    end: float | None,
-    latents: Tensor | None,
-) -> Span:
+def span_of(request: Request, info: ModelInfo) -> Span:
     """Where to begin and end. Raises: `ValueError` for arguments that do not go together, or with this model."""
+    image, mask = request.image, request.mask_image
+    strength, start, end = request.strength, request.denoising_start, request.denoising_end
     channels = info.latent_channels
     known = {channels: (), 2 * channels: ("image",), 2 * channels + 1: ("image", "mask_image")}
     if info.in_channels not in known:
@@ -74,73 +140,50 @@ def span_of(
             if value is not None:
                 raise ValueError(f"expected an image with {name}, got none")
         return Span(denoising_end=end)
-    if latents is not None:
+    if request.latents is not None:
         raise ValueError("expected latents or image, got both")
     if info.edits:
         for name, value in (("mask_image", mask), ("strength", strength), ("denoising_start", start)):
             if value is not None:
-                raise ValueError(f"expected no {name} for {info.name}, which edits a whole image, got {value}")
+                raise ValueError(f"expected no {name} for {info.name}, which edits a whole image, got one")
         return Span(denoising_end=end)
     if start is not None:
         return Span(None, start, end)
     return Span(_STRENGTHS[info.family][mask is not None] if strength is None else strength, None, end)
 
 
-def conditioning(
-    info: ModelInfo, arguments: dict[str, Any], embeds: Embeds, size: Size, guided: bool, *, from_image: bool
-) -> dict[str, Any]:
-    """The arguments with SDXL's sizes made into what its U-Net is told.
+def plan_for(request: Request, manifest: Manifest, num_calls: int, sampler: str | Scheduler) -> CachePlan:
+    """The request's plan, or a uniform one. Raises: `ValueError` as `check_plan`."""
+    if request.plan is None:
+        return CachePlan.uniform(num_calls, request.cache_interval or 1, manifest.branch_id)
+    check_plan(request.plan, manifest, num_calls, sampler)
+    return request.plan
 
-    Raises: `ValueError` for sizes that another model would not be told.
+
+def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str | Scheduler) -> None:
+    """Whether a plan is one for this bundle, and for so many U-Net calls of this sampler.
+
+    Raises: `ValueError` for a plan of another length, or made for another model or sampler, or of other passes.
     """
-    told = {name: value for name, value in arguments.items() if name in _SIZE_NAMES}
-    others = {name: value for name, value in arguments.items() if name not in told}
-    num_ids, rows = info.time_ids, embeds.hidden.shape[0]
-    if num_ids is None and told:
-        raise ValueError(f"expected no {', '.join(sorted(told))}, which only models of SDXL's kind are told")
-    if num_ids is None:
-        return others
-    ids = Sizes(**told).time_ids(
-        (size.height, size.width), num_ids=num_ids, rows=rows, guided=guided, from_image=from_image
-    )
-    return others | {"time_ids": ids, "text_embeds": embeds.pooled}
+    name = manifest.model.public_name
+    if plan.num_steps != num_calls:
+        raise ValueError(f"expected a plan for the sampler's {num_calls} U-Net calls, got one for {plan.num_steps}")
+    check_reuse(plan, manifest.passes)
+    if plan.model not in (None, manifest.model.name, name):
+        raise expected(f"a plan made for model {name}", plan.model, "make another with `fastcache plan`")
+    if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):
+        raise expected(f"a plan made for sampler {sampler}", plan.sampler, "draw with that sampler, or plan anew")
 
 
-def images_of(
-    info: ModelInfo, conditioning: Mapping[str, Tensor], latents: Tensor | None, generator: Generators, guided: bool
-) -> int:
-    """How many images inputs are for; with no conditioning as many as latents, or else generators."""
-    rows = next(iter(conditioning.values()), None)
+def images_of(info: ModelInfo, inputs: Mapping[str, Tensor], request: Request, guided: bool) -> int:
+    """How many images inputs are for; with none as many as latents, or else generators."""
+    rows = next(iter(inputs.values()), None)
     if rows is not None:
         return len(rows) // info.guided_rows if guided else len(rows)
-    if latents is not None:
-        return len(latents)
-    return len(generator) if isinstance(generator, Sequence) else 1
-
-
-def check_generators(generator: Generators, batch: int) -> None:
-    """Raises: `ValueError` for a list of generators that is not one for each image."""
-    if isinstance(generator, Sequence) and len(generator) != batch:
-        raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
-
-
-def plan_of(
-    manifest: Manifest, plan: CachePlan | None, cache_interval: int, num_calls: int, sampler: str | Scheduler
-) -> CachePlan:
-    """The plan that was given, or a uniform one.
-
-    Raises: `ValueError` for both, or a plan made for another model or sampler.
-    """
-    if plan is None:
-        return CachePlan.uniform(num_calls, cache_interval, manifest.branch_id)
-    if cache_interval != 1:
-        raise ValueError("expected cache_interval or plan, got both")
-    check_reuse(plan, manifest.passes)
-    if plan.model not in (None, manifest.model.name):
-        raise ValueError(f"expected a plan made for model {manifest.model.name}, got one for {plan.model}")
-    if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):
-        raise ValueError(f"expected a plan made for sampler {sampler}, got one for {plan.sampler}")
-    return plan
+    if request.latents is not None:
+        return len(request.latents)
+    each = request.generator if request.seed is None else request.seed
+    return len(each) if isinstance(each, Sequence) else 1
 
 
 def _is_picture(image: Any) -> bool:

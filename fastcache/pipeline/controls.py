@@ -7,8 +7,7 @@ tensors' names; knows nothing about steps but how many there are.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,33 +20,8 @@ from fastcache.bundle.recipe import ControlKind, Size
 from fastcache.loop.plan import FULL, CachePlan
 from fastcache.loop.runtime import Runtime
 from fastcache.loop.steps import Scales
-from fastcache.pipeline.images import Images, processed
-
-
-@dataclass(frozen=True)
-class ControlArguments:
-    """What a call says of pictures that steer it, by diffusers' names.
-
-    `adapter_image` is `image` there, and `ip_adapter_scale` what `set_ip_adapter_scale` sets. For several ControlNets
-    `control_image` is a list with what each is shown, or a list of such lists, one a picture; of the numbers
-    each may have its own.
-    """
-
-    control_image: Images | Sequence[Images] | None = None
-    controlnet_conditioning_scale: float | Sequence[float] = 1.0
-    control_guidance_start: float | Sequence[float] = 0.0
-    control_guidance_end: float | Sequence[float] = 1.0
-    guess_mode: bool = False
-    adapter_image: Images | None = None
-    adapter_conditioning_scale: float = 1.0
-    ip_adapter_image: Any = None
-    ip_adapter_image_embeds: Sequence[Tensor] | None = None
-    ip_adapter_scale: float = 1.0
-
-    @property
-    def picture(self) -> Images | Sequence[Images] | None:
-        """The picture whose size a call draws that names none, or a list that begins with it."""
-        return self.adapter_image if self.control_image is None else self.control_image
+from fastcache.pipeline.images import processed
+from fastcache.pipeline.request import ControlArguments, Numbers
 
 
 @dataclass(frozen=True)
@@ -86,7 +60,6 @@ _KINDS: dict[ControlKind, _Kind] = {
         ("ip_adapter_image", "ip_adapter_image_embeds"),
     ),
 }
-_NAMES = {each.name for each in dataclasses.fields(ControlArguments)}
 
 
 @dataclass(frozen=True)
@@ -111,34 +84,30 @@ class Controls:
         count = sum(entry.kind == "controlnet" for entry in self._info.controls)
         self._embeddings = ["controlnet_embedding", *(f"controlnet_embedding_{i}" for i in range(2, count + 1))][:count]
 
-    def take(self, arguments: Mapping[str, Any]) -> tuple[ControlArguments, dict[str, Any]]:
-        """A call's arguments, those for these networks apart.
-
-        Raises: `ValueError` for arguments of a network that the bundle lacks, or none for one that it has.
-        """
-        own = {name: value for name, value in arguments.items() if name in _NAMES and value is not None}
-        if own.get("guess_mode") is False:  # says nothing, and diffusers' callers pass it along
-            del own["guess_mode"]
+    def check(self, given: ControlArguments) -> None:
+        """Raises: `ValueError` for arguments of a network that the bundle lacks, or none for one that it has."""
+        values = {name: getattr(given, name) for about in _KINDS.values() for name in about.arguments}
+        said = {name for name, value in values.items() if value is not None and value is not False}
         for kind, about in _KINDS.items():
-            given = [name for name in about.arguments if name in own]
-            if given and kind not in self._names:
+            strange = [name for name in about.arguments if name in said]
+            if strange and kind not in self._names:
                 raise ValueError(
-                    f"expected no {given[0]} for a bundle without {about.title}, got one; build with {about.flag}"
+                    f"expected no {strange[0]} for a bundle without {about.title}, got one; build with {about.flag}"
                 )
-            if kind in self._names and sum(name in own for name in about.needs) != 1:
-                found = "both" if set(about.needs) <= own.keys() else "none"
+            if kind in self._names and sum(name in said for name in about.needs) != 1:
+                found = "both" if set(about.needs) <= said else "none"
                 raise ValueError(
                     f"expected {' or '.join(about.needs)} for a bundle with the {about.title} {self._names[kind]}, "
                     f"got {found}"
                 )
-        return ControlArguments(**own), {name: value for name, value in arguments.items() if name not in _NAMES}
 
     @torch.no_grad()
     def steer(self, given: ControlArguments, *, rows: int, guided: bool, size: Size, num_calls: int) -> Steering:
         """What the passes of a run for `rows` pictures take.
 
-        Raises: `ValueError` for pictures that cannot be read, or as many as do not fit; or numbers out of range.
+        Raises: `ValueError` for pictures that cannot be read, or as many as do not fit, or what `check` refuses.
         """
+        self.check(given)
         halves = self._info.guided_rows if guided else 1
         inputs: dict[str, Tensor] = {}
         scales = None
@@ -147,19 +116,20 @@ class Controls:
                 found = self._of_picture(role, "control_image", image, size, rows)
                 inputs |= {name: _halved(value, halves) for name, value in found.items()}
             count = len(self._embeddings)
-            each = _each(count, "controlnet_conditioning_scale", given.controlnet_conditioning_scale)
-            inputs["conditioning_scale"] = torch.tensor([each if count > 1 else each[0]] * (rows * halves))
+            each = _each(count, "controlnet_conditioning_scale", given.controlnet_conditioning_scale, 1.0)
+            every = [each if count > 1 else each[0]] * (rows * halves)
+            inputs["conditioning_scale"] = torch.tensor(every, dtype=torch.float32, device="cpu")
             scales = _scales(given, each, num_calls)
         if "t2i_adapter" in self._names:
             found = self._of_picture("t2i_adapter", "adapter_image", given.adapter_image, size, rows)
-            scale = _finite(adapter_conditioning_scale=given.adapter_conditioning_scale)
+            scale = 1.0 if given.adapter_conditioning_scale is None else given.adapter_conditioning_scale
             inputs |= {name: _halved(value * scale, halves) for name, value in found.items()}
         if "ip_adapter" in self._names:
             embeds = self._image_embeds(given, guided)
             tokens = self._runtime.once("ip_adapter", {"image_embeds": embeds})["ip_tokens"]
             inputs["ip_tokens"] = torch.cat([tokens[:1]] * (rows * (halves - 1)) + [tokens[-1:]] * rows)
-            scale = _finite(ip_adapter_scale=given.ip_adapter_scale)
-            inputs["ip_adapter_scale"] = torch.full((rows * halves,), scale)
+            scale = 1.0 if given.ip_adapter_scale is None else given.ip_adapter_scale
+            inputs["ip_adapter_scale"] = torch.full((rows * halves,), scale, dtype=torch.float32, device="cpu")
         return Steering(inputs, scales)
 
     def _control_images(self, given: Any) -> list[Any]:
@@ -261,8 +231,8 @@ def _scales(given: ControlArguments, full: Sequence[float], num_calls: int) -> S
     """
     if given.guess_mode:
         raise ValueError("expected guess_mode=False, which engines are built for, got True; use the helper")
-    starts = _each(len(full), "control_guidance_start", given.control_guidance_start)
-    ends = _each(len(full), "control_guidance_end", given.control_guidance_end)
+    starts = _each(len(full), "control_guidance_start", given.control_guidance_start, 0.0)
+    ends = _each(len(full), "control_guidance_end", given.control_guidance_end, 1.0)
     for start, end in zip(starts, ends, strict=True):
         if not 0 <= start < end <= 1:
             raise ValueError(f"expected 0 <= control_guidance_start < control_guidance_end <= 1, got {start} and {end}")
@@ -278,19 +248,12 @@ def _scales(given: ControlArguments, full: Sequence[float], num_calls: int) -> S
     return [scale for (scale,) in steps] if len(full) == 1 else steps
 
 
-def _each(count: int, name: str, value: Any) -> list[float]:
-    """A number for each of some networks. Raises: `ValueError` for what is no finite number, or as many as are not."""
-    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * count
+def _each(count: int, name: str, value: Numbers | None, usual: float) -> list[float]:
+    """A number for each of some networks. Raises: `ValueError` for as many as are not."""
+    values = [usual if value is None else value] * count if not isinstance(value, Sequence) else list(value)
     if len(values) != count:
         raise ValueError(f"expected {name} as one number, or {count} of them, got {len(values)}")
-    return [_finite(**{name: each}) for each in values]
-
-
-def _finite(**named: float) -> float:
-    ((name, value),) = named.items()
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"expected {name} to be a finite number, got {value!r}")
-    return float(value)
+    return values
 
 
 def _halved(value: Tensor, halves: int) -> Tensor:

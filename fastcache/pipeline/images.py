@@ -6,17 +6,15 @@ nothing about prompts or steps.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,10 +23,10 @@ from fastcache.bundle.recipe import Size
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.runtime import Runtime
 from fastcache.loop.steps import Run
+from fastcache.pipeline import checks
+from fastcache.pipeline.arguments import Terms
+from fastcache.pipeline.request import Images, OutputType, Request
 from fastcache.pipeline.schedule import Schedule, Span
-
-OutputType = Literal["pil", "np", "pt", "latent"]
-Images = Image.Image | npt.NDArray[Any] | Tensor | Sequence[Image.Image] | Sequence[npt.NDArray[Any]] | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,15 @@ class Pictures:
         self._bundle, self._runtime, self._info = bundle, runtime, bundle.manifest.model
 
     def start(
-        self,
-        image: Images,
-        mask: Images | None,
-        schedule: Schedule,
-        span: Span,
-        *,
-        rows: int,
-        size: Size,
-        generator: Generators,
-        guided: bool,
-    ) -> Start:
-        """Where image to image, or under a mask inpainting, begins.
+        self, request: Request, terms: Terms, schedule: Schedule, rows: int, generator: Generators
+    ) -> Start | None:
+        """Where image to image, or under a mask inpainting, begins; None where there is no image.
 
         Raises: `ValueError` for images and masks that cannot be read, or as many as do not fit `rows` pictures.
         """
+        image, mask, size, span, guided = request.image, request.mask_image, terms.size, terms.span, terms.guided
+        if image is None:
+            return None
         pixels = self._prepared("image", image, size)
         if self._info.edits:
             return self._start_beside(pixels, schedule, rows, generator, guided)
@@ -192,7 +184,7 @@ class Pictures:
         return mean, deviation
 
     def _drawn(self, shape: torch.Size, generator: Generators) -> Tensor:
-        noise = torch.empty(shape, device=self._runtime.device)
+        noise = torch.empty(shape, dtype=torch.float32, device=self._runtime.device)
         draw(noise, generator)
         return noise
 
@@ -210,12 +202,29 @@ class Pictures:
 
 
 def processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:
-    """Pictures as a processor of diffusers makes them, at a size. Raises: `ValueError` for what it cannot read."""
+    """Pictures as a processor of diffusers makes them, at a size.
+
+    Raises: `ValueError` for what it cannot read, and for pixels that are no numbers.
+    """
     try:
-        return processor.preprocess(image, height=size.height, width=size.width)
-    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        pixels: Tensor = processor.preprocess(_of_bytes(image), height=size.height, width=size.width)
+    except Exception as error:  # diffusers', numpy's or torch's own, of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"expected {name} as PIL images, arrays or tensors in [0, 1], got {reason}") from error
+        raise ValueError(
+            f"expected {name} as PIL images, arrays or tensors in [0, 1], got {reason}; give another {name}"
+        ) from error
+    return checks.finite(name, pixels)
+
+
+def _of_bytes(image: Any) -> Any:
+    """A picture of 16 bits a pixel as one of 8, which is what processors read; they would clip it to nearly white."""
+    if isinstance(image, list):
+        return [_of_bytes(each) for each in cast("list[Any]", image)]
+    if not isinstance(image, Image.Image) or not image.mode.startswith(("I", "F")):
+        return image
+    if not image.mode.startswith("I;16"):
+        raise ValueError(f"a picture of mode {image.mode}, which says nothing of its range; convert it to L or RGB")
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
 
 
 def _spread(name: str, values: Tensor, rows: int) -> Tensor:
@@ -226,23 +235,13 @@ def _spread(name: str, values: Tensor, rows: int) -> Tensor:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture in a file, in RGB.
+    """The picture in a file, in RGB, upright where its EXIF data say how it was held.
 
     Raises: `ValueError` for a file that is missing or no picture.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(_of_bytes(image)).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"expected a picture in {path}: {' '.join(reason.split())}") from None
-
-
-def png_bytes(image: Image.Image, provenance: Mapping[str, object]) -> bytes:
-    """The image as a PNG that says in text chunks how it was made."""
-    info = PngInfo()
-    for key, value in provenance.items():
-        info.add_itxt(key, str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()

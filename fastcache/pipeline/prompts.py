@@ -1,4 +1,4 @@
-"""Prompts, or embeddings of them -> what the U-Net attends to, one row an image, by a bundle's text encoders.
+"""Prompts, or embeddings of them -> what the U-Net is told, one row an image, by a bundle's text encoders.
 
 Does for Stable Diffusion and SDXL what `encode_prompt` does in diffusers. Knows tokens and embeddings; knows nothing
 about steps or images.
@@ -7,7 +7,6 @@ about steps or images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastcache.bundle.bundle import Bundle
-from fastcache.bundle.manifest import Role
+from fastcache.bundle.manifest import ModelInfo, Role
+from fastcache.bundle.recipe import Size
 from fastcache.loop.runtime import Runtime
-
-Texts = str | Sequence[str] | None
+from fastcache.pipeline.request import Sizes, Texts
 
 _TOKENIZERS: dict[Role, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -84,11 +83,7 @@ class Prompts:
             raise ValueError(
                 "expected either prompt or prompt_embeds, got " + ("neither" if positive.text is None else "both")
             )
-        if count < 1:
-            raise ValueError(f"expected num_images_per_prompt of 1 or more, got {count}")
-        wanted = self._given(positive) or self.encode(
-            _texts("prompt", positive.text), _optional("prompt_2", positive.text_2), clip_skip
-        )
+        wanted = self._given(positive) or self.encode(_texts(positive.text) or [], _texts(positive.text_2), clip_skip)
         if not guided:
             return wanted.repeat(count)
         unwanted = self._negative(negative, wanted)
@@ -118,8 +113,7 @@ class Prompts:
         if negative.text is None and self._info.zero_negative:
             return wanted.zeros()
         rows = wanted.hidden.shape[0]
-        texts = _texts("negative_prompt", "" if negative.text is None else negative.text)
-        texts_2 = _optional("negative_prompt_2", negative.text_2)
+        texts, texts_2 = _texts(negative.text or ""), _texts(negative.text_2)
         for name, found in (("negative_prompt", texts), ("negative_prompt_2", texts_2)):
             if found is not None and len(found) not in (1, rows):
                 raise ValueError(f"expected one {name}, or one for each of {rows} prompts, got {len(found)}")
@@ -141,7 +135,7 @@ class Prompts:
             found = self._encode(role, second if role == "text_encoder_2" else texts)
             depth = found["hidden_states"].shape[1]
             if not 0 <= (clip_skip or 0) < depth:
-                raise ValueError(f"expected clip_skip from 0 to {depth - 1}, got {clip_skip}")
+                raise ValueError(f"expected clip_skip from 0 to {depth - 1}, got {clip_skip}; leave out fewer layers")
             hidden.append(found["hidden_states"][:, clip_skip or 0])
             pooled = found.get("text_embeds", pooled)
         return Embeds(torch.cat(hidden, dim=-1), pooled)
@@ -157,47 +151,24 @@ class Prompts:
         return {name: torch.cat([some[name] for some in found]) for name in found[0]}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What SDXL is told of an image's making: sizes as (height, width), and the refiner how beautiful it should be.
+def unet_inputs(
+    info: ModelInfo, embeds: Embeds, size: Size, told: Sizes, *, guided: bool, from_image: bool = False
+) -> dict[str, Tensor]:
+    """What a U-Net takes besides latents and timestep, by its names, from prompts and what SDXL is told of sizes.
 
-    Source: arXiv 2307.01952, section 2.2; `_get_add_time_ids` of diffusers' pipelines.
+    Shapes: one row for each of the U-Net's, the unconditional ones first; of a model that edits an image under guidance
+    two thirds of them, for those without the image and with it.
     """
-
-    original_size: tuple[int, int] | None = None
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
-    negative_original_size: tuple[int, int] | None = None
-    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
-    negative_target_size: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-
-    def time_ids(self, size: tuple[int, int], *, num_ids: int, rows: int, guided: bool, from_image: bool) -> Tensor:
-        """Shapes: returns (rows, num_ids), the first half of the rows unconditional under guidance."""
-        original, target = self.original_size or size, self.target_size or size
-        told = [*original, *self.crops_coords_top_left, *target]
-        untold = told
-        if from_image or (self.negative_original_size and self.negative_target_size):
-            no_original = self.negative_original_size or original
-            no_target = self.negative_target_size or target
-            # As diffusers has it: image to image without a score keeps the crop of the positive side.
-            crop = self.crops_coords_top_left if from_image else self.negative_crops_coords_top_left
-            untold = [*no_original, *crop, *no_target]
-        if num_ids == 5:
-            no_original = self.negative_original_size or original
-            told = [*original, *self.crops_coords_top_left, self.aesthetic_score]
-            untold = [*no_original, *self.negative_crops_coords_top_left, self.negative_aesthetic_score]
-        ids = torch.tensor([untold, told] if guided else [told], dtype=torch.float32)
-        return ids.repeat_interleave(rows // len(ids), dim=0)
+    hidden = embeds.hidden
+    if info.edits and guided:
+        hidden = torch.cat([hidden[: len(hidden) // 2], hidden])
+    if info.time_ids is None or embeds.pooled is None:
+        return {"encoder_hidden_states": hidden}
+    ids = told.time_ids(
+        (size.height, size.width), num_ids=info.time_ids, rows=len(hidden), guided=guided, from_image=from_image
+    )
+    return {"encoder_hidden_states": hidden, "text_embeds": embeds.pooled, "time_ids": ids}
 
 
-def _texts(name: str, value: Texts) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected {name} to be a string or a list of strings, got {value!r}")
-    return texts
-
-
-def _optional(name: str, value: Texts) -> list[str] | None:
-    return None if value is None else _texts(name, value)
+def _texts(value: Texts) -> list[str] | None:
+    return [value] if isinstance(value, str) else None if value is None else list(value)

@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,29 +21,16 @@ from torch import Tensor
 from fastcache.loop.noise import Generators
 from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import Scheduler
-from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler
+from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler, prepare
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which part of the denoising to do, in diffusers' terms: by `strength`, or from one fraction of it to another.
-
-    Raises: `ValueError` for a strength outside [0, 1], or fractions that are not in (0, 1) or in order.
-    """
+    """Which part of the denoising to do, in diffusers' terms: by `strength`, or from one fraction of it to another."""
 
     strength: float | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise ValueError(f"expected a strength from 0 to 1, got {self.strength}")
-        start, end = self.denoising_start, self.denoising_end
-        for name, fraction in (("denoising_start", start), ("denoising_end", end)):
-            if fraction is not None and not 0 < fraction < 1:
-                raise ValueError(f"expected {name} between 0 and 1, got {fraction}")
-        if start is not None and end is not None and start >= end:
-            raise ValueError(f"expected denoising_start below denoising_end, got {start} and {end}")
 
     def of(self, scheduler: Any, num_steps: int) -> tuple[int, int]:
         """The first of a prepared scheduler's calls, and the one after the last.
@@ -71,6 +59,33 @@ class Span:
 WHOLE = Span()
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How many denoising steps, or where the scheduler is to take them: at which timesteps, or at which sigmas."""
+
+    count: int
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    @property
+    def places(self) -> dict[str, tuple[float, ...]]:
+        named = {"timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {name: values for name, values in named.items() if values is not None}
+
+    def prepare(self, scheduler: Scheduler) -> Any:
+        """A copy of the scheduler, its timesteps set. Raises: `ValueError` for steps that it cannot make."""
+        return prepare(scheduler, self.count, self.places)
+
+
+def steps_for(scheduler: Scheduler, num_calls: int) -> int | None:
+    """How many steps of a scheduler make so many U-Net calls, if any do."""
+    for count in (num_calls, num_calls - 1, (num_calls + 1) // 2):  # PNDM makes one more, Heun two but at the last
+        with suppress(ValueError):  # more steps than it was trained with, say
+            if count > 0 and len(Steps(count).prepare(scheduler).timesteps) == num_calls:
+                return count
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The calls to make, and the scheduler they are of, its timesteps set."""
@@ -88,47 +103,45 @@ class Schedule:
         """Before call i an image x under noise z is `noised[i, 0] * x + noised[i, 1] * z`; after the last, x.
 
         Shapes: (calls + 1, 2), float32.
+
+        Raises: `ValueError` for a scheduler that cannot put an image under noise.
         """
         scheduler, rows = copy.deepcopy(self.scheduler), list[list[float]]()
-        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-        extra = step_arguments(scheduler, 0.0, torch.Generator())
+        if not hasattr(scheduler, "add_noise"):
+            raise ValueError(
+                f"expected a scheduler with add_noise to begin with an image, got {type(scheduler).__name__}; "
+                "choose another sampler"
+            )
+        one, zero = (torch.full((1, 1, 1, 1), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
+        extra = step_arguments(scheduler, 0.0, torch.Generator("cpu"))
         timesteps = torch.as_tensor(self.sampler.timesteps).to(scheduler.timesteps.dtype)
         for t in timesteps:
             rows.append([scheduler.add_noise(x, z, t[None]).item() for x, z in ((one, zero), (zero, one))])
             scheduler.step(zero, t, scheduler.scale_model_input(zero, t), **extra)
-        return torch.tensor([*rows, [1.0, 0.0]])
+        return torch.tensor([*rows, [1.0, 0.0]], dtype=torch.float32, device="cpu")
 
 
 def make_schedule(
-    scheduler: Scheduler, num_steps: int, eta: float, span: Span, generator: Generators = None, *, own: bool = False
+    scheduler: Scheduler, steps: Steps, eta: float, span: Span, generator: Generators = None, *, own: bool = False
 ) -> Schedule:
     """A table where the scheduler has one, and else, with a warning, the scheduler itself; `own` asks for the latter.
 
     Raises: `ValueError` for steps that the scheduler cannot make, or a span without any.
     """
-    if num_steps < 1:
-        raise ValueError(f"expected num_inference_steps of 1 or more, got {num_steps}")
-    prepared = copy.deepcopy(scheduler)
-    whole = span == WHOLE
-    if not whole:
-        prepared.set_timesteps(num_steps)
-    begin, end = (0, None) if whole else span.of(prepared, num_steps)
+    begun = steps.prepare(scheduler)
+    num_steps = len(begun.timesteps) if steps.places else steps.count  # as `retrieve_timesteps` of diffusers counts
+    begin, end = (0, None) if span == WHOLE else span.of(begun, num_steps)
+    if begin and hasattr(begun, "set_begin_index"):
+        begun.set_begin_index(begin)
     if not own:
+        extra = step_arguments(scheduler, eta)
         try:
-            table = compile_sampler(scheduler, num_steps, begin_index=begin, **step_arguments(scheduler, eta))
-            return Schedule(_first(table, end, begin), _begun(prepared, num_steps, begin))
+            table = compile_sampler(scheduler, steps.count, begin_index=begin, places=steps.places, **extra)
+            return Schedule(_first(table, end, begin), begun)
         except NonlinearSamplerError as error:
             warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=5)
     one = list(generator) if isinstance(generator, Sequence) else generator
-    begun = _begun(prepared, num_steps, begin)
     return Schedule(ScheduledSampler(begun, step_arguments(begun, eta, one), begin, end), copy.deepcopy(begun))
-
-
-def _begun(scheduler: Any, num_steps: int, begin: int) -> Any:
-    scheduler.set_timesteps(num_steps)
-    if begin and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    return scheduler
 
 
 def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:
@@ -150,12 +163,7 @@ def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:
 
 
 def step_arguments(scheduler: Any, eta: float, generator: Any = None) -> dict[str, Any]:
-    """What of eta and generator this scheduler's `step` takes.
-
-    Raises: `ValueError` for an eta that is not from 0 to 1.
-    """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"expected eta from 0 to 1, got {eta}")
+    """What of eta and generator this scheduler's `step` takes; eta also where it is 0, which is not TCD's own."""
     accepted = inspect.signature(scheduler.step).parameters
     arguments = {"eta": eta, "generator": generator}
-    return {name: value for name, value in arguments.items() if name in accepted and value}
+    return {name: value for name, value in arguments.items() if name in accepted and value is not None}

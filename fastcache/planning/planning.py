@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastcache.evaluate.evaluate import num_calls, timed_loop
 from fastcache.files import write_whole
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.pipeline.request import Request
 from fastcache.planning.calibrate import calibrate_bundle
 from fastcache.planning.calibration import Calibration
 from fastcache.planning.search import (
@@ -138,15 +138,15 @@ def measure_loop(
     times: dict[tuple[bool, int | None], list[float]] = {key: [] for key in plans}
     for _ in range(1 + repeats):  # the first round warms up
         for key, plan in plans.items():
-            run = pipe.begin(
+            request = Request(
                 [""] * batch,
                 num_inference_steps=num_steps,
                 plan=plan,
                 sampler=sampler,
-                generator=[torch.Generator().manual_seed(seed) for seed in range(batch)],
+                seed=0,
                 guidance_scale=guidance_scale,
-                whole=True,
             )
+            run = pipe.begin(request, whole=True)
             times[key].append(timed_loop(run)[1])
     loops = {key: statistics.median(own[1:]) for key, own in times.items()}
     each = {on: _step_times({b: ms for (own, b), ms in loops.items() if own == on}, calls) for on in (True, False)}

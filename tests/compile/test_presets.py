@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.images import Start
+from fastcache.pipeline.request import Request
 from small_presets import SMALL_PRESETS, python_path
 
 DDPM, LDM, REFINER, EDITS = "small-ddpm256", "small-ldm4g", "small-sdxl-refiner", "small-instruct-pix2pix"
@@ -62,9 +64,12 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
-def drawn(bundle: Bundle, cache_interval: int = 1, **arguments: Any) -> Tensor:
+def drawn(bundle: Bundle, cache_interval: int = 1, *, guided: bool, **arguments: Any) -> Tensor:
+    """`arguments` are a request's, and the U-Net's inputs."""
     pipe = fastcache.load(bundle.path, threads=1)
-    run = pipe.start(**arguments, num_inference_steps=STEPS, cache_interval=cache_interval)
+    own = {name: arguments.pop(name) for name in list(arguments) if name in inspect.signature(Request).parameters}
+    request = Request(**own, sampler="ddim", num_inference_steps=STEPS, cache_interval=cache_interval)
+    run = pipe.start(request, arguments, guided=guided)
     *_, last = run.steps
     return last.latents.clone()
 

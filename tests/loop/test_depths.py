@@ -24,6 +24,7 @@ from fastcache.cut.partition import partition_branches
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.lane import Lane
 from fastcache.loop.scheduler import make_scheduler
+from fastcache.pipeline.request import Request
 from small_unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -107,7 +108,8 @@ def test_a_plan_chooses_a_depth_for_each_step(bundle: Bundle, tiny_model: Path, 
     drawn: dict[CachePlan, Tensor] = {}
     for names in (PLAN.passes, CachePlan.from_refresh_steps(STEPS, (0, 6)).passes):
         plan = CachePlan(names, forecast=forecast)
-        run = pipe.start(embeds, guided=True, num_inference_steps=STEPS, plan=plan, latents=latents, guidance_scale=5.0)
+        request = Request(num_inference_steps=STEPS, plan=plan, latents=latents, guidance_scale=5.0)
+        run = pipe.start(request, {"encoder_hidden_states": embeds}, guided=True)
         *_, last = run.steps
         drawn[plan] = last.latents.clone()
         expected = through_eager(bundle, tiny_model, plan, embeds, latents)
@@ -118,9 +120,9 @@ def test_a_plan_chooses_a_depth_for_each_step(bundle: Bundle, tiny_model: Path, 
 
 def test_a_branch_that_the_bundle_lacks_is_refused(bundle: Bundle) -> None:
     embeds = torch.zeros(2, 16, 16)
-    plan = CachePlan.from_branches((None, 0, 3))
+    request = Request(num_inference_steps=3, plan=CachePlan.from_branches((None, 0, 3)))
     with pytest.raises(ValueError, match=r"passes full, shallow-0, shallow-2, which .*, got one with shallow-3; build"):
-        fastcache.load(bundle.path).start(embeds, guided=True, num_inference_steps=3, plan=plan)
+        fastcache.load(bundle.path).start(request, {"encoder_hidden_states": embeds}, guided=True)
 
 
 @pytest.mark.parametrize(

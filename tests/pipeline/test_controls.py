@@ -33,6 +33,7 @@ from fastcache.health.verify import verify_bundle
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun
 from fastcache.loop.steps import PlainRun
+from fastcache.pipeline.request import Request
 from fastcache.serve.engine.executor import Executor
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
@@ -281,7 +282,8 @@ def test_a_scale_that_changes_is_in_the_recorded_loop(stepwise: bool, pipe: Fast
     recorder = ListRecorder(anything=True)
     results: list[Tensor] = []
     for scales in ([1.0] * 3 + [0.0] * 5, [0.0] * 3 + [0.7] * 5):
-        run = pipe.begin(**texts(), **others(controlnet_conditioning_scale=1.0), num_inference_steps=STEPS)
+        given = {**texts(), **others(controlnet_conditioning_scale=1.0)}
+        run = pipe.begin(Request(**given, num_inference_steps=STEPS))
         noise, drawn = torch.randn(1, 4, 8, 8, generator=seeded(6)), list[Tensor]()
         for kind in (PlainRun, partial(CapturedRun, recorder, stepwise=stepwise)):
             again = kind(run.lane, table, plan, Guidance(5.0), conditioning_scales=scales)
@@ -347,8 +349,9 @@ def test_bad_arguments_are_refused_in_one_line(
 
 
 def test_inputs_that_are_missing_are_named(pipe: FastCachePipeline) -> None:
+    inputs = {"encoder_hidden_states": texts()["prompt_embeds"]}
     with pytest.raises(ValueError, match=r"^expected the inputs .*conditioning_scale, controlnet_embedding"):
-        pipe.start(texts()["prompt_embeds"], guided=False, num_inference_steps=STEPS)
+        pipe.start(Request(num_inference_steps=STEPS), inputs, guided=False)
 
 
 def test_embeddings_need_no_image_encoder(pipe: FastCachePipeline) -> None:

@@ -22,6 +22,7 @@ from fastcache.health.verify import verify_bundle
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun
 from fastcache.loop.steps import PlainRun
+from fastcache.pipeline.request import Request
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet
@@ -95,7 +96,7 @@ def test_scales_that_change_are_in_the_recorded_loop(pipe: FastCachePipeline) ->
     plan, table = CachePlan.from_branches((None, 0, None, 0, None, 0, 0, 0)), pipe.schedule("ddim", STEPS).sampler
     results: list[Tensor] = []
     for scales in ([[1.0, 0.2]] * 4 + [[0.0, 0.2]] * 4, [[0.0, 0.2]] * 4 + [[1.0, 0.9]] * 4):
-        lane = pipe.begin(**texts(), **PICTURES, num_inference_steps=STEPS).lane
+        lane = pipe.begin(Request(**texts(), **PICTURES, num_inference_steps=STEPS)).lane
         noise, drawn = torch.randn(1, 4, 8, 8, generator=seeded(6)), list[Tensor]()
         for kind in (PlainRun, partial(CapturedRun, ListRecorder(anything=True))):
             run = kind(lane, table, plan, Guidance(5.0), conditioning_scales=scales)
@@ -124,7 +125,10 @@ def test_invariants_hold_and_the_manifest_names_both(pipe: FastCachePipeline) ->
         ({"control_image": [[picture(1)]]}, "lists of 2 in control_image, one for each ControlNet, got 1"),
         ({"controlnet_conditioning_scale": [1.0]}, "controlnet_conditioning_scale as one number, or 2 of them, got 1"),
         ({"control_guidance_end": [1.0, 0.0]}, "got 0.0 and 0.0"),
-        ({"control_guidance_start": [0.0, float("nan")]}, "control_guidance_start to be a finite number, got nan"),
+        (
+            {"control_guidance_start": [0.0, float("nan")]},
+            "to be a finite number from 0 to 1, got nan",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(

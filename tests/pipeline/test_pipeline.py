@@ -59,7 +59,8 @@ def use_sampler(reference: StableDiffusionPipeline, name: str) -> None:
 
 def images(pipeline: Any, *, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
     """What either pipeline draws. Shapes: returns (N, 3, H, W) in [0, 1]."""
-    arguments = {"num_inference_steps": STEPS, "output_type": "pt", "generator": seeded(0)[0], **arguments}
+    usual = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "pt", "generator": seeded(0)[0]}
+    arguments = {**usual, **arguments}
     return pipeline(prompt, **arguments).images
 
 
@@ -303,29 +304,49 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "either prompt or prompt_embeds, got neither"),
     ({"prompt_embeds": torch.zeros(1, 32, 128)}, "either prompt or prompt_embeds, got both"),
     ({"prompt": []}, "prompt to be a string or a list of strings"),
-    ({"prompt": [3]}, "prompt to be a string or a list of strings"),
+    ({"prompt": [3]}, r"prompt\[0\] to be text, got 3"),
+    ({"prompt": 5}, "prompt to be a string or a list of strings, got 5"),
+    ({"prompt": "a \ud800"}, "prompt to be text"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 31, 128)}, r"shape \[1, 32, 128\]|shape \[1, 31, 128\]"),
     ({"negative_prompt_embeds": torch.zeros(1, 31, 128)}, "negative_prompt_embeds of shape"),
     ({"negative_prompt": ["a", "b"]}, "one negative_prompt, or one for each of 1 prompts, got 2"),
-    ({"num_images_per_prompt": 0}, "num_images_per_prompt of 1 or more"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt to be a whole number of 1 or more, got 0"),
     ({"num_images_per_prompt": 5}, "1 to 4 images at once, got 5"),
-    ({"num_inference_steps": 0}, "num_inference_steps of 1 or more"),
+    ({"num_images_per_prompt": 1.0}, "num_images_per_prompt to be a whole number of 1 or more, got 1.0"),
+    ({"num_images_per_prompt": "2"}, "num_images_per_prompt to be a whole number of 1 or more, got '2'"),
+    ({"num_inference_steps": 0}, "num_inference_steps to be a whole number of 1 or more, got 0"),
+    ({"num_inference_steps": "3"}, "num_inference_steps to be a whole number of 1 or more, got '3'"),
+    ({"num_inference_steps": 2.0}, "num_inference_steps to be a whole number of 1 or more, got 2.0"),
+    ({"num_inference_steps": True}, "num_inference_steps to be a whole number of 1 or more, got True"),
+    ({"guidance_scale": "7.5"}, "guidance_scale to be a finite number of 0 or more, got '7.5'"),
+    ({"guidance_scale": -2.0}, "guidance_scale to be a finite number of 0 or more, got -2.0"),
+    ({"guidance_scale": True}, "guidance_scale to be a finite number of 0 or more, got True"),
     ({"num_inference_steps": 5000}, "timesteps for num_steps 5000"),
     ({"cache_interval": 0}, "interval"),
     ({"cache_interval": 2, "plan": plan_for()}, "cache_interval or plan, got both"),
     ({"plan": plan_for(), "num_inference_steps": 9}, "9 U-Net calls, got one for 8"),
-    ({"plan": plan_for(model="another")}, "model demo, got one for another"),
-    ({"plan": plan_for(sampler="euler")}, "sampler ddim, got one for euler"),
+    ({"plan": plan_for(model="another")}, "made for model demo, got 'another'"),
+    ({"plan": plan_for(sampler="euler"), "sampler": "ddim"}, "made for sampler ddim, got 'euler'"),
     ({"plan": CachePlan.uniform(STEPS, 2, branch_id=3)}, "of the passes full, shallow-0"),
     ({"sampler": "magic"}, "a sampler out of"),
+    ({"sampler": "eulr"}, "a sampler out of .*, got 'eulr'; did you mean euler"),
+    ({"sampler": 3}, "sampler to be a name, or a scheduler of diffusers, got 3"),
+    ({"seed": 1}, "expected generator or seed, got both"),
     ({"generator": seeded(0, 1)}, "one for each of 1 images, got 2"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents of shape \[1, 4, 16, 16\]"),
-    ({"output_type": "jpeg"}, "output_type pil, np, pt or latent"),
+    ({"output_type": "jpeg"}, "output_type out of pil, np, pt, latent, got 'jpeg'"),
     ({"height": 128}, "64x64, which this bundle was built for, got 64x128; build another with --sizes"),
-    ({"height": 0}, "got 64x0"),
+    ({"height": 0}, "height to be a whole number of 1 or more, got 0"),
+    ({"height": "64"}, "height to be a whole number of 1 or more, got '64'"),
     ({"clip_skip": 9}, "clip_skip from 0 to"),
-    ({"eta": float("nan")}, "eta from 0 to 1, got nan"),
-    ({"eta": 5.0}, "eta from 0 to 1, got 5"),
+    ({"eta": float("nan")}, "eta to be a finite number from 0 to 1, got nan"),
+    ({"eta": 5.0}, "eta to be a finite number from 0 to 1, got 5"),
+    ({"eta": None}, "eta to be a finite number from 0 to 1, got None"),
+    ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "latents to be finite"),
+    ({"cache_intervall": 2}, "which cache_intervall is not, got 2; did you mean cache_interval"),
+    ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs is not, .*; adapters are merged"),
+    ({"callback": print}, "callback is not, .*; give callback_on_step_end"),
+    ({"timesteps": [3, 2, 1]}, "no timesteps for DDIMScheduler, which makes its own"),
 ]
 
 
@@ -339,7 +360,8 @@ def test_bad_arguments_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"plan": plan_for(sampler="euler")}, {"cache_interval": 0}, {"colour": torch.zeros(2)}]
+    "arguments",
+    [{"plan": plan_for(sampler="euler"), "sampler": "ddim"}, {"cache_interval": 0}, {"colour": torch.zeros(2)}],
 )
 def test_a_stream_refuses_bad_arguments_before_its_first_step(
     arguments: dict[str, Any], pipe: FastCachePipeline

@@ -22,9 +22,9 @@ from fastcache.bundle.bundle import open_bundle
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BackendUnavailable
 from fastcache.files import write_whole
-from fastcache.pipeline.images import png_bytes
 from fastcache.pipeline.pipeline import FastCachePipeline
-from fastcache.serve.cluster.rows import Row, draw_rows, made_by, seed_of
+from fastcache.pipeline.provenance import png_bytes
+from fastcache.serve.cluster.rows import Row, draw_rows, seed_of
 
 INDEX: Final = "index.jsonl"
 _DIGEST: Final = "row_sha256"
@@ -179,7 +179,7 @@ class Artist:
         for outcome in draw_rows(self._pipe, [row for row in rows if row.id not in results]):
             row = outcome.row
             if outcome.picture is not None:
-                made = made_by(self._pipe, outcome) | {"row_id": row.id, _DIGEST: row.digest(bundle_sha256)}
+                made = outcome.made | {"row_id": row.id, _DIGEST: row.digest(bundle_sha256)}
                 write_whole(self._output / f"{row.id}.png", png_bytes(outcome.picture, made))
             results[row.id] = outcome.error or ""
         return {"id": list(results), "error": list(results.values())}

@@ -1,6 +1,6 @@
 """Rows of a table, each a prompt and how to draw it -> pictures, those of equal settings in one batch.
 
-What `ray_batch.py` runs in its workers and `triton.py` in Triton. Knows the pipeline; nothing about files or clusters.
+What `batch.py` runs in its workers and `triton.py` in Triton. Knows the pipeline; nothing about files or clusters.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-import torch
 from PIL import Image as Pillow
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import SAMPLERS
 from fastcache.pipeline.pipeline import FastCachePipeline
-
-MAX_SEED: Final = 2**63 - 1
+from fastcache.pipeline.request import MAX_SEED, Request
 
 
 def _known(name: str) -> str:
@@ -30,17 +28,20 @@ def _known(name: str) -> str:
 
 
 class Row(BaseModel):
-    """One picture to draw, with the field names of the images API. `id` names its file."""
+    """One picture to draw, with the field names of the images API. `id` names its file.
+
+    What is left out is the model's own way, or of the plan the bundle's: no caching.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
     prompt: str = Field(min_length=1)
     negative_prompt: str | None = None
-    num_inference_steps: int = Field(50, ge=1, le=1000)
-    guidance_scale: float = 7.5
-    sampler: Annotated[str, AfterValidator(_known)] = "ddim"
-    cache_interval: int = Field(1, ge=1)
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = None
+    sampler: Annotated[str, AfterValidator(_known)] | None = None
+    cache_interval: int | None = Field(None, ge=1)
     plan: dict[str, Any] | None = None
     seed: int = Field(ge=0, le=MAX_SEED)
 
@@ -63,11 +64,11 @@ def seed_of(row_id: str, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row drawn, or why it cannot be."""
+    """A row drawn, and the record of how; or why it cannot be."""
 
     row: Row
     picture: Pillow.Image | None = None
-    plan: CachePlan | None = None
+    made: dict[str, object] = field(default_factory=dict[str, object])
     error: str | None = None
 
 
@@ -84,9 +85,10 @@ def draw_rows(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]
                 yield from (Outcome(row, error=str(error)) for row in chosen)
 
 
-def _draw(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]:
+def request_of(rows: Sequence[Row]) -> Request:
+    """The request that rows of equal settings stand for, an image each. Raises: `ValueError`."""
     first = rows[0]
-    result = pipe(
+    return Request(
         [row.prompt for row in rows],
         negative_prompt=None if first.negative_prompt is None else [row.negative_prompt or "" for row in rows],
         num_inference_steps=first.num_inference_steps,
@@ -94,21 +96,12 @@ def _draw(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]:
         sampler=first.sampler,
         cache_interval=first.cache_interval,
         plan=None if first.plan is None else CachePlan.from_json(json.dumps(first.plan)),
-        generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+        seed=[row.seed for row in rows],
     )
+
+
+def _draw(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]:
+    result = pipe.draw(request_of(rows))
     for row, picture in zip(rows, result.images, strict=True):
-        yield Outcome(row, picture, result.plan)
-
-
-def made_by(pipe: FastCachePipeline, outcome: Outcome) -> dict[str, object]:
-    """How a picture was made, for its PNG."""
-    row = outcome.row
-    plan = {} if outcome.plan is None else pipe.provenance(outcome.plan)
-    return plan | {
-        "prompt": row.prompt,
-        "negative_prompt": row.negative_prompt or "",
-        "sampler": row.sampler,
-        "steps": row.num_inference_steps,
-        "guidance_scale": row.guidance_scale,
-        "seed": row.seed,
-    }
+        own = {"prompt": row.prompt, "negative_prompt": row.negative_prompt or "", "seed": row.seed}
+        yield Outcome(row, picture, result.made | own)

@@ -21,7 +21,8 @@ from fastcache.bundle.bundle import open_bundle, publish
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BundleError
 from fastcache.files import write_whole
-from fastcache.serve.cluster.rows import MAX_SEED, Outcome, Row, draw_rows
+from fastcache.pipeline.request import MAX_SEED
+from fastcache.serve.cluster.rows import Outcome, Row, draw_rows
 from fastcache_engines import Device
 
 _ENGINES: Final = "engines"

@@ -25,8 +25,10 @@ from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, foretold
 from fastcache.loop.streams import load_streams
 from fastcache.loop.table import SamplerTable
+from fastcache.pipeline.arguments import Terms, terms_of
 from fastcache.pipeline.pipeline import FastCachePipeline
-from fastcache.pipeline.prompts import Prompt, Sizes
+from fastcache.pipeline.prompts import Prompt, unet_inputs
+from fastcache.pipeline.request import Request
 
 
 class DeviceBroken(RuntimeError):
@@ -35,22 +37,17 @@ class DeviceBroken(RuntimeError):
 
 @dataclass(eq=False)
 class Drawing:
-    """What a job draws: the text, and how. `conditioning` is made when its first image starts, for all of them."""
+    """What a job draws, the first image with `seed`, and what that means for the bundle.
 
-    prompt: str
-    negative_prompt: str | None
-    guidance_scale: float
+    `conditioning` is made when its first image starts, for all of them.
+    """
+
+    request: Request
+    terms: Terms
     seed: int
-    sampler: str
-    num_inference_steps: int
-    size: Size
     table: SamplerTable
     plan: CachePlan
     conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale > 1
 
 
 @dataclass(eq=False)
@@ -118,7 +115,7 @@ class Executor:
     def _make_table(self, sampler: str, num_steps: int) -> SamplerTable:
         table = self.pipe.schedule(sampler, num_steps).sampler
         if not isinstance(table, SamplerTable):
-            raise ValueError(f"expected a sampler that is a table, got {sampler}, which runs its own step here")
+            raise ValueError(f"expected a sampler that is a table, got {sampler}, which is not; name another sampler")
         return table
 
     def lanes(self, size: Size) -> Lanes:
@@ -144,29 +141,39 @@ class Executor:
     def warm_up(self) -> None:
         """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
         manifest = self.pipe.bundle.manifest
-        table = self.table("ddim", 50)
+        table = self._usual_table()
         with ThreadPoolExecutor(1) as beside:
             # Native code works, while Python spends 4 s on importing the tokenizer's and the sampler's packages.
             loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
             self._embeds("")
             loading.result()
         plan = CachePlan.all_full(table.num_calls)
-        self.fill(0, Drawing("", None, 2.0, 0, "ddim", 50, manifest.sizes[0], table, plan), 0)
+        request = Request("", guidance_scale=2.0)
+        self.fill(0, Drawing(request, terms_of(request, manifest), 0, table, plan), 0)
         for name in manifest.passes:
             for guided in (True, False):
                 self.run([(0, 0)], name=name, guided=guided)
         self.pictures([0])
         self.clear(0)
 
+    def _usual_table(self) -> SamplerTable:
+        """That of a request which names no sampler, or else one of any."""
+        terms = terms_of(Request(""), self.pipe.bundle.manifest)
+        try:
+            return self.table(terms.sampler_name, terms.steps.count)
+        except ValueError:  # the model's own runs its own step, so that requests must name another
+            return self.table("ddim", terms.steps.count)
+
     def fill(self, lane: int, drawing: Drawing, index: int) -> None:
         """Encode the text, unless an image of the same job did, and draw the noise of image `index`."""
         if drawing.conditioning is None:
             drawing.conditioning = self._condition(drawing)
-        lanes, generator = self.lanes(drawing.size), torch.Generator().manual_seed(drawing.seed + index)
+        terms, generator = drawing.terms, torch.Generator("cpu").manual_seed(drawing.seed + index)
+        lanes = self.lanes(terms.size)
         own = lanes.lanes[lane]
-        own.set_inputs(drawing.conditioning, drawing.is_guided)
-        guidance = Guidance(drawing.guidance_scale)
-        run = PlainRun(own, drawing.table, drawing.plan, guidance, generator=[generator], guided=drawing.is_guided)
+        own.set_inputs(drawing.conditioning, terms.guided)
+        guidance = Guidance(terms.guidance_scale, drawing.request.guidance_rescale)
+        run = PlainRun(own, drawing.table, drawing.plan, guidance, generator=[generator], guided=terms.guided)
         draw(run.latents, [generator])
         run.latents.mul_(drawing.table.init_noise_sigma)
         self._in_flight[lane] = _InFlight(lanes, run)
@@ -174,17 +181,13 @@ class Executor:
     def _condition(self, drawing: Drawing) -> dict[str, Tensor]:
         """What the U-Net takes besides latents. Shapes: (halves, ...), the unconditional one first."""
         model = self.pipe.bundle.manifest.model
-        guided, num_ids, unwanted = drawing.is_guided, model.time_ids, drawing.negative_prompt
+        request, guided = drawing.request, drawing.terms.guided
+        wanted, unwanted = str(request.prompt), request.negative_prompt
         negative = Prompt("negative_prompt")
         if guided and not (unwanted is None and model.zero_negative):
-            negative = self._encoded("negative_prompt", unwanted or "")
-        embeds = self.pipe.prompts.condition(self._encoded("prompt", drawing.prompt), negative, count=1, guided=guided)
-        found = {"encoder_hidden_states": embeds.hidden}
-        if num_ids is not None and embeds.pooled is not None:
-            size = drawing.size.height, drawing.size.width
-            ids = Sizes().time_ids(size, num_ids=num_ids, rows=1 + guided, guided=guided, from_image=False)
-            found |= {"text_embeds": embeds.pooled, "time_ids": ids}
-        return found
+            negative = self._encoded("negative_prompt", str(unwanted or ""))
+        embeds = self.pipe.prompts.condition(self._encoded("prompt", wanted), negative, count=1, guided=guided)
+        return unet_inputs(model, embeds, drawing.terms.size, request, guided=guided)
 
     def _encoded(self, name: str, text: str) -> Prompt:
         embeds = self._embeds(text)

@@ -13,21 +13,21 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastcache.bundle.manifest import Manifest
-from fastcache.loop.features import check_reuse, moves
+from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import same_sampler
-from fastcache.loop.table import SamplerTable
+from fastcache.loop.scheduler import own_sampler
+from fastcache.pipeline.arguments import Terms, plan_for, terms_of
+from fastcache.pipeline.request import Request
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing, Executor
 from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.schema import ImageRequest
+from fastcache.serve.http.schema import ImageRequest, Usual
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +50,22 @@ class Served:
 
     @property
     def model(self) -> str:
-        """The model's public name: the last part of a path, which is nobody's business, or a hub id."""
-        name = self.manifest.model.name
-        return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+        """The model's public name."""
+        return self.manifest.model.public_name
 
     @property
     def sizes(self) -> list[str]:
         """The sizes of the bundle as WIDTHxHEIGHT, its usual one first."""
         return [str(size) for size in self.manifest.sizes]
+
+    def usual(self, limits: Limits) -> Usual:
+        """What a request is drawn with that does not say."""
+        model = self.manifest.model
+        return Usual(
+            sampler=own_sampler(model.scheduler),
+            num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
+            guidance_scale=model.defaults.guidance_scale,
+        )
 
     def tokens_of(self, text: str) -> int:
         """How long a text is for the model, its marks of start and end included."""
@@ -97,59 +105,61 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         most, got = served.manifest.model.tokens or 0, served.tokens_of(text)
         if got > most:
             raise _bad(name, f"expected at most {most} tokens, the model's limit, got {got}; shorten it")
-    sampler, steps = asked.sampler or "ddim", asked.num_inference_steps or min(50, limits.max_steps)
+    seed = secrets.randbits(31) if asked.seed is None else asked.seed
+    request, terms = _request(asked, served, seed)
+    steps = terms.steps.count
+    if asked.num_inference_steps is None and asked.plan is None:
+        steps = min(steps, limits.max_steps)
+    _at_most("num_inference_steps", steps, limits.max_steps)
     try:
-        table = served.executor.table(sampler, steps)
+        table = served.executor.table(terms.sampler_name, steps)
     except ValueError as error:
-        raise _bad("num_inference_steps", f"{sampler} cannot take {steps} steps: {error}") from None
-    plan = _plan(asked, served, table, sampler)
+        raise _bad("num_inference_steps", f"{terms.sampler_name} cannot take {steps} steps: {error}") from None
     try:
-        check_reuse(plan, served.manifest.passes)
+        plan = plan_for(request, served.manifest, table.num_calls, terms.sampler)
         moves(plan, served.manifest.passes, table.sigmas)
     except ValueError as error:
         raise _bad("plan", str(error)) from None
-    wanted = asked.size if asked.size in served.sizes else served.sizes[0]
-    drawing = Drawing(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
-        guidance_scale=7.5 if asked.guidance_scale is None else asked.guidance_scale,
-        seed=secrets.randbits(31) if asked.seed is None else asked.seed,
-        sampler=sampler,
-        num_inference_steps=steps,
-        size=served.manifest.sizes[served.sizes.index(wanted)],
-        table=table,
-        plan=plan,
-    )
+    drawing = Drawing(request, terms, seed, table, plan)
     partial = asked.partial_images or 0
     previews = sorted({(k + 1) * plan.num_steps // (partial + 1) - 1 for k in range(partial)} - {-1})
     order = Order(drawing, notify, tuple(previews), bool(asked.stream_steps))
     return Job(
         id=asked.job_id or f"img-{secrets.token_hex(12)}",
         bundle=served.number,
-        size=wanted,
+        size=str(terms.size),
         plan=plan,
-        guided=drawing.is_guided,
-        count=asked.n or 1,
+        guided=terms.guided,
+        count=request.num_images_per_prompt,
         deadline=order.created + min(asked.timeout or limits.timeout_s, limits.timeout_s),
         content=order,
     )
 
 
-def _plan(asked: ImageRequest, served: Served, table: SamplerTable, sampler: str) -> CachePlan:
-    manifest, calls = served.manifest, len(table.timesteps)
-    if asked.plan is None:
-        return CachePlan.uniform(calls, asked.cache_interval or 1, manifest.branch_id)
+def _request(asked: ImageRequest, served: Served, seed: int) -> tuple[Request, Terms]:
+    """The request that a body stands for, and what that means here. Raises: `ApiError`."""
+    size = served.manifest.sizes[served.sizes.index(asked.size) if asked.size in served.sizes else 0]
     try:
-        plan = CachePlan.from_json(json.dumps(asked.plan))
+        plan = None if asked.plan is None else CachePlan.from_json(json.dumps(asked.plan))
     except ValueError as error:
         raise _bad("plan", str(error)) from None
-    if plan.num_steps != calls:
-        raise _bad("plan", f"expected a plan for the sampler's {calls} U-Net calls, got one for {plan.num_steps}")
-    if plan.model not in (None, manifest.model.name, served.model):
-        raise _bad("plan", f"expected a plan made for model {served.model}, got one for another")
-    if plan.sampler is not None and not same_sampler(plan.sampler, sampler):
-        raise _bad("plan", f"expected a plan made for sampler {sampler}, got one for another")
-    return plan
+    try:
+        request = Request(
+            asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            num_images_per_prompt=asked.n or 1,
+            height=size.height,
+            width=size.width,
+            num_inference_steps=asked.num_inference_steps,
+            guidance_scale=asked.guidance_scale,
+            sampler=asked.sampler,
+            cache_interval=asked.cache_interval,
+            plan=plan,
+            seed=seed,
+        )
+        return request, terms_of(request, served.manifest)
+    except ValueError as error:
+        raise _bad("prompt" if plan is None else "plan", str(error)) from None
 
 
 def told(text: str) -> str:

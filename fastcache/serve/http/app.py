@@ -144,6 +144,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
             created=served.since,
             sizes=served.sizes,
             samplers=list(SAMPLERS),
+            defaults=served.usual(service.limits),
             bundle_sha256=manifest.bundle_sha256,
         )
         return Models(data=[model])

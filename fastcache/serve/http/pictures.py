@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image as Pillow
 from pydantic import BaseModel
 
-from fastcache.pipeline.pipeline import png_bytes
+from fastcache.pipeline.provenance import png_bytes, record
 from fastcache.serve.engine.requests import Served
 from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.worker import Order
@@ -20,15 +20,7 @@ from fastcache.serve.http.schema import OutputFormat
 def provenance(job: Job[Order], served: Served, image: int) -> dict[str, object]:
     """How an image was made, for its PNG. The prompt goes back to who sent it and nowhere else."""
     drawing = job.content.drawing
-    return served.executor.pipe.provenance(job.plan) | {
-        "model": served.model,
-        "prompt": drawing.prompt,
-        "negative_prompt": drawing.negative_prompt or "",
-        "sampler": drawing.sampler,
-        "steps": drawing.num_inference_steps,
-        "guidance_scale": drawing.guidance_scale,
-        "seed": drawing.seed + image,
-    }
+    return record(served.manifest, drawing.request, drawing.terms, job.plan, seed=drawing.seed + image)
 
 
 def encoded(

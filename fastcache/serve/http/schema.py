@@ -49,10 +49,10 @@ class ImageRequest(BaseModel):
     partial_images: Whole | None = Field(None, ge=0, le=16, description="Images on the way, with `stream` (0).")
     stream_steps: Flag | None = Field(None, description="An event for each U-Net step, with `stream` (false).")
     negative_prompt: str | None = Field(None, max_length=10_000, description="What not to draw (nothing).")
-    num_inference_steps: Whole | None = Field(None, ge=1, le=1000, description="Denoising steps (50 at most).")
-    guidance_scale: Number | None = Field(None, ge=0, le=100, description="Guidance (7.5); 1 or less switches it off.")
+    num_inference_steps: Whole | None = Field(None, ge=1, le=1000, description="Denoising steps (the model's own).")
+    guidance_scale: Number | None = Field(None, ge=0, le=100, description="Guidance (the model's); 1 or less is none.")
     seed: Whole | None = Field(None, ge=0, le=2**63 - 11, description="The first image's seed (random).")
-    sampler: Sampler | None = Field(None, description="A sampler (ddim).")
+    sampler: Sampler | None = Field(None, description="A sampler (the model's own).")
     cache_interval: Whole | None = Field(None, ge=1, le=1000, description="Refresh the feature every N steps (1).")
     plan: dict[str, Any] | None = Field(None, description="A plan, as `fastcache plan` writes it.")
     timeout: Number | None = Field(None, ge=1, description="Seconds to wait at most; the server's own limit or less.")
@@ -77,6 +77,14 @@ class ImagesResponse(BaseModel):
     data: list[ImageData]
 
 
+class Usual(BaseModel):
+    """What a request is drawn with that does not say."""
+
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
 class Model(BaseModel):
     """One entry of `GET /v1/models`."""
 
@@ -86,6 +94,7 @@ class Model(BaseModel):
     owned_by: str = "fastcache"
     sizes: list[str]
     samplers: list[str]
+    defaults: Usual
     bundle_sha256: str
 
 

@@ -23,6 +23,8 @@ from fastcache.loop.plan import Forecast
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.loop.streams import Streams
 from fastcache.loop.table import compile_sampler
+from fastcache.pipeline.arguments import terms_of
+from fastcache.pipeline.request import Request
 from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
 from tiny_model import save_tiny_sdxl
@@ -68,12 +70,14 @@ def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     fields = wish(k, **changes)
     interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
     forecast = fields.pop("forecast", None)
+    manifest = executor.pipe.bundle.manifest
     table = executor.table(fields["sampler"], fields["num_inference_steps"])
-    plan = CachePlan.uniform(table.num_calls, interval, executor.pipe.bundle.manifest.branch_id)
-    size = executor.pipe.bundle.manifest.sizes[0]
+    plan = CachePlan.uniform(table.num_calls, interval, manifest.branch_id)
     plan = replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
-    drawing = Drawing(**fields, size=size, table=table, plan=plan)
-    return Job(f"{k}", 0, str(size), plan, fields["guidance_scale"] > 1, 1, 1e9, drawing)
+    request = Request(**fields)
+    terms = terms_of(request, manifest)
+    drawing = Drawing(request, terms, fields["seed"], table, plan)
+    return Job(f"{k}", 0, str(terms.size), plan, terms.guided, 1, 1e9, drawing)
 
 
 def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[str, Tensor]:
@@ -298,14 +302,23 @@ def test_sdxl_in_two_sizes_and_of_two_branches(builds: BuildStore) -> None:
     for k in range(12):
         size, table = sizes[k % 2], executor.table("ddim", 6)
         plan, negative = plans[k // 2 % 3], None if k % 3 else "z"
-        content = Drawing("abc", negative, 5.0, k, "ddim", 6, size, table, plan)
+        request = Request(
+            "abc",
+            negative_prompt=negative,
+            guidance_scale=5.0,
+            sampler="ddim",
+            num_inference_steps=6,
+            height=size.height,
+            width=size.width,
+        )
+        content = Drawing(request, terms_of(request, pipe.bundle.manifest), k, table, plan)
         jobs.append(Job(f"{k}", 0, str(size), plan, True, 1, 1e9, content))
     together = drawn(executor, jobs, apart=1)
     for k, job in enumerate(jobs):
         size, content = sizes[k % 2], job.content
         expected = pipe(
-            content.prompt,
-            negative_prompt=content.negative_prompt,
+            content.request.prompt,
+            negative_prompt=content.request.negative_prompt,
             guidance_scale=5.0,
             num_inference_steps=6,
             width=size.width,

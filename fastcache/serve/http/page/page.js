@@ -33,6 +33,12 @@ async function offers() {
   const [model] = (await response.json()).data;
   fill(form.elements.sampler, model.samplers);
   fill(form.elements.size, model.sizes);
+  const { sampler, ...numbers } = model.defaults;
+  if (model.samplers.includes(sampler)) form.elements.sampler.value = sampler;
+  for (const [name, value] of Object.entries(numbers)) {
+    const field = form.elements[name];
+    if (field.value === field.defaultValue) field.value = value; // else somebody has been quicker
+  }
   say(`Ready: ${model.id}.`);
 }
 
