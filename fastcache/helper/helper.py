@@ -44,10 +44,11 @@ class FastCacheHelper:
         image = pipe("a large red circle").images[0]
         helper.disable()
 
-    Steps are counted from each run's first U-Net call, whatever the sampler. A change of batch, size, prompt, LoRA,
-    IP-Adapter or ControlNet between two calls makes the second FULL; where guidance was switched off between them, the
-    run goes on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what these
-    use of it. Not for several threads at once.
+    Steps are counted from each run's first U-Net call, whatever the sampler and whoever calls. A change of batch, size,
+    prompt, weights, LoRA, IP-Adapter or ControlNet between two calls makes the second FULL; engines refuse another one
+    than they were enabled with. `runs.py` and `network.py` say what is seen. Where guidance was switched off between
+    two calls, the run goes on with the conditional half of what is cached. A ControlNet computes at SHALLOW steps what
+    these use of it. Copies and pickles of the pipeline are of the plain one. Not for several threads at once.
 
     With `kernels` the torch modules' first norm above the cut is fastcache's own operator: kernels on a GPU, the same
     arithmetic in another order elsewhere. Whether that is faster there has not been measured.
