@@ -63,9 +63,8 @@ def fit_rows(
         rest = reference[end] - raw @ default
         fitted = ridge_fit((raw @ basis).flatten(1, -2)[:fit_on], rest.flatten(1)[:fit_on])
         kept += fitted is None
-        row = default if fitted is None else default + basis @ fitted
-        rows.append(tuple(row.tolist()))
-        x = raw @ row
+        x = raw @ (default if fitted is None else default + basis @ fitted)
+        rows.append(tuple(defaults[step] if fitted is None else (default + basis @ fitted).tolist()))
     return Fitted(tuple(rows), x, kept)
 
 
