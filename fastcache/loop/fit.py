@@ -21,7 +21,7 @@ class Fit:
     """Rows that keep a run of few calls near a reference run of many.
 
     The reference takes `num_inference_steps` of the plan's sampler; `points` are those of its U-Net calls that the run
-    visits, ascending from 0, one for each step of the plan. `rows[k]` are what x and e of the last calls, oldest first,
+    visits, ascending, one for each step of the plan. `rows[k]` are what x and e of the last calls, oldest first,
     step k's own last, count in the state before the next point, or in the result: x, e, x, e, ...
 
     The rest says what the rows hold for: the guidance scale, the picture's size in pixels, the model's weights, backend
@@ -73,7 +73,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _check_points(points: tuple[int, ...]) -> None:
-    if not 1 <= len(points) <= _MOST_CALLS or not all(map(is_int, points)) or points[0] != 0:
-        raise expected(f"1 to {_MOST_CALLS} points from 0 on in a fit", points, _REMEDY)
+    if not 1 <= len(points) <= _MOST_CALLS or not all(map(is_int, points)) or points[0] < 0:
+        raise expected(f"1 to {_MOST_CALLS} points in a fit", points, _REMEDY)
     if not all(before < after for before, after in pairwise(points)):
         raise expected("ascending points in a fit", points, _REMEDY)

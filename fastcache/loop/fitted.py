@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcache.loop.fit import Fit
+from fastcache.loop.plan import CachePlan
 from fastcache.loop.recursion import Update
 from fastcache.loop.table import SamplerTable
 
@@ -77,7 +78,7 @@ def default_rows(table: SamplerTable, prediction_type: str, points: Sequence[int
 
     Shapes: of each row (2 * window,), x and e of the last calls, as `Fit.rows`.
     """
-    if len(points) == table.num_calls:
+    if len(points) == table.num_calls and table.widest_window <= MOST_LOOKED_BACK:
         return [_pairs(update.weights) for update in table.recursion()]
     grid = Grid.of(table, prediction_type)
     return [grid.transfer(point, end) for point, end in zip(points, [*points[1:], table.num_calls], strict=True)]
@@ -111,6 +112,37 @@ def fitted_table(reference: SamplerTable, fit: Fit) -> SamplerTable:
         noise_drawn=(False,) * count,
         stepwise=tuple(updates),
         sigmas=None if reference.sigmas is None else tuple(reference.sigmas[point] for point in points),
+    )
+
+
+def begun_at(plan: CachePlan, reference: SamplerTable, prediction_type: str, begin: int) -> CachePlan:
+    """A fitted plan from its first FULL point at or after a call of the reference, as image to image starts there.
+
+    Rows that look back to before it are the default ones.
+
+    Raises: `ValueError` for a plan without a fit, or one that has no such point.
+    """
+    fit = plan.fit
+    if fit is None:
+        raise ValueError("expected a fitted plan to begin at a point, got one without a fit")
+    if begin <= fit.points[0]:
+        return plan
+    later = [step for step, point in enumerate(fit.points) if point >= begin and plan.is_full(step)]
+    if not later:
+        raise ValueError(
+            f"expected a FULL point at or after call {begin} of {reference.num_calls}, where this run begins, got a "
+            f"plan whose last is {fit.points[plan.refresh_steps[-1]]}; use a higher strength"
+        )
+    first = later[0]
+    defaults = default_rows(reference, prediction_type, fit.points[first:])
+    rows = tuple(
+        row if len(row) // 2 <= step + 1 else defaults[step] for step, row in enumerate(fit.rows[first:])
+    )
+    return replace(
+        plan,
+        passes=plan.passes[first:],
+        unguided_steps=tuple(step - first for step in plan.unguided_steps if step >= first),
+        fit=replace(fit, points=fit.points[first:], rows=rows),
     )
 
 

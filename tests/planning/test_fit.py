@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcache import CachePlan
 from fastcache.loop.fit import Fit
-from fastcache.loop.fitted import Grid, default_rows, fitted_table
+from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.planning.fit import fit_rows, ridge_fit
@@ -120,7 +120,7 @@ def test_a_fitted_plan_is_read_back_as_it_was_written() -> None:
     ("change", "message"),
     [
         ({"points": [0]}, "1 rows in a fit"),
-        ({"points": [1, 7]}, "points from 0 on"),
+        ({"points": [-1, 7]}, "1 to 1000 points"),
         ({"points": [0, 0]}, "ascending points"),
         ({"rows": [[0.1, 0.2]]}, "2 rows in a fit"),
         ({"rows": [[0.1, 0.2], [1e400, 0.0]]}, "finite weights"),
@@ -151,3 +151,19 @@ def test_a_fitted_plan_names_its_sampler_and_has_a_point_a_step() -> None:
         CachePlan(("full",) * 3, sampler="ddim", fit=fit)
     with pytest.raises(ValueError, match="points below 5"):
         fitted_table(table_of(steps=5), fit)
+
+
+def test_a_run_from_the_middle_starts_at_a_full_point_and_looks_back_no_further() -> None:
+    table, points = table_of(), (0, 4, 9, 12, 15)
+    rows = tuple((float(k),) * 2 * min(k + 1, 3) for k in range(5))
+    passes = ("full", "shallow-0", "full", "shallow-0", "full")
+    plan = CachePlan(passes, sampler="ddim", fit=fit_of(rows, points))
+    assert begun_at(plan, table, "epsilon", 0) == plan
+    later = begun_at(plan, table, "epsilon", 3)
+    assert later.passes == passes[2:]
+    assert later.fit is not None
+    assert later.fit.points == (9, 12, 15)
+    defaults = default_rows(table, "epsilon", (9, 12, 15))
+    assert later.fit.rows == (*defaults[:2], rows[4])
+    with pytest.raises(ValueError, match="a FULL point at or after call 16 of 20"):
+        begun_at(plan, table, "epsilon", 16)
