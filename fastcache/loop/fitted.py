@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastcache.loop.fit import Fit
+from fastcache.loop.fit import MOST_LOOKED_BACK, Fit
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.recursion import Update
 from fastcache.loop.table import SamplerTable
@@ -135,9 +135,7 @@ def begun_at(plan: CachePlan, reference: SamplerTable, prediction_type: str, beg
         )
     first = later[0]
     defaults = default_rows(reference, prediction_type, fit.points[first:])
-    rows = tuple(
-        row if len(row) // 2 <= step + 1 else defaults[step] for step, row in enumerate(fit.rows[first:])
-    )
+    rows = tuple(row if len(row) // 2 <= step + 1 else defaults[step] for step, row in enumerate(fit.rows[first:]))
     return replace(
         plan,
         passes=plan.passes[first:],

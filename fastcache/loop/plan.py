@@ -146,6 +146,14 @@ class CachePlan:
     def _unguided(self) -> frozenset[int]:
         return frozenset(self.unguided_steps)
 
+    def last_steps(self, count: int) -> CachePlan:
+        """The passes of a plan's last steps, without a fit, which is for all of them; the plan if it has no more."""
+        gone = self.num_steps - count
+        if gone <= 0:
+            return self
+        unguided = tuple(step - gone for step in self.unguided_steps if step >= gone)
+        return replace(self, passes=self.passes[gone:], unguided_steps=unguided, fit=None)
+
     def guided_within(self, first: int, end: int) -> CachePlan:
         """The same plan with guidance at the steps first..end-1 only.
 

@@ -115,4 +115,5 @@ def _read_fit(value: object) -> Fit | None:
         if not isinstance(found[name], list):
             raise expected(f"{name} to be a list in a fit", found[name], _REMEDY)
     rows = tuple(tuple(cast("list[float]", row)) if isinstance(row, list) else () for row in found["rows"])
-    return Fit(**found | {"points": tuple(found["points"]), "rows": rows})
+    lists: dict[str, Any] = {"points": tuple(found["points"]), "rows": rows}
+    return Fit(**{**found, **lists})

@@ -23,14 +23,13 @@ from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.fit import fit_rows
-from fastcache.planning.routes import Route, Scope, find_routes
+from fastcache.planning.routes import Route, Scope, find_routes, most_steps
 from fastcache.planning.walks import Walks
-from fastcache.planning.ways import LoopTimes
+from fastcache.planning.ways import StepTimes
 
 Say = Callable[[str], None]
 
 _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
-_WIDTH: Final = 8  # routes kept at a point
 _TRIED: Final = 3  # routes that are fitted on all pictures
 
 
@@ -43,7 +42,7 @@ class Reference:
     guidance_scale: float
 
 
-def costs_of(times: LoopTimes) -> dict[str, float]:
+def costs_of(times: StepTimes) -> dict[str, float]:
     """What each pass takes, in full steps."""
     shallow = {shallow_pass(branch): ms / times.full_ms for branch, ms in times.shallow_ms.items()}
     return {FULL: 1.0, **shallow}
@@ -67,6 +66,16 @@ class Fitting:
         self._grid = Grid.of(self.table, self._prediction)
         count = len(self._prompts)
         self._fitted = count if count < 3 else count - count // 3
+        self._searched_on = min(_SEARCHED_ON, self._fitted)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The prompts that nothing is fitted on; all of them where there are too few to leave one out."""
+        return self._prompts[self._fitted :] or self._prompts
+
+    @property
+    def images(self) -> int:
+        return len(self._prompts)
 
     def _walks(self, first: int, end: int) -> Walks:
         return Walks(
@@ -136,11 +145,16 @@ class Fitting:
         )
         return replace(plan, model=manifest.model.name, sampler=self._for.sampler, fit=fit)
 
-    def routes(self, costs: Mapping[str, float], least: float, most: float) -> list[Route]:
-        """Routes for budgets from `least` to `most` full steps, and cheaper ones."""
-        count = min(_SEARCHED_ON, self._fitted)
+    def full_steps(self, costs: Mapping[str, float], scope: Scope, budgets: Sequence[float]) -> float:
+        """What the reference, a search and the fits for these budgets take at most, in full steps of one picture."""
+        calls, count = self.table.num_calls, len(self._prompts)
+        return count * (calls + _TRIED * sum(budgets)) + self._searched_on * most_steps(calls, costs, scope.width)
+
+    def routes(self, costs: Mapping[str, float], scope: Scope) -> list[Route]:
+        """Routes for the budgets of a scope, and cheaper ones."""
+        count = self._searched_on
         walks, states = self._walks(0, count), [state[:count] for state in self._all[1]]
-        return find_routes(walks.predict, states, self._grid, costs, Scope(_WIDTH, least, most), self._say)
+        return find_routes(walks.predict, states, self._grid, costs, scope, self._say)
 
     def best(self, routes: Sequence[Route], budget: float) -> CachePlan:
         """The plan that left-out pictures gain most by, of the routes within a budget that promise most.

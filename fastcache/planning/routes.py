@@ -51,11 +51,25 @@ class _State:
 
 @dataclass(frozen=True)
 class Scope:
-    """How widely to search: states kept at a point, and the budgets of whole runs that they are kept for."""
+    """What to keep at each point, of every budget: the nearest state that has spent no more of it than each `pace`
+    says. At a pace of 1 the budget is spent evenly, above it is spent early."""
 
-    width: int
-    least: float
-    most: float
+    budgets: tuple[float, ...]
+    paces: tuple[float, ...] = (0.75, 0.9, 1.0, 1.15, 1.3, 1.5)
+
+    @property
+    def width(self) -> int:
+        return len(self.budgets) * len(self.paces)
+
+    @property
+    def most(self) -> float:
+        return max(self.budgets)
+
+
+def most_steps(calls: int, costs: Mapping[str, float], width: int) -> float:
+    """What a search takes of each picture at most, in full steps."""
+    chained = sum(most for _, most in _CHAINS)
+    return width * calls * (costs[FULL] + chained * sum(cost for name, cost in costs.items() if name != FULL))
 
 
 def find_routes(
@@ -148,17 +162,15 @@ def _landings(
 
 
 def _thinned(states: Sequence[_State], scope: Scope, share: float) -> list[_State]:
-    """The nearest for their costs, spread over the costs that runs within the scope may have by then."""
-    front = [state for state in _front(states) if state.route.full_steps <= 1 + share * 1.8 * scope.most]
-    if len(front) <= scope.width:
-        return front
-    low = max(front[0].route.full_steps, share * 0.4 * scope.least)
-    bounds = [low + (front[-1].route.full_steps - low) * (k + 1) / scope.width for k in range(scope.width)]
+    """The states of a front to go on with, after this share of the reference's calls."""
+    front = _front(states)
     kept = dict[int, _State]()
-    for bound in bounds:
-        within = [state for state in front if state.route.full_steps <= bound + 1e-9]
-        if within:
-            kept[id(within[-1])] = within[-1]  # of a front the dearest is the nearest
+    for budget in scope.budgets:
+        for pace in scope.paces:
+            spent = min(budget, 1 + (budget - 1) * share * pace)
+            within = [state for state in front if state.route.full_steps <= spent + 1e-9]
+            if within:
+                kept[id(within[-1])] = within[-1]  # of a front the dearest is the nearest
     return list(kept.values())
 
 
