@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 
 _FORMULAS = ("--uniform", "--nonuniform")
-_WISHES = (*_FORMULAS, "--refreshes", "--max-latency-ms", "--threshold")
+_CHOICES = ("--budget", "--max-latency-ms", "--frontier")
+_WISHES = (*_FORMULAS, "--refreshes", *_CHOICES, "--threshold")
 
 
 def plan(
     ctx: typer.Context,
     engines: EnginesOption,
     steps: Steps,
-    output: Annotated[Path, typer.Option(help="The plan file to write (JSON).")],
+    output: Annotated[Path | None, typer.Option(help="The plan file to write (JSON).")] = None,
     sampler: Sampler = None,
     uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
     nonuniform: Annotated[int | None, typer.Option(min=1, help="As many, dense around --center.")] = None,
@@ -37,7 +38,13 @@ def plan(
     power: Annotated[float | None, typer.Option(help="How fast refreshes thin out; 1.4 if left out.")] = None,
     as_shipped: Annotated[bool, typer.Option("--as-shipped", help="As DeepCache's code has it.")] = False,
     refreshes: Annotated[int | None, typer.Option(min=1, help="The best plan of K refreshes.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="The best plan whose loop takes no longer here.")] = None,
+    budget: Annotated[float | None, typer.Option(help="The best fitted plan for so many full steps' time.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="The same for a loop's time here.")] = None,
+    frontier: Annotated[Path | None, typer.Option(help="A folder for draft, standard, fine, and a chart.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Fit any other plan's rows, too.")] = False,
+    reference_steps: Annotated[int | None, typer.Option(min=1, help="To stay near; --steps if left out.")] = None,
+    reference_sampler: Annotated[str | None, typer.Option(help="To stay near; --sampler if left out.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="To fit on, a third of them left out.")] = 12,
     choose_guidance: Annotated[
         bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
     ] = False,
@@ -64,12 +71,14 @@ def plan(
 ) -> None:
     """Write a plan: which steps refresh the cached feature.
 
-    --uniform and --nonuniform follow a formula. --refreshes and --max-latency-ms find the plan of least error, and
-    --threshold follows the feature, all three from a calibration: full runs on a few prompts, which take minutes, once.
+    --uniform and --nonuniform follow a formula; --refreshes finds the plan of least error, and --threshold follows the
+    feature, both from a calibration, which takes minutes, once. --budget and --max-latency-ms choose which of the
+    sampler's calls to visit at all, and fit the rows, so that the picture stays near that of --steps steps.
 
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
     from fastcache.bundle.bundle import read_manifest
+    from fastcache.commands.fitted import fitted, show_frontier
     from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
     from fastcache.loop.features import check_reuse
@@ -80,12 +89,22 @@ def plan(
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if choose_guidance and (max_latency_ms is None or guidance_steps is not None):
         raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
-    check_writable(output)
+    if (output is None) == (frontier is None):
+        raise ValueError(f"expected --output, or --frontier without it, got {'none' if output is None else 'both'}")
+    chooses_fitted = wish in _CHOICES and not choose_guidance
+    if chooses_fitted and (fit or guidance_steps is not None or forecast is not None):
+        raise ValueError(f"expected {wish}, which fits its plan, without --fit, --guidance-steps and --forecast")
+    check_writable(output, frontier)
     manifest = read_manifest(engines)
-    branches = _branches(manifest, branch_id, several=max_latency_ms is not None)
+    branches = _branches(manifest, branch_id, several=wish in _CHOICES)
     sampler = ctx.params["sampler"] = sampler or own_sampler(manifest.model.scheduler)
-    if wish in _FORMULAS:
-        if prompts is not None or calibration is not None:
+    if frontier is not None:
+        show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
+        return
+    if chooses_fitted:
+        made, details = fitted(engines, branches, ctx.params)
+    elif wish in _FORMULAS:
+        if (prompts is not None and not fit) or calibration is not None:
             raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
         calls = num_calls(manifest, sampler, steps)
         made = _by_formula(calls, branches[0], uniform, nonuniform, center=center, power=power, as_shipped=as_shipped)
@@ -94,6 +113,11 @@ def plan(
         made, details = _by_measurement(engines, branches, ctx.params)
     made = _extended(made, guidance_steps, forecast, forecast_by, damping)
     check_reuse(made, manifest.passes)
+    if fit:
+        made, told = fitted(engines, branches, ctx.params, made)
+        details |= told
+    if output is None:
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
     if json_:

@@ -73,7 +73,11 @@ def _candidate(pipe: FastCachePipeline, name: str, plan: CachePlan, sampler: str
     manifest, sampler = pipe.bundle.manifest, plan.sampler or sampler
     try:
         check_plan(plan, manifest, plan.num_steps, sampler)
-        steps = steps_for(make_scheduler(sampler, manifest.model.scheduler), plan.num_steps)
+        steps = (
+            steps_for(make_scheduler(sampler, manifest.model.scheduler), plan.num_steps)
+            if plan.fit is None
+            else plan.fit.num_inference_steps
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if steps is None:

@@ -7,24 +7,18 @@ made of. A step is the index of a U-Net call.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.expect import at_least, expected, is_int, is_number
+from fastcache.loop.fit import Fit
 from fastcache.loop.spacing import power_spaced
 
-SCHEMA: Final = "fastcache.plan/2"
-
-_SCHEMA_1: Final = "fastcache.plan/1"  # had `branches` in place of `passes`: null for FULL, else the branch_id
-_KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "passes"}
-_OPTIONAL_KEYS: Final = {"unguided_steps", "forecast"}
 _NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -77,7 +71,8 @@ class CachePlan:
     `passes[step]` is `"full"` where the step runs the whole U-Net and stores every cached feature, else the name of a
     pass that reuses some: `"shallow-0"`, as the bundle's manifest has them. The first step is FULL: nothing is cached
     across requests. At `unguided_steps`, ascending, classifier-free guidance is off: they run on the conditional half
-    alone, and store no other.
+    alone, and store no other. A `fit` says which calls of a longer run the steps are, and
+    what row each takes; such a plan names its sampler.
 
     Raises: ValueError if the plan is empty, does not start FULL, or names something that is not a pass or a step.
         Whether each pass finds what it reuses is told by `features.check_reuse`, which knows a bundle's passes.
@@ -90,6 +85,7 @@ class CachePlan:
     made_by: str = "given"
     unguided_steps: tuple[int, ...] = ()
     forecast: Forecast | None = None
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         _check_passes(self.passes)
@@ -101,6 +97,16 @@ class CachePlan:
         if not (self.forecast is None or isinstance(self.forecast, Forecast)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("a Forecast or None", self.forecast, "give Forecast(order, damping)")
         _check_unguided(self.unguided_steps, self.num_steps)
+        if self.fit is not None:
+            self._check_fit(self.fit)
+
+    def _check_fit(self, fit: object) -> None:
+        if not isinstance(fit, Fit):
+            raise expected("a Fit or None", fit, "make one with fastcache.planning")
+        if self.sampler is None:
+            raise expected("the sampler that a fitted plan was fitted for", None, "name it")
+        if len(fit.points) != self.num_steps:
+            raise expected(f"{self.num_steps} points in a fit, one a step", len(fit.points), "fit the plan again")
 
     @property
     def num_steps(self) -> int:
@@ -139,6 +145,14 @@ class CachePlan:
     @cached_property
     def _unguided(self) -> frozenset[int]:
         return frozenset(self.unguided_steps)
+
+    def last_steps(self, count: int) -> CachePlan:
+        """The passes of a plan's last steps, without a fit, which is for all of them; the plan if it has no more."""
+        gone = self.num_steps - count
+        if gone <= 0:
+            return self
+        unguided = tuple(step - gone for step in self.unguided_steps if step >= gone)
+        return replace(self, passes=self.passes[gone:], unguided_steps=unguided, fit=None)
 
     def guided_within(self, first: int, end: int) -> CachePlan:
         """The same plan with guidance at the steps first..end-1 only.
@@ -218,19 +232,9 @@ class CachePlan:
 
     def to_json(self) -> str:
         """The plan as a one-line JSON document that `from_json` reads back unchanged."""
-        fields: dict[str, object] = {
-            "schema": SCHEMA,
-            "model": self.model,
-            "sampler": self.sampler,
-            "made_by": self.made_by,
-            "num_steps": self.num_steps,
-            "passes": self.passes,
-        }
-        if self.unguided_steps:
-            fields["unguided_steps"] = self.unguided_steps
-        if self.forecast is not None:
-            fields["forecast"] = asdict(self.forecast)
-        return json.dumps(fields)
+        from fastcache.loop.plan_file import written
+
+        return written(self)
 
     @classmethod
     def from_json(cls, text: str) -> CachePlan:
@@ -238,63 +242,9 @@ class CachePlan:
 
         Raises: ValueError, in one line, if the text is not JSON, of another schema, or not a valid plan.
         """
-        fields = _read_fields(text)
-        passes, unguided_steps = fields["passes"], fields.get("unguided_steps", [])
-        for name, value in (("passes", passes), ("unguided_steps", unguided_steps)):
-            if not isinstance(value, list):
-                raise expected(f"{name} to be a list", value, _REMEDY)
-        if not is_int(fields["num_steps"]) or fields["num_steps"] != len(cast("list[object]", passes)):
-            raise expected(f"num_steps {len(cast('list[object]', passes))}, one a pass", fields["num_steps"], _REMEDY)
-        return cls(  # __post_init__ checks the types
-            tuple(cast("list[str]", passes)),
-            cast("str | None", fields["model"]),
-            cast("str | None", fields["sampler"]),
-            cast(str, fields["made_by"]),
-            tuple(cast("list[int]", unguided_steps)),
-            _read_forecast(fields.get("forecast")),
-        )
+        from fastcache.loop.plan_file import read
 
-
-_REMEDY: Final = "write plans with CachePlan.to_json"
-
-
-def _read_fields(text: str) -> dict[str, object]:
-    """The keys and values of a plan's document, those of an earlier schema made into this one's."""
-    try:
-        parsed = cast(object, json.loads(text))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {_REMEDY}") from error
-    if not isinstance(parsed, dict):
-        raise expected("a JSON object", parsed, _REMEDY)
-    fields = cast("dict[str, object]", parsed)
-    if fields.get("schema") == _SCHEMA_1 and isinstance(fields.get("branches"), list):
-        branches = cast("list[object]", fields.pop("branches"))
-        fields |= {"schema": SCHEMA, "passes": [_pass_of(step, branch) for step, branch in enumerate(branches)]}
-    if fields.get("schema") != SCHEMA:
-        raise expected(f'schema "{SCHEMA}"', fields.get("schema"), "make the plan again with this fastcache")
-    if not _KEYS <= fields.keys() <= _KEYS | _OPTIONAL_KEYS:
-        raise ValueError(
-            f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
-            f"{reprlib.repr(sorted(fields))}; {_REMEDY}"
-        )
-    return fields
-
-
-def _pass_of(step: int, branch: object) -> str:
-    if branch is None:
-        return FULL
-    if not is_int(branch) or branch < 0:
-        raise expected(f"branches[{step}] to be null or an integer >= 0", branch, "null is a FULL step")
-    return shallow_pass(branch)
-
-
-def _read_forecast(value: object) -> Forecast | None:
-    if value is None:
-        return None
-    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    if fields.keys() != {"order", "damping", "by"}:
-        raise expected("forecast to have the keys order, damping and by", cast(object, value), _REMEDY)
-    return Forecast(**fields)
+        return read(text)
 
 
 def _passes(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[str, ...]:

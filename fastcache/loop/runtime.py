@@ -184,6 +184,11 @@ class Runtime:
             )
         return self._lane
 
+    def keep_lane(self) -> Lane | None:
+        """The lane of the last run, which is the caller's from now on: the next run gets another."""
+        kept, self._lane = self._lane, None
+        return kept
+
     def run(
         self,
         lane: Lane,

@@ -6,6 +6,7 @@ names and numbers; runs nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,6 +18,7 @@ from fastcache.bundle.manifest import Manifest, ModelInfo
 from fastcache.bundle.recipe import Size
 from fastcache.expect import expected
 from fastcache.loop.features import check_reuse
+from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
 from fastcache.pipeline.request import Request, Sizes
@@ -84,6 +86,8 @@ def _sampler(request: Request, manifest: Manifest) -> str | Scheduler:
 
 def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span: Span) -> Steps:
     places = request.timesteps or request.sigmas
+    if request.plan is not None and request.plan.fit is not None:
+        return _steps_of_fit(request, request.plan, request.plan.fit)
     if places is not None:
         named = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         return Steps(len(places), **{name: tuple(values) for name, values in named.items() if values is not None})
@@ -96,6 +100,21 @@ def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span:
             )
         return Steps(found)
     return Steps(request.num_inference_steps or manifest.model.defaults.num_inference_steps)
+
+
+def _steps_of_fit(request: Request, plan: CachePlan, fit: Fit) -> Steps:
+    """Those of the reference run, which a fitted plan says itself."""
+    if request.timesteps is not None or request.sigmas is not None:
+        raise ValueError(
+            "expected no timesteps or sigmas with a fitted plan, which says itself where to stop, got some"
+        )
+    if request.num_inference_steps not in (None, fit.num_inference_steps, plan.num_steps):
+        raise expected(
+            f"num_inference_steps {plan.num_steps}, or none, with this fitted plan",
+            request.num_inference_steps,
+            "leave it out: the plan says it",
+        )
+    return Steps(fit.num_inference_steps, fitted=plan)
 
 
 def size_of(manifest: Manifest, height: int | None, width: int | None, image: Any, mask: Any) -> Size:
@@ -156,8 +175,34 @@ def plan_for(request: Request, manifest: Manifest, num_calls: int, sampler: str 
     """The request's plan, or a uniform one. Raises: `ValueError` as `check_plan`."""
     if request.plan is None:
         return CachePlan.uniform(num_calls, request.cache_interval or 1, manifest.branch_id)
-    check_plan(request.plan, manifest, num_calls, sampler)
-    return request.plan
+    plan = request.plan
+    if plan.fit is not None:
+        check_fit(plan.fit, request, manifest)
+        plan = plan.last_steps(num_calls)  # image to image begins at one of its later points
+    check_plan(plan, manifest, num_calls, sampler)
+    return plan
+
+
+def check_fit(fit: Fit, request: Request, manifest: Manifest) -> None:
+    """Refuse a plan whose rows were fitted for another model or size; warn of another guidance.
+
+    Raises: `ValueError`.
+    """
+    if fit.weights_sha256 != manifest.weights_sha256:
+        raise expected(
+            f"a plan fitted for {manifest.model.name} as it was built here", fit.weights_sha256, "fit it again"
+        )
+    height, width = request.height or manifest.height, request.width or manifest.width
+    if request.image is None and (fit.height, fit.width) != (height, width):
+        raise ValueError(
+            f"expected a plan fitted for {width}x{height}, got one for {fit.width}x{fit.height}; fit it again"
+        )
+    guidance = request.guidance_scale
+    if guidance is not None and not fit.guidance_scale / 2 <= guidance <= fit.guidance_scale * 2:
+        warnings.warn(
+            f"a plan fitted at guidance {fit.guidance_scale:g} runs at {guidance:g}: its rows may not help there",
+            stacklevel=5,
+        )
 
 
 def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str | Scheduler) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache.loop.fitted import begun_at, fitted_table
 from fastcache.loop.noise import Generators
+from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import Scheduler
 from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler, prepare
@@ -61,11 +63,15 @@ WHOLE = Span()
 
 @dataclass(frozen=True)
 class Steps:
-    """How many denoising steps, or where the scheduler is to take them: at which timesteps, or at which sigmas."""
+    """How many denoising steps, or where the scheduler is to take them: at which timesteps, or at which sigmas.
+
+    Of a `fitted` plan they are those of its reference run, and the plan says which of them are taken.
+    """
 
     count: int
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    fitted: CachePlan | None = None
 
     @property
     def places(self) -> dict[str, tuple[float, ...]]:
@@ -131,6 +137,8 @@ def make_schedule(
     begun = steps.prepare(scheduler)
     num_steps = len(begun.timesteps) if steps.places else steps.count  # as `retrieve_timesteps` of diffusers counts
     begin, end = (0, None) if span == WHOLE else span.of(begun, num_steps)
+    if steps.fitted is not None:
+        return Schedule(_fitted(scheduler, steps.fitted, steps.count, eta, begin, span), begun)
     if begin and hasattr(begun, "set_begin_index"):
         begun.set_begin_index(begin)
     if not own:
@@ -142,6 +150,21 @@ def make_schedule(
             warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=5)
     one = list(generator) if isinstance(generator, Sequence) else generator
     return Schedule(ScheduledSampler(begun, step_arguments(begun, eta, one), begin, end), copy.deepcopy(begun))
+
+
+def _fitted(scheduler: Scheduler, plan: CachePlan, count: int, eta: float, begin: int, span: Span) -> SamplerTable:
+    """The table of a fitted plan's run, from its first FULL point at or after a call of the reference on.
+
+    Raises: `ValueError` for noise at each step or an early end, which no row was fitted for.
+    """
+    if eta or span.denoising_end is not None:
+        what = "eta 0" if eta else "no denoising_end"
+        raise ValueError(f"expected {what} with a fitted plan, whose rows are for a whole run without noise")
+    reference = compile_sampler(scheduler, count)
+    begun = begun_at(plan, reference, str(scheduler.config.get("prediction_type", "epsilon")), begin)
+    if begun.fit is None or (begin == 0 and begun.fit.points[0] != 0):
+        raise ValueError("expected a fitted plan that begins at the reference's first call, got one that does not")
+    return fitted_table(reference, begun.fit)
 
 
 def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:

@@ -29,6 +29,7 @@ from fastcache.pipeline.arguments import Terms, terms_of
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, unet_inputs
 from fastcache.pipeline.request import Request
+from fastcache.pipeline.schedule import Steps
 
 
 class DeviceBroken(RuntimeError):
@@ -101,7 +102,7 @@ class Executor:
         self._in_flight: dict[int, _InFlight] = {}
         self._paced: Any = None
 
-    def table(self, sampler: str, num_steps: int) -> SamplerTable:
+    def table(self, sampler: str, num_steps: int | Steps) -> SamplerTable:
         """A sampler's table, made once, however many threads ask for it at the same time.
 
         Raises: `ValueError` for steps that the sampler cannot take.
@@ -112,7 +113,7 @@ class Executor:
             made.table = made.table or self._make_table(sampler, num_steps)
         return made.table
 
-    def _make_table(self, sampler: str, num_steps: int) -> SamplerTable:
+    def _make_table(self, sampler: str, num_steps: int | Steps) -> SamplerTable:
         table = self.pipe.schedule(sampler, num_steps).sampler
         if not isinstance(table, SamplerTable):
             raise ValueError(f"expected a sampler that is a table, got {sampler}, which is not; name another sampler")

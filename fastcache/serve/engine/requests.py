@@ -112,7 +112,7 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         steps = min(steps, limits.max_steps)
     _at_most("num_inference_steps", steps, limits.max_steps)
     try:
-        table = served.executor.table(terms.sampler_name, steps)
+        table = served.executor.table(terms.sampler_name, terms.steps if terms.steps.fitted else steps)
     except ValueError as error:
         raise _bad("num_inference_steps", f"{terms.sampler_name} cannot take {steps} steps: {error}") from None
     try:

@@ -1,0 +1,79 @@
+"""What a fitted plan says besides its passes: the calls of a reference run that it visits, its rows, their validity.
+
+Pure Python: knows nothing about tensors, engines or schedulers. `fitted.py` makes a sampler's table of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from fastcache.expect import expected, is_int, is_number
+
+MOST_LOOKED_BACK: Final = 5  # calls, as many as a lane's ring has places for with any named sampler
+_LARGEST: Final = 1e9  # weights are below 100; what has no end is no number
+_MOST_CALLS: Final = 1000  # a model is trained on as many timesteps
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Rows that keep a run of few calls near a reference run of many.
+
+    The reference takes `num_inference_steps` of the plan's sampler; `points` are those of its U-Net calls that the run
+    visits, ascending, one for each step of the plan. `rows[k]` are what x and e of the last calls, oldest first,
+    step k's own last, count in the state before the next point, or in the result: x, e, x, e, ...
+
+    The rest says what the rows hold for: the guidance scale, the picture's size in pixels, the model's weights, backend
+    and dtype of the engines; and what they came from: so many calibration `images`, left-out pictures at `psnr_db` to
+    the reference's, and the U-Net's time in uncached `full_steps`, where these were measured.
+
+    Raises: `ValueError` for points or rows that do not fit each other.
+    """
+
+    num_inference_steps: int
+    points: tuple[int, ...]
+    rows: tuple[tuple[float, ...], ...]
+    guidance_scale: float
+    height: int
+    width: int
+    weights_sha256: str
+    backend: str
+    dtype: str
+    images: int
+    psnr_db: float | None = None
+    full_steps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "height", "width", "images"):
+            if not is_int(value := getattr(self, name)) or value < 1:
+                raise expected(f"{name} of 1 or more in a fit", value, _REMEDY)
+        for name in ("weights_sha256", "backend", "dtype"):
+            if not isinstance(value := getattr(self, name), str):
+                raise expected(f"{name} to be a string in a fit", value, _REMEDY)
+        for name in ("psnr_db", "full_steps"):
+            if (value := getattr(self, name)) is not None and not _is_finite(value):
+                raise expected(f"{name} to be a number in a fit", value, _REMEDY)
+        if not _is_finite(self.guidance_scale):
+            raise expected("a finite guidance_scale in a fit", self.guidance_scale, _REMEDY)
+        _check_points(self.points)
+        if len(self.rows) != len(self.points):
+            raise expected(f"{len(self.points)} rows in a fit, one a point", len(self.rows), _REMEDY)
+        for step, row in enumerate(self.rows):
+            most = 2 * min(step + 1, MOST_LOOKED_BACK)
+            if not 2 <= len(row) <= most or len(row) % 2 or not all(map(_is_finite, row)):
+                raise expected(f"pairs of finite weights of at most {most // 2} calls in row {step}", row, _REMEDY)
+
+
+_REMEDY: Final = "make the plan with `fastcache plan --budget` or --fit"
+
+
+def _is_finite(value: object) -> bool:
+    return is_number(value) and abs(value) <= _LARGEST  # False for nan
+
+
+def _check_points(points: tuple[int, ...]) -> None:
+    if not 1 <= len(points) <= _MOST_CALLS or not all(map(is_int, points)) or points[0] < 0:
+        raise expected(f"1 to {_MOST_CALLS} points in a fit", points, _REMEDY)
+    if not all(before < after for before, after in pairwise(points)):
+        raise expected("ascending points in a fit", points, _REMEDY)

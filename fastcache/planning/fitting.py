@@ -1,0 +1,180 @@
+"""A bundle, prompts and a wish -> fitted plans: the best picture for a given time, or better rows for a plan at hand.
+
+One reference run of the calibration pictures serves all. Of these pictures two thirds fit the rows, the first few of
+them choose the routes, and the others, left out, say what a plan may be expected to do. Knows pipelines and plans; what
+a row or a route is found by is the business of `fit.py` and `routes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fastcache.cut.names import FULL, shallow_pass
+from fastcache.loop.fit import Fit
+from fastcache.loop.fitted import Grid
+from fastcache.loop.plan import CachePlan
+from fastcache.loop.scheduler import make_scheduler
+from fastcache.loop.table import compile_sampler
+from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.fit import fit_rows
+from fastcache.planning.routes import Route, Scope, find_routes, most_steps
+from fastcache.planning.walks import Walks
+from fastcache.planning.ways import StepTimes
+
+Say = Callable[[str], None]
+
+_SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
+_TRIED: Final = 3  # routes that are fitted on all pictures
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that a fitted plan stays near: what a sampler is asked for, and the guidance."""
+
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def costs_of(times: StepTimes) -> dict[str, float]:
+    """What each pass takes, in full steps."""
+    shallow = {shallow_pass(branch): ms / times.full_ms for branch, ms in times.shallow_ms.items()}
+    return {FULL: 1.0, **shallow}
+
+
+class Fitting:
+    """Calibration pictures, their reference run, and the plans that are fitted to it.
+
+    Raises: `ValueError` for no prompts, or a sampler that draws noise or has no table.
+    """
+
+    def __init__(
+        self, pipe: FastCachePipeline, prompts: Sequence[str], reference: Reference, say: Say = lambda _: None
+    ) -> None:
+        if not prompts:
+            raise ValueError("expected one prompt or more to fit on, got none")
+        self._pipe, self._prompts, self._for, self._say = pipe, list(prompts), reference, say
+        scheduler = pipe.bundle.manifest.model.scheduler
+        self.table = compile_sampler(make_scheduler(reference.sampler, scheduler), reference.num_inference_steps)
+        self._prediction = str(scheduler.get("prediction_type", "epsilon"))
+        self._grid = Grid.of(self.table, self._prediction)
+        count = len(self._prompts)
+        self._fitted = count if count < 3 else count - count // 3
+        self._searched_on = min(_SEARCHED_ON, self._fitted)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The prompts that nothing is fitted on; all of them where there are too few to leave one out."""
+        return self._prompts[self._fitted :] or self._prompts
+
+    @property
+    def images(self) -> int:
+        return len(self._prompts)
+
+    def _walks(self, first: int, end: int) -> Walks:
+        return Walks(
+            self._pipe,
+            self._prompts[first:end],
+            range(first, end),
+            table=self.table,
+            guidance_scale=self._for.guidance_scale,
+        )
+
+    @cached_property
+    def _all(self) -> tuple[Walks, list[Tensor]]:
+        """Every picture, and its reference run."""
+        self._say(f"reference: {self.table.num_calls} full steps of {len(self._prompts)} pictures")
+        walks = self._walks(0, len(self._prompts))
+        return walks, walks.reference()
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """The left-out pictures of the reference run."""
+        return self._seen(self._all[1][-1][self._fitted :])
+
+    def _seen(self, latents: Tensor) -> Tensor:
+        """Pictures of latents, or the latents where the bundle has no decoder."""
+        if "vae_decoder" not in self._pipe.bundle.manifest.engines:
+            return latents
+        most = self._pipe.bundle.manifest.profiles["batch"].max
+        parts = [self._pipe.pictures.decode(part.float().contiguous(), "pt") for part in latents.split(most)]
+        return torch.cat([part.double().cpu() for part in parts])
+
+    def fit(self, plan: CachePlan, points: Sequence[int], full_steps: float | None = None) -> CachePlan:
+        """The plan with rows fitted for these points of the reference.
+
+        Raises: `ValueError` for a plan whose steps are not as many.
+        """
+        if plan.num_steps != len(points):
+            raise ValueError(f"expected a plan of {len(points)} steps, one a point, got one of {plan.num_steps}")
+        walks, states = self._all
+        walks.forecast(plan, points)
+        fit_on = self._fitted
+        fitted = fit_rows(
+            lambda step, x: walks.predict(plan.passes[step], points[step], x, step),
+            states,
+            self.table,
+            self._prediction,
+            points,
+            fit_on=fit_on,
+        )
+        left_out = fitted.result[fit_on:]
+        psnr_db = _psnr(self._seen(left_out), self._wanted) if len(left_out) else None
+        if fitted.defaults:
+            self._say(f"{fitted.defaults} of {len(points)} rows stay as they were: left-out pictures gain nothing")
+        manifest = self._pipe.bundle.manifest
+        fit = Fit(
+            num_inference_steps=self._for.num_inference_steps,
+            points=tuple(points),
+            rows=fitted.rows,
+            guidance_scale=self._for.guidance_scale,
+            height=manifest.height,
+            width=manifest.width,
+            weights_sha256=manifest.weights_sha256,
+            backend=manifest.backend,
+            dtype=manifest.dtype,
+            images=fit_on,
+            psnr_db=psnr_db,
+            full_steps=full_steps,
+        )
+        return replace(plan, model=manifest.model.name, sampler=self._for.sampler, fit=fit)
+
+    def full_steps(self, costs: Mapping[str, float], scope: Scope, budgets: Sequence[float]) -> float:
+        """What the reference, a search and the fits for these budgets take at most, in full steps of one picture."""
+        calls, count = self.table.num_calls, len(self._prompts)
+        return count * (calls + _TRIED * sum(budgets)) + self._searched_on * most_steps(calls, costs, scope.width)
+
+    def routes(self, costs: Mapping[str, float], scope: Scope) -> list[Route]:
+        """Routes for the budgets of a scope, and cheaper ones."""
+        count = self._searched_on
+        walks, states = self._walks(0, count), [state[:count] for state in self._all[1]]
+        return find_routes(walks.predict, states, self._grid, costs, scope, self._say)
+
+    def best(self, routes: Sequence[Route], budget: float) -> CachePlan:
+        """The plan that left-out pictures gain most by, of the routes within a budget that promise most.
+
+        Raises: `ValueError` for a budget that no route keeps.
+        """
+        within = [route for route in routes if route.full_steps <= budget + 1e-9]
+        if not within:
+            raise ValueError(
+                f"expected a budget of {routes[0].full_steps:.2f} full steps or more, got {budget:g}; allow more time"
+            )
+        made = list[CachePlan]()
+        for route in within[-_TRIED:]:
+            self._say(f"fitting {len(route.points)} steps, {route.passes.count(FULL)} of them in full")
+            plan = CachePlan(route.passes, made_by=f"budget({budget:g})")
+            made.append(self.fit(plan, route.points, route.full_steps))
+        return max(made, key=lambda plan: plan.fit.psnr_db or 0.0 if plan.fit else 0.0)
+
+
+def _psnr(pictures: Tensor, wanted: Tensor) -> float:
+    """Mean over the pictures, in dB. Shapes: both (N, ...)."""
+    missed = (pictures - wanted).square().flatten(1).mean(1)
+    return float(-10 * torch.log10(missed + 1e-30).mean())

@@ -1,0 +1,169 @@
+"""Fitted rows: exact where the network is linear, harmless where there is too little to fit on, the same everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastcache import CachePlan
+from fastcache.loop.fit import Fit
+from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
+from fastcache.loop.scheduler import make_scheduler
+from fastcache.loop.table import SamplerTable, compile_sampler
+from fastcache.planning.fit import fit_rows, ridge_fit
+
+CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SAMPLERS = ("ddim", "dpm++_2m", "dpm++_2m_karras", "euler", "unipc", "heun", "lms")
+
+
+def table_of(sampler: str = "ddim", steps: int = 20, prediction_type: str = "epsilon") -> SamplerTable:
+    return compile_sampler(make_scheduler(sampler, CONFIG | {"prediction_type": prediction_type}), steps)
+
+
+def walk(table: SamplerTable, predict: Callable[[int, Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Every state of a run by a table's own rows, in float64."""
+    states, predictions = [x], list[Tensor]()
+    for call, update in enumerate(table.recursion()):
+        predictions.append(predict(call, states[call]))
+        terms = zip(range(update.first, call + 1), update.weights[::3], update.weights[1::3], strict=True)
+        states.append(sum((a * states[k] + b * predictions[k] for k, a, b in terms), torch.zeros_like(x)))
+    return states
+
+
+def fit_of(rows: tuple[tuple[float, ...], ...], points: tuple[int, ...], steps: int = 20) -> Fit:
+    return Fit(steps, points, rows, 4.0, 64, 64, "0" * 64, "onnxruntime", "fp32", 4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_transfers_are_exact_where_picture_and_noise_foretold_stay(sampler: str, prediction_type: str) -> None:
+    """Any sampler then keeps to its own marginals, so a run of three strides ends where the reference does."""
+    table = table_of(sampler, 20, prediction_type)
+    grid = Grid.of(table, prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    start = grid.picture[0] * picture + grid.noise[0] * noise
+    ends = walk(table, lambda call, _: grid.shown[call] * picture + grid.heard[call] * noise, start)
+    points = (0, table.num_calls // 3, table.num_calls // 2)
+    rows = tuple(default_rows(table, prediction_type, points))
+    strides = fitted_table(table, fit_of(rows, points))
+    found = walk(strides, lambda step, _: grid.shown[points[step]] * picture + grid.heard[points[step]] * noise, start)
+    for point, state in zip((*points, table.num_calls), found, strict=True):
+        torch.testing.assert_close(state, ends[point], rtol=1e-5, atol=1e-5)  # schedulers round to float32
+    assert strides.timesteps.tolist() == table.timesteps[list(points)].tolist()
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), sampler=st.sampled_from(SAMPLERS), gaps=st.lists(st.integers(1, 4), min_size=3))
+def test_rows_on_a_linear_network_reproduce_the_reference(seed: int, sampler: str, gaps: list[int]) -> None:
+    table = table_of(sampler)
+    points = [0]
+    for gap in gaps:
+        points += [points[-1] + gap] if points[-1] + gap < table.num_calls else []
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    onto = torch.linalg.qr(random(16, 6)).Q
+    of_x, of_part = 0.3 * random(table.num_calls), 0.5 + random(table.num_calls).abs()
+
+    def predict(call: int, x: Tensor) -> Tensor:
+        shown = table.input_scale[call] * x
+        return of_x[call] * shown + of_part[call] * (shown @ onto) @ onto.T
+
+    start = random(4, 16) * table.init_noise_sigma
+    states = walk(table, predict, start)
+    fitted = fit_rows(lambda step, x: predict(points[step], x), states, table, "epsilon", points)
+    error = (fitted.result - states[-1]).norm() / states[-1].norm()
+    assert error < 1e-8
+    ran = walk(fitted_table(table, fit_of(fitted.rows, tuple(points))), lambda k, x: predict(points[k], x), start)
+    assert (ran[-1] - states[-1]).norm() / states[-1].norm() < 1e-8
+
+
+def test_one_picture_fits_nothing() -> None:
+    table, points = table_of(), [0, 5, 10]
+    states = walk(table, lambda call, x: x.tanh(), torch.randn(1, 16, dtype=torch.float64))
+    fitted = fit_rows(lambda step, x: x.tanh(), states, table, "epsilon", points)
+    assert fitted.defaults == 3
+    assert list(fitted.rows) == default_rows(table, "epsilon", points)
+
+
+def test_what_no_left_out_picture_gains_by_is_left_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns, target = torch.randn(3, 8, 5, generator=generator).double().split([4, 1], dim=-1)
+    assert ridge_fit(columns, target[..., 0]) is None  # 21 numbers of noise for 4 weights
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0]).double()
+    found = ridge_fit(columns, columns @ weights)
+    assert found is not None
+    torch.testing.assert_close(found, weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_a", "dpm++_2m_sde"])
+def test_a_sampler_that_draws_noise_is_refused(sampler: str) -> None:
+    with pytest.raises(ValueError, match="draws no noise"):
+        Grid.of(table_of(sampler), "epsilon")
+
+
+def test_a_fitted_plan_is_read_back_as_it_was_written() -> None:
+    plan = CachePlan(("full", "shallow-0"), sampler="ddim", fit=fit_of(((0.1, 1 / 3), (0.5, -2.0, 1.0, 1e-9)), (0, 7)))
+    assert CachePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": [0]}, "1 rows in a fit"),
+        ({"points": [-1, 7]}, "1 to 1000 points"),
+        ({"points": [0, 0]}, "ascending points"),
+        ({"rows": [[0.1, 0.2]]}, "2 rows in a fit"),
+        ({"rows": [[0.1, 0.2], [1e400, 0.0]]}, "finite weights"),
+        ({"rows": [[0.1, 0.2], [10**400, 0.0]]}, "finite weights"),
+        ({"rows": [[0.1, 0.2], [0.0, 0.0, 0.0]]}, "pairs of finite weights"),
+        ({"rows": [[0.1, 0.2, 0.3, 0.4], [0.0, 0.0]]}, "at most 1 calls in row 0"),
+        ({"rows": [0, 1]}, "pairs of finite weights"),
+        ({"height": 0}, "height of 1 or more"),
+        ({"backend": 3}, "backend to be a string"),
+        ({"psnr_db": "high"}, "psnr_db to be a number"),
+        ({"extra": 1}, "fit to have the keys"),
+    ],
+)
+def test_a_damaged_fit_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
+    plan = CachePlan(("full", "shallow-0"), sampler="ddim", fit=fit_of(((0.1, 0.2), (0.5, -2.0)), (0, 7)))
+    document = json.loads(plan.to_json())
+    document["fit"] |= change
+    with pytest.raises(ValueError, match=message) as refused:
+        CachePlan.from_json(json.dumps(document))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_fitted_plan_names_its_sampler_and_has_a_point_a_step() -> None:
+    fit = fit_of(((0.1, 0.2), (0.5, -2.0)), (0, 7))
+    with pytest.raises(ValueError, match="the sampler that a fitted plan"):
+        CachePlan(("full", "full"), fit=fit)
+    with pytest.raises(ValueError, match="3 points in a fit"):
+        CachePlan(("full",) * 3, sampler="ddim", fit=fit)
+    with pytest.raises(ValueError, match="points below 5"):
+        fitted_table(table_of(steps=5), fit)
+
+
+def test_a_run_from_the_middle_starts_at_a_full_point_and_looks_back_no_further() -> None:
+    table, points = table_of(), (0, 4, 9, 12, 15)
+    rows = tuple((float(k),) * 2 * min(k + 1, 3) for k in range(5))
+    passes = ("full", "shallow-0", "full", "shallow-0", "full")
+    plan = CachePlan(passes, sampler="ddim", fit=fit_of(rows, points))
+    assert begun_at(plan, table, "epsilon", 0) == plan
+    later = begun_at(plan, table, "epsilon", 3)
+    assert later.passes == passes[2:]
+    assert later.fit is not None
+    assert later.fit.points == (9, 12, 15)
+    defaults = default_rows(table, "epsilon", (9, 12, 15))
+    assert later.fit.rows == (*defaults[:2], rows[4])
+    with pytest.raises(ValueError, match="a FULL point at or after call 16 of 20"):
+        begun_at(plan, table, "epsilon", 16)
