@@ -184,7 +184,7 @@ def _draw_all(
         task = bar.add_task("drawing", total=None)
         for first in range(0, len(seeds), most):
             batch = seeds[first : first + most]
-            every = arguments | _batch(batch, lambda *_: bar.advance(task))
+            every = arguments | _batch(list(batch), lambda *_: bar.advance(task))
             result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
             used = result.made | said
             for own, image in zip(batch, result.images, strict=True):

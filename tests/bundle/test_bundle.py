@@ -182,7 +182,7 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / MANIFEST).mkdir(parents=True)
     for path in (tmp_path / "missing", tmp_path / "file", tmp_path, tmp_path / "folder"):
-        assert f"got {path}; build one with" in refused(path)
+        assert f"got '{path}'; build one with" in refused(path)
 
 
 def test_an_engine_that_was_not_built(bundle_copy: Path) -> None:

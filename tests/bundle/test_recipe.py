@@ -49,7 +49,7 @@ def test_a_recipe_survives_its_values(recipe: Recipe) -> None:
         ({"batch": "4:2:8"}, "batch: expected MIN <= OPT <= MAX, got 4:2:8"),
         ({"batch": "1:2"}, "batch: expected N or MIN:OPT:MAX, got '1:2'"),
         ({"batch": "0"}, "batch.min: "),
-        ({"backend": "cuda"}, "backend: .*'onnxruntime-tensorrt', got 'cuda'"),
+        ({"backend": "cuda"}, "backend: .* onnxruntime-tensorrt, got 'cuda'"),
         ({"height": 4}, "height: .* 8, got 4"),
         ({"branch_id": -1}, "branch_id: .* 0, got -1"),
         ({"components": ["unet", "lora"]}, "components.1: .*got 'lora'"),

@@ -88,7 +88,7 @@ def test_pictures_begin_with_a_picture(
         (("--init-image", "missing.png"), "expected a picture in missing.png: No such file"),
         (("--init-image", "text"), "expected a picture in"),
         (("--init-image", "large"), "expected an image of 32x32, .* got 80x48; give height and width to resize it"),
-        (("--init-image", "photo", "--strength", 2), "expected a strength from 0 to 1, got 2.0"),
+        (("--init-image", "photo", "--strength", 2), "expected strength to be a finite number from 0 to 1, got 2.0"),
         (("--strength", 0.5), "expected an image with strength, got none"),
         (("--mask", "mask"), "expected an image with mask_image, got none"),
         (("--height", 40), "expected 32x32, which this bundle was built for, got 32x40; build another with --sizes"),
