@@ -42,9 +42,11 @@ def _read(path: Path) -> Any:
 def refuse_outside_weights(path: Path) -> None:
     """External data may name any path (CVE-2024-27318 and its kin): only plain names beside the graph are let in.
 
-    Raises: `ValueError` for weights anywhere else, or a file that is not ONNX.
+    Raises: `ValueError` for weights anywhere else, a graph with functions, or a file that is not ONNX.
     """
     model = _read(path)
+    if model.functions:  # backends inline them: 26 that each call the next twice are 2^26 nodes
+        raise ValueError(f"expected a graph without functions in {path.name}, got {len(model.functions)}; inline them")
     for location in sorted(external_locations(model)):
         file = path.parent / location
         if Path(location).name != location or file.is_symlink() or not file.is_file():

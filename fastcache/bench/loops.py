@@ -26,8 +26,8 @@ import fastcache
 from fastcache.bench.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
 from fastcache.bench.plain import PlainPipeline
 from fastcache.bundle.recipe import Size
+from fastcache.compile.checkpoint import load
 from fastcache.compile.models import find_model
-from fastcache.compile.sources import load
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.request import ControlArguments, Request
 from fastcache_engines import Binding, DType, Engine, torch_dtype

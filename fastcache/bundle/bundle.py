@@ -1,23 +1,28 @@
 """The folder where building and running meet: files, and a manifest that says what each byte must be.
 
 A bundle is written whole (`seal`, then `publish`) and opened only if every file is the one that was built
-(`open_bundle`). Knows files and hashes; knows nothing about what the engines compute.
+(`open_bundle`). Whoever reads its files later does so under `Bundle.reading`, for another bundle may have taken its
+place meanwhile. Knows files and hashes; knows nothing about what the engines compute.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from fastcache.bundle.contents import check_contents
 from fastcache.bundle.manifest import SCHEMA, FileEntry, Manifest, Role
 from fastcache.bundle.recipe import Recipe
 from fastcache.errors import BundleError
@@ -26,14 +31,44 @@ from fastcache.files import sha256_of, sync, write_whole
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
+_REPLACING_S = 1.0  # two renames take microseconds; a builder that was killed between them takes for ever
+_SWAPS = 4  # that may happen during one opening
+
+Stamp = tuple[int, ...]  # what tells a file from another, or from itself before a change, without reading it
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file has been checked."""
+    """A bundle whose every file has been checked; `stamps` are the files that were, none where nobody looked."""
 
     path: Path
     manifest: Manifest
+    stamps: Mapping[str, Stamp] | None = field(default=None, compare=False, repr=False)
+
+    @contextmanager
+    def reading(self) -> Generator[None]:
+        """Around whatever reads its files: that they are those that were checked is seen before and after.
+
+        Raises: `BundleError` if any of them was replaced, changed, added or removed since.
+        """
+        self._require_unchanged()
+        yield
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        if self.stamps is None:
+            return
+        try:
+            found = {name: _stamp(path.lstat()) for name, path in _entries(self.path)}
+        except FileNotFoundError:
+            found = dict[str, Stamp]()
+        found.pop(MANIFEST, None)
+        if found != self.stamps:
+            name = min(name for name in {*found, *self.stamps} if found.get(name) != self.stamps.get(name))
+            raise BundleError(
+                f"expected the files of {self.path} as they were when it was opened, got another {name}; "
+                "the bundle was replaced meanwhile: load it again"
+            )
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -67,12 +102,13 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"expected a bundle (a folder with {MANIFEST}), got {str(path)!r}; build one with `fastcache build-engines`"
         )
-    if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise BundleError(
-            f"expected a {MANIFEST} under {_MANIFEST_LIMIT_BYTES} bytes in {path}, got {file.stat().st_size}"
-        )
     try:
+        size = file.stat().st_size
+        if size > _MANIFEST_LIMIT_BYTES:
+            raise BundleError(f"expected a {MANIFEST} under {_MANIFEST_LIMIT_BYTES} bytes in {path}, got {size}")
         manifest = Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise BundleError(f"expected to read {file}, got: {error.strerror}; look at the folder's permissions") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -81,6 +117,10 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
     if manifest.bundle_sha256 != manifest.digest():
         raise BundleError(f"{file} was changed after the build; build the bundle again")
+    try:
+        check_contents(manifest)
+    except ValueError as error:
+        raise BundleError(f"{file} is no build's: {error}; build the bundle again") from None
     return manifest
 
 
@@ -90,6 +130,7 @@ class FileCheck:
 
     name: str
     problem: str | None
+    stamp: Stamp = field(default=(), compare=False, repr=False)
 
 
 def check_files(folder: Path, manifest: Manifest) -> list[FileCheck]:
@@ -98,19 +139,39 @@ def check_files(folder: Path, manifest: Manifest) -> list[FileCheck]:
     found = dict(_entries(folder))
     found.pop(MANIFEST, None)
     names = sorted(expected.keys() | found.keys())
-    return [FileCheck(name, _problem(expected.get(name), found.get(name))) for name in names]
+    return [_check(name, expected.get(name), found.get(name)) for name in names]
 
 
-def _problem(entry: FileEntry | None, file: Path | None) -> str | None:
+def _check(name: str, entry: FileEntry | None, file: Path | None) -> FileCheck:
     if file is None:
-        return "is missing"
-    if not stat.S_ISREG(file.lstat().st_mode):
-        return "is a link or special file, not a plain one"
-    if entry is None:
-        return "is not named in the manifest"
-    if file.stat().st_size != entry.bytes:
-        return f"has {file.stat().st_size} bytes instead of {entry.bytes}"
-    return None if sha256_of(file) == entry.sha256 else "is not the file that was built (its SHA-256 differs)"
+        return FileCheck(name, "is missing")
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return FileCheck(name, "is a link or special file, not a plain one")
+        if entry is None:
+            return FileCheck(name, "is not named in the manifest")
+        if status.st_size != entry.bytes:
+            return FileCheck(name, f"has {status.st_size} bytes instead of {entry.bytes}")
+        if sha256_of(file) != entry.sha256 or _stamp(file.lstat()) != _stamp(status):
+            return FileCheck(name, "is not the file that was built (its SHA-256 differs)")
+    except FileNotFoundError:
+        return FileCheck(name, "is missing")
+    return FileCheck(name, None, _stamp(status))
+
+
+def plain_file(folder: Path, entry: FileEntry) -> Path:
+    """A file of a bundle that was not checked, to look at. Raises: `ValueError` for a link, a device, another size."""
+    file = folder / entry.name
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes:
+        raise ValueError(f"expected {entry.name} to be a plain file of {entry.bytes} bytes, got another; verify it")
+    return file
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    """Inodes are used again at once, and times can be set back, but the time of the last change of these cannot."""
+    return status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -119,21 +180,47 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     Raises: `BundleError` naming the first file that is wrong.
     """
     folder = Path(path)
+    for _ in range(_SWAPS):
+        before = _identity(folder)
+        try:
+            return _open(folder)
+        except BundleError:
+            # Of two bundles that a builder swaps, the one's manifest may have been read and the other's files.
+            if _identity(folder) == before:
+                raise
+    return _open(folder)
+
+
+def _open(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
-    for check in check_files(folder, manifest):
+    try:
+        checks = check_files(folder, manifest)
+    except FileNotFoundError as error:  # from beneath the search for files
+        raise BundleError(f"{error.filename} went away while {folder} was opened; open it again") from None
+    for check in checks:
         if check.problem is not None:
             raise BundleError(f"{check.name} in {folder} {check.problem}; build the bundle again")
-    names = {entry.name for entry in manifest.files}
-    for role, engine in manifest.engines.items():
-        if engine.file not in names:
-            raise BundleError(f"the {role} engine's file {engine.file!r} is not in {folder}; build the bundle again")
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, {check.name: check.stamp for check in checks})
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder lies there, once whoever replaces it (`publish`) has done so; None for none."""
+    give_up = time.monotonic() + _REPLACING_S
+    while True:
+        try:
+            status = folder.stat()
+            return status.st_dev, status.st_ino
+        except OSError:
+            aside = any(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp.old"))
+            if not aside or time.monotonic() > give_up:
+                return None
+            time.sleep(0.001)
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
     """Everything below a folder but folders; links are not followed, so nothing outside can be reached."""
     for path in sorted(folder.rglob("*")):
-        if not stat.S_ISDIR(path.lstat().st_mode):
+        if path.is_symlink() or not path.is_dir():
             yield path.relative_to(folder).as_posix(), path
 
 
@@ -143,6 +230,7 @@ def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
         FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in _entries(folder)
     ]
     draft = Manifest.model_validate(fields | {"files": entries})
+    check_contents(draft)
     manifest = draft.model_copy(update={"bundle_sha256": draft.digest()})
     write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
     for path in [*(path for _, path in _entries(folder)), *(p for p in folder.rglob("*") if p.is_dir()), folder]:

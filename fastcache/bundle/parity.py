@@ -6,6 +6,7 @@ checked on a machine that has neither the model nor torch's exporter. Invariants
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Parity
+from fastcache.errors import BundleError
 from fastcache_engines import TOLERANCE, Backend, DType, Engine, LoadOptions
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected magnitude; infinite where `got` is not finite."""
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got - expected).abs().max() / expected.abs().max())
+    """The largest difference over the largest expected magnitude; infinite where either is not finite."""
+    difference, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 class Part(Protocol):
@@ -48,10 +51,27 @@ def module_parity(parts: Sequence[Part], reference: Path, dtype: DType) -> Parit
 
     of_full = run(full, expected)
     of_shallow = [run(part, expected | of_full) for part in shallow]
+    return _parity(
+        "torch",
+        max(relative_error(value.float(), expected[name]) for name, value in of_full.items()),
+        max(relative_error(v, of_full[name]) for found in of_shallow for name, v in found.items()),
+        dtype,
+    )
+
+
+def _parity(measured_on: str, full_vs_model: float, shallow_vs_full: float, dtype: DType) -> Parity:
+    """Raises: `BundleError` for NaN or infinity among what was computed, of which there is no error to tell."""
+    worst = max(full_vs_model, shallow_vs_full)
+    if not math.isfinite(worst):
+        which = "full" if not math.isfinite(full_vs_model) else "shallow"
+        raise BundleError(
+            f"expected numbers from the {which} pass on {measured_on}, got NaN or infinity; its values leave the range "
+            f"of {dtype}: build it in fp32, or of other weights"
+        )
     return Parity(
-        measured_on="torch",
-        full_vs_model=max(relative_error(value.float(), expected[name]) for name, value in of_full.items()),
-        shallow_vs_full=max(relative_error(v, of_full[name]) for found in of_shallow for name, v in found.items()),
+        measured_on=measured_on,
+        full_vs_model=full_vs_model,
+        shallow_vs_full=shallow_vs_full,
         tolerance=TOLERANCE[dtype],
     )
 
@@ -84,9 +104,4 @@ def measure_parity(
         for name, value in of_full.items():
             tensors[name].copy_(value)
         errors.append(worst(run(backend.load(path, options)), of_full))
-    return Parity(
-        measured_on=backend.CAPABILITIES.name,
-        full_vs_model=worst(of_full, expected),
-        shallow_vs_full=max(errors),
-        tolerance=TOLERANCE[options.dtype],
-    )
+    return _parity(backend.CAPABILITIES.name, worst(of_full, expected), max(errors), options.dtype)

@@ -59,8 +59,8 @@ class Job:
 def resolve(recipe: Recipe) -> Job:
     """Find the model and settle every `auto`.
 
-    Raises: `ValueError` for a model or component that is not there, a model of videos, or GPUs that the backend does
-    not build for; `BackendUnavailable` for what cannot be built here.
+    Raises: `ValueError` for a model or component that is not there, a model that no engines can draw, or GPUs that the
+    backend does not build for; `BackendUnavailable` for what cannot be built here.
     """
     model = find_model(
         recipe.model,
@@ -69,7 +69,7 @@ def resolve(recipe: Recipe) -> Job:
         loras=recipe.lora,
         controls=recipe.controls,
     )
-    model.require_pictures()
+    model.require_engines()
     components: tuple[Component, ...] = recipe.components or model.components
     missing = [c for c in components if c not in model.components]
     if missing:

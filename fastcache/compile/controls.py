@@ -8,7 +8,7 @@ IP-Adapter's tokens. What depends on the step, a ControlNet's layers and the att
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from transformers import CLIPVisionModelWithProjection
 
 from fastcache.bundle.manifest import ControlEntry
 from fastcache.bundle.recipe import ControlKind
+from fastcache.compile.checkpoint import load, require_finite, require_keys, weight_files
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import split_gates
-from fastcache.compile.sources import first_line, load, read_json, weight_files
+from fastcache.compile.sources import first_line, read_json
 from fastcache.compile.steering import CONDITIONING_SCALE, EMBEDDING, IP_ADAPTER_INPUTS, RESIDUAL, Controls
 from fastcache.cut.unet import take_apart
 from fastcache.files import sha256_of
@@ -224,6 +225,7 @@ def _add_t2i_adapter(controls: Controls, control: Control, unet: Any, sample: Te
 
 def _add_ip_adapter(controls: Controls, control: Control, unet: Any, sample: Tensor, scale: int) -> None:
     weights = _ip_adapter_weights(control.path)
+    _require_attention(weights["ip_adapter"], unet, control.path)
     try:
         unet._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)
     except Exception as error:  # torch's and diffusers' own
@@ -258,9 +260,18 @@ def _ip_adapter_weights(file: Path) -> dict[str, dict[str, Tensor]]:
         raise ValueError(f"cannot read the IP-Adapter {file}: {first_line(error)}") from error
     if not all(weights.values()) or len(weights) > 2:
         raise ValueError(f"expected image_proj and ip_adapter weights in {file}, got {', '.join(sorted(weights))}")
+    for group in weights.values():
+        require_finite(group, str(file))
     if any("lora" in name for name in weights["ip_adapter"]):
         raise ValueError(f"expected an IP-Adapter of pictures, got one of faces with a LoRA in {file}; use the helper")
     return weights
+
+
+def _require_attention(given: Collection[str], unet: Any, file: Path) -> None:
+    """Keys and values for each cross-attention and no more; diffusers counts them by odd numbers."""
+    crossing = sum(not name.endswith("attn1.processor") for name in unet.attn_processors)
+    wanted = {f"{2 * i + 1}.{part}.weight" for i in range(crossing) for part in ("to_k_ip", "to_v_ip")}
+    require_keys(wanted - set(given), set(given) - wanted, str(file))
 
 
 def _embeds(controls: Controls, control: Control, projection: nn.Module, rows: int) -> Tensor:

@@ -1,6 +1,7 @@
 """LoRA files -> the weights of a U-Net or text encoder with them merged in, as diffusers' `fuse_lora` merges them.
 
-Only safetensors are read. Needs peft, which diffusers loads LoRAs with. Knows nothing about what is built of them.
+Only safetensors are read, and every tensor of theirs must have found its layer. Needs peft, which diffusers loads LoRAs
+with. Knows nothing about what is built of them.
 """
 
 from __future__ import annotations
@@ -8,18 +9,27 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from diffusers.configuration_utils import FrozenDict
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Family, LoraEntry
 from fastcache.bundle.recipe import Lora
+from fastcache.compile.checkpoint import require_finite, require_keys
 from fastcache.errors import BackendUnavailable
 from fastcache.files import sha256_of
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 Model = TypeVar("Model", bound=nn.Module)
+
+_PARTS: Final[Mapping[Family, tuple[Part, ...]]] = {
+    "sd": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+}
+# How peft may fill layers before the file's tensors come; its others change the model's own weights, too.
+_HARMLESS_INITS: Final = (True, False, None, "gaussian", "orthogonal")
 
 
 def entry_of(lora: Lora) -> LoraEntry:
@@ -60,6 +70,7 @@ def _merge_one(model: Any, part: Part, family: Family, unet_config: Mapping[str,
 
     loader: Any = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     file = Path(lora.path)
+    _check_tensors(load_file(file))
     weights, alphas, metadata = loader.lora_state_dict(
         str(file.parent),
         weight_name=file.name,
@@ -68,18 +79,70 @@ def _merge_one(model: Any, part: Part, family: Family, unet_config: Mapping[str,
         return_lora_metadata=True,
         unet_config=FrozenDict(unet_config) if family == "sdxl" else None,
     )
-    known = ("unet.", "text_encoder.", "text_encoder_2.")
+    parts = _PARTS[family]
+    known = tuple(f"{each}." for each in parts)
     if not weights or not all("lora" in key and key.startswith(known) for key in weights):
         strange = next((key for key in weights if "lora" not in key or not key.startswith(known)), "nothing")
-        raise ValueError(f"expected LoRA weights of a unet or text encoder, got {strange}")
-    if not any(key.startswith(f"{part}.") for key in weights):
+        raise ValueError(f"expected LoRA weights of {' or '.join(parts)}, got {strange}")
+    own = _by_peft_names(weights, part, model)
+    if not own:
         return
+    _check_metadata(metadata or {}, own)
     if part == "unet":
         loader.load_lora_into_unet(weights, alphas, model, adapter_name=name, metadata=metadata)
+        _require_all_used(model, own, name)
         model.fuse_lora(lora.weight, adapter_names=[name])
         model.unload_lora()
     else:
         loader.load_lora_into_text_encoder(weights, alphas, model, prefix=part, adapter_name=name, metadata=metadata)
+        _require_all_used(model, own, name)
         fuse_text_encoder_lora(model, lora_scale=lora.weight, adapter_names=[name])
         recurse_remove_peft_layers(model)
         del model.peft_config
+    require_finite(model.state_dict(), "the merged model")
+
+
+def _check_tensors(stored: Mapping[str, Tensor]) -> None:
+    """Refuse NaN, and what diffusers leaves out with a warning."""
+    require_finite(stored, "the file")
+    scale = next((key for key in stored if "dora_scale" in key), None)
+    if scale is not None:
+        raise ValueError(f"expected a LoRA without DoRA's scales, which diffusers does not merge, got {scale}")
+
+
+def _by_peft_names(weights: Mapping[str, Tensor], part: Part, model: Any) -> dict[str, Tensor]:
+    """A part's tensors by the names that peft has for them, which is what diffusers' loaders turn them into."""
+    from diffusers.utils.state_dict_utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    own: dict[str, Any] = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
+    if not own:
+        return {}
+    if part == "unet":
+        return own if "lora_A" in next(iter(own)) else convert_unet_state_dict_to_peft(own)
+    own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+    return own if hasattr(model, "text_model") else {k.removeprefix("text_model."): v for k, v in own.items()}
+
+
+def _check_metadata(metadata: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """The file's metadata is peft's configuration: layers of another rank than the tensors' would be made for it."""
+    ranks = {tensor.shape[0] for name, tensor in own.items() if "lora_A" in name}
+    for name, value in metadata.items():
+        field = name.rpartition(".")[2]
+        claimed = value.values() if field == "rank_pattern" else [value] if field == "r" else []
+        for rank in claimed:
+            if rank not in ranks:
+                raise ValueError(f"expected metadata of the tensors' rank {sorted(ranks)}, got {name} of {rank}")
+        if field == "init_lora_weights" and value not in _HARMLESS_INITS:
+            raise ValueError(f"expected a LoRA that leaves the model's own weights alone, got {name} {value!r}")
+
+
+def _require_all_used(model: Any, own: Mapping[str, Tensor], adapter: str) -> None:
+    """Both halves of each layer came from the file, and each of its tensors found a layer."""
+    from peft import get_peft_model_state_dict
+
+    made: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=adapter)
+    require_keys(made.keys() - own.keys(), own.keys() - made.keys(), "the file")

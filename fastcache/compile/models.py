@@ -21,9 +21,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastcache.bundle.manifest import Family, LoraEntry
 from fastcache.bundle.recipe import Component, ControlKind, Lora
 from fastcache.compile import lora
+from fastcache.compile.checkpoint import load, weight_files
 from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
-from fastcache.compile.sources import first_line, load, read_json, weight_files
+from fastcache.compile.sources import first_line, read_json
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.files import sha256_of
 
@@ -84,6 +85,25 @@ class SourceModel:
         """The names of its text encoders, in the order in which what they make of a prompt is joined."""
         return tuple(name for name in _TEXT_CLASSES if name in self.parts)
 
+    def require_engines(self) -> None:
+        """Refuse what a bundle's pipeline would draw wrongly, or not at all. Raises: `ValueError`."""
+        self.require_pictures()
+        if self.folder is None:
+            return
+        width = read_json(self.folder / "unet" / "config.json").get("time_cond_proj_dim")
+        if width is not None:
+            raise ValueError(
+                f"expected a U-Net without time_cond_proj_dim, which a distilled LCM is told its guidance by, got "
+                f"{width} in {self.folder}; use the helper, or an LCM LoRA with the model that it was made for"
+            )
+        # Of diffusers' pipelines, Stable Diffusion's look at this and SDXL's do not.
+        for name in self.text_encoders if self.family == "sd" else ():
+            if read_json(self.folder / name / "config.json").get("use_attention_mask"):
+                raise ValueError(
+                    f"expected a text encoder without use_attention_mask, got one with it in {self.folder / name}; "
+                    "use the helper"
+                )
+
     def require_pictures(self) -> None:
         """Raises: `ValueError` for a model of videos, which have no loop here."""
         if self.folder is None and PRESETS[self.name].unet_class is UNetSpatioTemporalConditionModel:
@@ -108,7 +128,11 @@ class SourceModel:
         return self._merged(load(_TEXT_CLASSES[name], self._folder("text") / name), name)
 
     def load_tokenizer(self, name: lora.Part = "text_encoder") -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self._folder("text") / TOKENIZERS[name], local_files_only=True)
+        folder = self._folder("text") / TOKENIZERS[name]
+        try:
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # tokenizers' own, and whatever a damaged file gives
+            raise ValueError(f"cannot load the {folder.name} of {folder.parent}: {first_line(error)}") from error
 
     def _merged(self, model: lora.Model, part: lora.Part) -> lora.Model:
         if not self.loras:
@@ -158,6 +182,12 @@ def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
         pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
         return SourceModel(name, None, weights, scheduler, ("unet",), family, settings=settings, pipeline=pipeline)
     folder = MODEL_DIRECTORY if name == "demo" else Path(name)
+    if folder.is_file():
+        convert = f"StableDiffusionPipeline as P; P.from_single_file({name!r}).save_pretrained('MODEL')"
+        raise ValueError(
+            f"expected a model folder in diffusers' layout, got the single file {name}; convert it, online once for "
+            f'its configuration: python -c "from diffusers import {convert}" (StableDiffusionXLPipeline for SDXL)'
+        )
     if not folder.is_dir():
         if name in PRESETS:
             raise ValueError(

@@ -27,7 +27,7 @@ from fastcache.compile import describe
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
-from fastcache.errors import BackendUnavailable, BuildError
+from fastcache.errors import BackendUnavailable, BuildError, BundleError
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 
@@ -129,10 +129,14 @@ def _explain(error: Exception, place: Path) -> tuple[str, str]:
     """The class and the line to report for an error: what a caller acts on keeps its class."""
     if isinstance(error, ValueError | BackendUnavailable | BuildError):
         return type(error).__name__, str(error)
+    if isinstance(error, BundleError):  # of the bundle that is being built
+        return "BuildError", str(error)
     if isinstance(error, MemoryError):
         return "BuildError", "the machine ran out of memory; build on one with more, or a smaller size"
     if _system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "BuildError", f"the build could not be written: no space left in {place}"
+        file = getattr(error, "filename", None)
+        named = f"{file} could not be written" if file else "the build could not be written"
+        return "BuildError", f"{named}: no space left in {place}"
     lines = str(error).strip().splitlines()
     return "BuildError", f"the build failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcache_engines
-from fastcache.bundle.bundle import FileCheck, check_files, read_manifest
+from fastcache.bundle.bundle import FileCheck, check_files, plain_file, read_manifest
 from fastcache.bundle.manifest import Manifest, Parity, Role
 from fastcache.errors import BackendUnavailable
 from fastcache.loop.runtime import check_here, check_version, measure_here
@@ -78,9 +78,10 @@ def engine_facts(folder: Path, manifest: Manifest) -> dict[Role, dict[str, Any]]
     graphs = manifest.recipe.onnx_only
     describe = onnx_files.describe if graphs else fastcache_engines.backend(manifest.backend).describe
     facts: dict[Role, dict[str, Any]] = {}
+    entries = {entry.name: entry for entry in manifest.files}
     for role, engine in manifest.engines.items():
         try:
-            facts[role] = dataclasses.asdict(describe(folder / engine.file))
+            facts[role] = dataclasses.asdict(describe(plain_file(folder, entries[engine.file])))
         except (BackendUnavailable, ValueError, OSError) as error:
             facts[role] = {"unknown": str(error)}
     return facts

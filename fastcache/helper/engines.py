@@ -143,7 +143,8 @@ class EnginePasses:
     def _check_model(self) -> None:
         """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
         unet: Any = self._unet
-        stored = load_file(self._runtime.bundle.file(REFERENCE))
+        with self._runtime.bundle.reading():
+            stored = load_file(self._runtime.bundle.file(REFERENCE))
         inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines[FULL].inputs}
         inputs = {name: x.to(unet.device, unet.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}

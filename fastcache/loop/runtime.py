@@ -119,7 +119,8 @@ class Runtime:
         options = LoadOptions(
             self.device, entry.dtype, self._threads, self._workspace, inputs=entry.inputs, outputs=entry.outputs
         )
-        return fastcache_engines.backend(self.manifest.backend).load(path, options)
+        with self.bundle.reading():
+            return fastcache_engines.backend(self.manifest.backend).load(path, options)
 
     @torch.no_grad()
     def once(self, role: Role, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ def load_streams(bundle: Bundle, threads: int = 0) -> Streams | None:
         options = LoadOptions(
             manifest.device_type, entry.dtype, threads, streams=threads, inputs=entry.inputs, outputs=entry.outputs
         )
-        return backend.load(bundle.engine_path(role), options)
+        with bundle.reading():
+            return backend.load(bundle.engine_path(role), options)
 
     roles = dict.fromkeys(role for one in manifest.passes.values() for role in one.engines)
     return Streams({role: load(role) for role in roles}, threads)

@@ -67,10 +67,11 @@ class Prompts:
     def tokenizers(self) -> dict[Role, Any]:
         from transformers import CLIPTokenizer
 
-        return {
-            role: CLIPTokenizer.from_pretrained(self._bundle.file(_TOKENIZERS[role]), local_files_only=True)
-            for role in self.roles
-        }
+        with self._bundle.reading():
+            return {
+                role: CLIPTokenizer.from_pretrained(self._bundle.file(_TOKENIZERS[role]), local_files_only=True)
+                for role in self.roles
+            }
 
     def condition(
         self, positive: Prompt, negative: Prompt, *, count: int, guided: bool, clip_skip: int | None = None

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fastcache
 from fastcache import Bundle, BundleError
 from fastcache.bundle.bundle import MANIFEST, check_files, open_bundle, publish, read_manifest, seal
+from fastcache.bundle.manifest import Manifest
+from fastcache.bundle.parity import relative_error
 from fastcache.files import write_whole
+from fastcache.health.verify import engine_facts, verify_bundle
 from fastcache_engines import choose
 
 PROMISED = [
@@ -168,14 +176,152 @@ def test_a_huge_manifest_is_not_read(bundle_copy: Path) -> None:
     assert f"got {2**40}" in refused(bundle_copy)
 
 
-def test_an_engine_that_lies_outside(bundle_copy: Path) -> None:
-    """Not even a manifest with a right hash can name a file that was not checked."""
-    manifest = read_manifest(bundle_copy)
-    engine = manifest.engines["full"].model_copy(update={"file": "../full.onnx"})
-    changed = manifest.model_copy(update={"engines": manifest.engines | {"full": engine}})
-    changed = changed.model_copy(update={"bundle_sha256": changed.digest()})
-    (bundle_copy / MANIFEST).write_text(json.dumps(changed.to_json()))
-    assert "'../full.onnx'" in refused(bundle_copy)
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a manifest and give it the hash that goes with it, as whoever forges a bundle would."""
+    edit_manifest(folder, change)
+    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    edit_manifest(folder, lambda m: m.update(bundle_sha256=manifest.digest()))
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "engine outside": (lambda m: m["engines"]["full"].update(file="../full.onnx"), "'../full.onnx'"),
+    "engine is a device": (lambda m: m["engines"]["full"].update(file="/dev/zero"), "'/dev/zero'"),
+    "engine not listed": (lambda m: m["engines"]["full"].update(file="other.onnx"), "'other.onnx'"),
+    "file outside": (lambda m: m["files"][0].update(name="../x"), "inside the bundle, got '../x'"),
+    "file absolute": (lambda m: m["files"][0].update(name="/etc/passwd"), "inside the bundle, got '/etc/passwd'"),
+    "file of Windows": (lambda m: m["files"][0].update(name="C:\\x"), "inside the bundle"),
+    "file unclean": (lambda m: m["files"][0].update(name="tokenizer//x"), "inside the bundle"),
+    "file unnamed": (lambda m: m["files"][0].update(name=""), "inside the bundle, got ''"),
+    "file twice": (lambda m: m["files"].append(m["files"][0]), "each file once"),
+    "no branches": (lambda m: m.update(branches=[]), "expected branches, each once and 0 first, got []"),
+    "other branches": (lambda m: m.update(branches=[1]), "expected branches, each once and 0 first, got [1]"),
+    "branches twice": (lambda m: m.update(branches=[0, 0]), "each once"),
+    "no such branch": (lambda m: m.update(branches=[0, 9]), "expected branches from 0 to 3, got [0, 9]"),
+    "no shallow engine": (lambda m: m["engines"].pop("shallow"), "expected a shallow engine"),
+    "no engines": (lambda m: m.update(engines={}), "expected a full engine, got none"),
+    "no U-Net": (lambda m: m.update(components=["vae"]), "expected components with unet"),
+    "no sizes": (lambda m: m.update(sizes=[]), "expected sizes with 32x32 first, got none"),
+    "other sizes": (lambda m: m.update(height=64), "expected sizes with 32x64 first, got 32x32"),
+    "no profiles": (lambda m: m.update(profiles={}), "expected profiles of batch, height and width"),
+    "beyond the profile": (lambda m: m["profiles"]["height"].update(min=8, opt=8, max=8), "expected a height of 8:8:8"),
+    "between latents": (
+        lambda m: (m.update(sizes=[{"width": 32, "height": 34}], height=34), m["profiles"]["height"].update(max=34)),
+        "in steps of 4, got 34",
+    ),
+    "no latents": (lambda m: m["model"].update(vae_scale_factor=0), "vae_scale_factor of 1 to 4096, got 0"),
+    "huge latents": (lambda m: m["model"].update(latent_channels=10**9), "latent_channels of 1 to 4096"),
+    "negative tokens": (lambda m: m["model"].update(tokens=-1), "expected 0 tokens or more, got -1"),
+    "no tolerance": (lambda m: m["parity"].update(tolerance=0), "a tolerance above 0"),
+    "huge tensor": (lambda m: m["engines"]["full"]["inputs"][0].update(shape=["batch", 10**12]), "got 1000000000000"),
+    "empty tensor": (lambda m: m["engines"]["full"]["inputs"][0].update(shape=["batch", 0]), "got 0"),
+    "divided by nothing": (lambda m: m["engines"]["full"]["inputs"][0].update(shape=["height/0"]), "got 'height/0'"),
+    "unknown size": (lambda m: m["engines"]["full"]["inputs"][0].update(shape=["depth"]), "got 'depth'"),
+    "no dtype": (lambda m: m["engines"]["full"]["inputs"][0].update(dtype="__class__"), "got '__class__'"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_manifest_is_refused_at_every_door(bundle_copy: Path, case: str) -> None:
+    """Its hash is right, so only what it says can tell: before anything of it is followed."""
+    change, expected = FORGED[case]
+    reseal(bundle_copy, change)
+    for door in (open_bundle, read_manifest, verify_bundle):
+        with pytest.raises(BundleError, match=re.escape(expected)) as caught:
+            door(bundle_copy)
+        assert str(bundle_copy / MANIFEST) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "full.onnx"])
+def test_inspecting_follows_no_link(bundle_copy: Path, target: str) -> None:
+    (bundle_copy / "shallow.onnx").unlink()
+    (bundle_copy / "shallow.onnx").symlink_to(target)
+    facts = engine_facts(bundle_copy, read_manifest(bundle_copy))
+    assert "expected shallow.onnx to be a plain file of" in facts["shallow"]["unknown"]
+    assert "nodes" in facts["full"]
+
+
+def drawn(pipe: Any) -> torch.Tensor:
+    return pipe("a cat", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+
+
+def test_what_was_checked_is_what_draws(bundle_copy: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Engines are loaded when they are first needed: another bundle published meanwhile must not draw as the first."""
+    plain = fastcache.load(bundle_copy)
+    expected = drawn(plain)
+    early, late = fastcache.load(bundle_copy), fastcache.load(bundle_copy)
+    drawn(early)
+    shutil.copytree(tiny_bundle.path, tmp_path / "other")
+    publish(tmp_path / "other", bundle_copy)
+    assert torch.equal(drawn(early), expected)  # what is loaded goes on
+    with pytest.raises(BundleError, match="the bundle was replaced meanwhile: load it again"):
+        drawn(late)
+    assert torch.equal(drawn(fastcache.load(bundle_copy)), expected)
+
+
+def _touched(folder: Path) -> None:
+    file = folder / "full.onnx"
+    before = file.stat()
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _touched,
+        lambda folder: (folder / "full.onnx").unlink(),
+        lambda folder: (folder / "a.weights").write_bytes(b""),
+        lambda folder: shutil.rmtree(folder),
+        lambda folder: shutil.copy(folder / "full.onnx", folder / "shallow.onnx"),
+    ],
+    ids=["written again", "gone", "added", "all gone", "exchanged"],
+)
+def test_any_change_after_opening_is_seen(bundle_copy: Path, change: Callable[[Path], object]) -> None:
+    bundle = open_bundle(bundle_copy)
+    with bundle.reading():
+        pass
+    change(bundle_copy)
+    with pytest.raises(BundleError, match="as they were when it was opened"), bundle.reading():
+        pytest.fail("must not be read")
+
+
+def test_a_change_while_reading_is_seen(bundle_copy: Path) -> None:
+    bundle = open_bundle(bundle_copy)
+    with pytest.raises(BundleError, match="got another full.onnx"), bundle.reading():
+        _touched(bundle_copy)
+
+
+def test_a_bundle_opens_while_others_take_its_place(bundle_copy: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Two bundles that differ in a file, published in turn as a builder does; one of 411 openings used to fail."""
+    others = [Path(shutil.copytree(tiny_bundle.path, tmp_path / f"spare-{i}")) for i in range(2)]
+    fields = tiny_bundle.manifest.to_json()
+    (others[1] / "reference.safetensors").write_bytes(b"other")
+    seal(others[1], fields)
+    known = {read_manifest(folder).bundle_sha256 for folder in others}
+    over = threading.Event()
+
+    def replace() -> None:
+        count = 0
+        while not over.is_set():
+            count += 1
+            temporary = bundle_copy.with_name(f".{bundle_copy.name}.{count}.tmp")
+            shutil.copytree(others[count % 2], temporary)
+            publish(temporary, bundle_copy)
+
+    with ThreadPoolExecutor(1) as pool:
+        replacing = pool.submit(replace)
+        try:
+            opened = [open_bundle(bundle_copy).manifest.bundle_sha256 for _ in range(100)]
+        finally:
+            over.set()
+        replacing.result()
+    assert set(opened) == known
+
+
+def test_a_bundle_whose_builder_was_killed_between_two_renames(bundle_copy: Path) -> None:
+    bundle_copy.rename(bundle_copy.with_name(".bundle.1.tmp.old"))
+    assert f"got {bundle_copy}; build one with" in refused(bundle_copy)
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
@@ -213,12 +359,17 @@ def test_write_whole_leaves_the_old_content_when_writing_fails(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match=r"No space left"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'file'}'"):
         write_whole(tmp_path / "file", b"new")
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
     write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_file_that_cannot_be_written_is_named_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=rf"No such file or directory: '{tmp_path / 'no' / 'x.png'}'$"):
+        write_whole(tmp_path / "no" / "x.png", b"new")
 
 
 def test_publish_over_another(tmp_path: Path) -> None:
@@ -227,3 +378,19 @@ def test_publish_over_another(tmp_path: Path) -> None:
         (tmp_path / name / name).write_text(name)
     publish(tmp_path / "new", tmp_path / "old")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["old", "old/new"]
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 1.0], [0.0, 0.0], float("inf")),
+        ([float("nan"), 1.0], [1.0, 1.0], float("inf")),
+        ([1.0, 1.0], [1.0, float("nan")], float("inf")),
+        ([float("inf")], [float("inf")], float("inf")),
+    ],
+)
+def test_an_error_is_a_number_or_infinite(got: list[float], expected: list[float], error: float) -> None:
+    assert relative_error(torch.tensor(got), torch.tensor(expected)) == error

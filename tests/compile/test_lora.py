@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,74 @@ def test_what_to_install_is_said(files: list[Path], tiny_model: Path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=r"needs peft, .* pip install 'fastcache\[lora\]'"):
         find_model(str(tiny_model), loras=[Lora(path=str(files[0]))])
+
+
+def damaged_loras() -> dict[str, tuple[Any, dict[str, str], str]]:
+    """What is done to the tensors, the file's metadata, and what is said of it."""
+    down = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+
+    def without(ending: str) -> Any:
+        return lambda tensors: {k: v for k, v in tensors.items() if not (k.endswith(ending) and "attn1.to_q" in k)}
+
+    def filled(value: float) -> Any:
+        return lambda tensors: tensors | {down: torch.full_like(tensors[down], value)}
+
+    def said(**values: Any) -> dict[str, str]:
+        own = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_v"]} | values
+        return {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in own.items()})}
+
+    elsewhere = {"unet.no.such.lora_A.weight": torch.ones(2, 4), "unet.no.such.lora_B.weight": torch.ones(4, 2)}
+    second = {name.replace("unet.", "text_encoder_2."): tensor for name, tensor in elsewhere.items()}
+    return {
+        "no A": (without("lora_A.weight"), {}, "got none for .*attn1.to_q.lora_A.weight"),
+        "no B": (without("lora_B.weight"), {}, r"attn1\.to_q"),
+        "no module": (lambda tensors: tensors | elsewhere, {}, r"no\.such"),
+        "no part": (lambda tensors: tensors | second, {}, "of unet or text_encoder, got text_encoder_2.no.such"),
+        "NaN": (filled(float("nan")), {}, f"NaN or infinity in {down}"),
+        "infinite": (filled(float("inf")), {}, f"NaN or infinity in {down}"),
+        "too large when merged": (lambda tensors: {k: v * 1e25 for k, v in tensors.items()}, {}, "infinity in .*to_q"),
+        "huge rank": (dict, said(r=10**7), r"tensors' rank \[2\], got unet.r of 10000000"),
+        "huge pattern": (dict, said(rank_pattern={"to_q": 10**7}), r"unet.rank_pattern of 10000000"),
+        "changes the model": (dict, said(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
+        "DoRA of kohya": (lambda tensors: tensors | {"unet.x.dora_scale": torch.ones(2)}, {}, "unet.x.dora_scale"),
+    }
+
+
+@pytest.mark.parametrize("case", damaged_loras())
+def test_a_lora_that_would_not_be_merged_as_it_is(
+    files: list[Path], tiny_model: Path, tmp_path: Path, case: str
+) -> None:
+    change, metadata, expected = damaged_loras()[case]
+    file = tmp_path / "damaged.safetensors"
+    save_file(change(load_file(files[1])), file, metadata)
+    model = find_model(str(tiny_model), loras=[Lora(path=str(file))])
+    with pytest.raises(ValueError, match=rf"^cannot merge .*damaged.safetensors into the unet: .*{expected}") as caught:
+        model.load_unet()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_as_kohya_writes_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Names with underscores, down and up in place of A and B, and an alpha for each layer."""
+    layers = {
+        "unet": ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+        "attention": ("text_encoder", "encoder.layers.0.self_attn.out_proj"),
+        "mlp": ("text_encoder", "encoder.layers.1.mlp.fc1"),
+    }
+    plain = find_model(str(tiny_model))
+    states = {"unet": plain.load_unet().state_dict(), "text_encoder": plain.load_text_encoder().state_dict()}
+    stored, torch_seed = dict[str, Tensor](), torch.Generator().manual_seed(0)
+    for part, layer in layers.values():
+        weight = states[part][f"{layer}.weight"]
+        down, up = (torch.randn(*shape, generator=torch_seed) for shape in ((2, weight.shape[1]), (weight.shape[0], 2)))
+        prefix = "lora_unet_" if part == "unet" else "lora_te_text_model_"
+        place = f"{prefix}{layer.replace('.', '_')}"
+        stored |= {
+            f"{place}.lora_down.weight": down,
+            f"{place}.lora_up.weight": up,
+            f"{place}.alpha": torch.tensor(1.0),
+        }
+        weight += 0.5 * 1.0 / 2 * up @ down
+    save_file(stored, tmp_path / "kohya.safetensors")
+    merged = find_model(str(tiny_model), loras=[Lora(path=str(tmp_path / "kohya.safetensors"), weight=0.5)])
+    for part, got in (("unet", merged.load_unet()), ("text_encoder", merged.load_text_encoder())):
+        assert all(torch.allclose(tensor, states[part][name], atol=1e-5) for name, tensor in got.state_dict().items())
