@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 _REPLACING_S = 1.0  # two renames take microseconds; a builder that was killed between them takes for ever
-_SWAPS = 4  # that may happen during one opening
+_SWAPS = 8  # that may happen during one opening
 
 Stamp = tuple[int, ...]  # what tells a file from another, or from itself before a change, without reading it
 
@@ -203,13 +203,12 @@ def _open(folder: Path) -> Bundle:
     return Bundle(folder, manifest, {check.name: check.stamp for check in checks})
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+def _identity(folder: Path) -> Stamp | None:
     """Which folder lies there, once whoever replaces it (`publish`) has done so; None for none."""
     give_up = time.monotonic() + _REPLACING_S
     while True:
         try:
-            status = folder.stat()
-            return status.st_dev, status.st_ino
+            return _stamp(folder.stat())
         except OSError:
             aside = any(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp.old"))
             if not aside or time.monotonic() > give_up:

@@ -326,3 +326,29 @@ def test_full_and_shallow_share_one_feature_buffer(tiny_bundle: Bundle) -> None:
     shallow.run()
     assert not torch.allclose(tensors["noise_pred"], expected, rtol=0, atol=1e-3 * scale)
     assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == places
+
+
+def test_functions_that_double_are_not_let_in(tmp_path: Path) -> None:
+    """26 functions that each call the next one twice are 2^26 nodes once inlined: ONNX Runtime hung on them."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    functions = [
+        helper.make_function(
+            "local",
+            f"f{i}",
+            ["x"],
+            ["y"],
+            [
+                helper.make_node(f"f{i + 1}" if i < 25 else "Neg", ["x"], ["h"], domain="local" if i < 25 else ""),
+                helper.make_node(f"f{i + 1}" if i < 25 else "Neg", ["h"], ["y"], domain="local" if i < 25 else ""),
+            ],
+            opsets,
+        )
+        for i in range(26)
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("f0", ["x"], ["y"], domain="local")], "graph", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+    for name in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match=r"expected a graph without functions in graph\.onnx, got 26"):
+            fastcache_engines.backend(name).load(tmp_path / "graph.onnx")
