@@ -39,8 +39,10 @@ def serve(
             f"expected the packages of serving ({error.name}); pip install 'fastcache[serve]'"
         ) from error
     from fastcache.serve.http.limits import Limits
+    from fastcache.serve.http.log import Unblocked
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=form, level=logging.WARNING, handlers=[Unblocked()])
     logging.getLogger("fastcache").setLevel(logging.INFO)
     is_over = serve_bundle(
         engines,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.features import moves
@@ -28,6 +28,10 @@ from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import ImageRequest, Usual
+
+_CALLS_A_STEP = 2  # at most: Heun's and its kin
+_MOST_FIELDS = 64
+_LONGEST_TEXT = 256  # of a plan's: they are written into each picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +98,32 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
         raise _bad("output_compression", "expected it with output_format jpeg or webp only; a png has none")
     if asked.plan is not None and asked.cache_interval is not None:
         raise _bad("plan", "expected plan or cache_interval, got both")
+    if asked.plan is not None:
+        _check_extent(asked.plan, _CALLS_A_STEP * (asked.num_inference_steps or min(50, limits.max_steps)) + 8)
 
 
-def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None]) -> Job[Order]:
+def _check_extent(plan: dict[str, Any], most: int) -> None:
+    """Refuse what is too long for any plan of so many calls, before anything is made of it."""
+    seen: list[Any] = [plan]
+    while seen:
+        value = seen.pop()
+        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            raise _bad("plan", f"expected texts of at most {_LONGEST_TEXT} characters, got {len(value)}")
+        if isinstance(value, list):
+            items = cast("list[Any]", value)
+            if len(items) > most:
+                raise _bad("plan", f"expected a plan of at most {most} calls for these steps, got {len(items)}")
+            seen += items
+        elif isinstance(value, dict):
+            fields = cast("dict[str, Any]", value)
+            if len(fields) > _MOST_FIELDS:
+                raise _bad("plan", f"expected at most {_MOST_FIELDS} fields, got {len(fields)}")
+            seen += [*fields, *fields.values()]
+
+
+def prepare(
+    asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None], *, deadline: float
+) -> Job[Order]:
     """The job a checked request stands for; takes milliseconds, or seconds for a new sampler of many steps.
 
     Raises: `ApiError`.
@@ -131,7 +158,7 @@ def prepare(asked: ImageRequest, served: Served, limits: Limits, notify: Callabl
         plan=plan,
         guided=terms.guided,
         count=request.num_images_per_prompt,
-        deadline=order.created + min(asked.timeout or limits.timeout_s, limits.timeout_s),
+        deadline=deadline,
         content=order,
     )
 

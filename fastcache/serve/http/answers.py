@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
 from fastcache.serve.http.errors import ApiError, failure
+from fastcache.serve.http.guard import ARRIVED, OWNER
 from fastcache.serve.http.pictures import encoded, provenance, server_sent
 from fastcache.serve.http.schema import ImageData, ImageRequest, ImagesResponse
 from fastcache.serve.http.service import Service, Ticket
@@ -51,14 +52,13 @@ def _not_acceptable(offered: str) -> ApiError:
 async def answer(service: Service, asked: ImageRequest, request: Request) -> Response:
     """Draw what was asked for. A client that leaves takes its job with it. Raises: `ApiError`."""
     png = wants_png(",".join(request.headers.getlist("accept")), asked)
-    if asked.stream:
-        stack = AsyncExitStack()
-        ticket = await stack.enter_async_context(service.drawing(asked))
-        return _EventStream(_events(ticket, asked), ticket, stack)
-    async with service.drawing(asked) as ticket:
+    arrived, owner = getattr(request.state, ARRIVED, None), getattr(request.state, OWNER, None)
+    async with AsyncExitStack() as stack:
+        drawing = service.drawing(asked, arrived=arrived, owner=owner)
+        ticket = await _unless_gone(request, stack.enter_async_context(drawing))
+        if asked.stream:
+            return _EventStream(_events(ticket, asked), ticket, stack.pop_all())
         pictures = await _unless_gone(request, _pictures(ticket))
-        if pictures is None:
-            return Response(status_code=499)  # nobody reads it
         files = await asyncio.to_thread(_files, ticket, asked, pictures)
     if png:
         seed = str(ticket.order.drawing.seed)
@@ -78,8 +78,8 @@ async def _pictures(ticket: Ticket) -> list[Pillow.Image]:
     return [drawn[image] for image in sorted(drawn)]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` gives, or None where the client leaves first; then `work` is cancelled."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises: `ApiError` where the client leaves, or sends no more, first; `work` is cancelled."""
 
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -88,7 +88,10 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | No
     working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if working.done():
+            return working.result()
+        message = "expected the connection open in both directions until the answer; do not close the sending side"
+        raise ApiError(499, message, code="client_left")
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from fastcache.loop.scheduler import SAMPLERS
 from fastcache.serve.http.answers import answer
 from fastcache.serve.http.errors import ApiError, internal
-from fastcache.serve.http.guard import PROBES, Guard
+from fastcache.serve.http.guard import OWNER, PROBES, Guard
 from fastcache.serve.http.metrics import CONTENT_TYPE
 from fastcache.serve.http.page import PAGE_PATHS, add_page
 from fastcache.serve.http.schema import (
@@ -43,6 +43,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     408: "The body did not arrive in time",
     409: "The job's name is in use",
     413: "Too large a body",
+    415: "A Content-Type other than application/json",
     429: "The queue is full; see Retry-After",
     431: "Too large headers",
     499: "The job was cancelled",
@@ -121,33 +122,47 @@ def _add_images(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
-        responses={200: {"content": kinds}, **_errors(*_ALWAYS, 404, 406, 409, 429, 499, 503, 504)},
+        responses={200: {"content": kinds}, **_errors(*_ALWAYS, 404, 406, 409, 415, 429, 499, 503, 504)},
     )
     async def generate(asked: ImageRequest, request: Request) -> Response:
         """Draw images from a text."""
         return await answer(service, asked, request)
 
     @app.post("/v1/jobs/{job_id}/cancel", responses=_errors(*_ALWAYS, 404))
-    async def cancel(job_id: Annotated[str, Path(pattern=JOB_ID)]) -> Cancelled:
-        """End a job, and only that one. Twice is as good as once."""
-        return Cancelled(id=job_id, status=service.cancel(job_id))
+    async def cancel(job_id: Annotated[str, Path(pattern=JOB_ID)], request: Request) -> Cancelled:
+        """End a job that was asked for with the same key, and only that one. Twice is as good as once."""
+        return Cancelled(id=job_id, status=service.cancel(job_id, owner=getattr(request.state, OWNER, None)))
 
-    @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
-    async def models() -> Models:
-        """The model that is served."""
+    _add_models(app, service)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def the_model() -> Model:
         served = service.served
         if served is None:
             raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
-        manifest = served.manifest
-        model = Model(
+        return Model(
             id=served.model,
             created=served.since,
             sizes=served.sizes,
             samplers=list(SAMPLERS),
             defaults=served.usual(service.limits),
-            bundle_sha256=manifest.bundle_sha256,
+            bundle_sha256=served.manifest.bundle_sha256,
         )
-        return Models(data=[model])
+
+    @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
+    async def models() -> Models:
+        """The model that is served."""
+        return Models(data=[the_model()])
+
+    @app.get("/v1/models/{model_id:path}", responses=_errors(*_ALWAYS, 404, 503))
+    async def model(model_id: str) -> Model:
+        """One model by its id."""
+        found = the_model()
+        if model_id != found.id:
+            message = f"expected the model {found.id}, got another; /v1/models lists what is served"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return found
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -190,6 +205,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
+    for path, route in {"/livez": livez, "/readyz": readyz, "/health": in_detail, "/metrics": metrics}.items():
+        app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
+
 
 def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> None:
     """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
@@ -226,11 +244,23 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    if first["loc"] == ("body",):
+        return await _api_error(request, _no_object(request, empty=first["type"] == "missing"))
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
     said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
     message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
     text = message if where is None else f"{where}: {message}"
     return await _api_error(request, ApiError(400, text, code="invalid_value", param=where))
+
+
+def _no_object(request: Request, *, empty: bool) -> ApiError:
+    """A body that is no JSON object, as curl sends without being told the type of what it sends."""
+    kind = request.headers.get("content-type", "none").partition(";")[0].strip()[:64]
+    if not empty and kind.lower() != "application/json" and not kind.lower().endswith("+json"):
+        message = f"expected Content-Type: application/json, got {kind}; curl needs -H 'Content-Type: application/json'"
+        return ApiError(415, message, code="unsupported_media_type")
+    got = "an empty body" if empty else "another value"
+    return ApiError(400, f'expected a JSON object as {{"prompt": "a red circle"}}, got {got}', code="invalid_value")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

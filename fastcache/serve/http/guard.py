@@ -10,9 +10,11 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
+import stat
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +29,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+# Keys of a request's `state`: when it began to arrive (`time.monotonic`), the digest of its API key, and whether its
+# client will send no more, as one that left.
+ARRIVED: Final = "arrived"
+OWNER: Final = "owner"
+HALF_CLOSED: Final = "half_closed"
+
 PROBES: Final = frozenset({"/livez", "/readyz"})
 _SHORTEST_KEY: Final = 16
 
@@ -34,9 +42,14 @@ _SHORTEST_KEY: Final = 16
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """The digests of the API keys in a file, one a line. Raises: `ValueError` naming the file, never a key."""
     try:
+        mode = path.stat().st_mode if os.name == "posix" else 0
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a file of API keys, got {path}: {type(error).__name__}") from None
+    if mode & stat.S_IWOTH:
+        raise ValueError(f"expected a file of API keys that others cannot write, got {path}; run: chmod 600 {path}")
+    if mode & stat.S_IROTH:
+        _log.warning("every user of this machine can read the API keys in %s; run: chmod 600 %s", path, path)
     if not lines or any(len(line) < _SHORTEST_KEY for line in lines):
         raise ValueError(
             f"expected {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
@@ -79,7 +92,9 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return  # no web sockets here
-        start, status, complete = time.monotonic(), 0, False
+        start, status, complete, body = time.monotonic(), 0, False, None
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state[ARRIVED] = start
 
         async def sending(message: Message) -> None:
             nonlocal status, complete
@@ -90,12 +105,14 @@ class Guard:
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            self._admit(scope)
+            state[OWNER] = self._admit(scope)
             body = await _read_body(receive, self._limits)
             if body is not None:
-                await self._app(scope, _replayed(body, receive), sending)
+                await self._app(scope, _replayed(body, receive, state), sending)
+                if state.get(HALF_CLOSED) and status and not complete:  # a stream, cut short for one that left
+                    await sending({"type": "http.response.body", "body": b""})
         except ApiError as error:
-            await _answer(error, sending)
+            await _answer(error, sending, close=body is None and _has_body(scope["headers"]))
         except Exception as error:
             # Only where it happened: an error's words may hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
@@ -110,19 +127,20 @@ class Guard:
             took = (time.monotonic() - start) * 1e3
             _log.debug("%s %s %s in %.1f ms", scope["method"], route, status or "client left", took)
 
-    def _admit(self, scope: MutableMapping[str, Any]) -> None:
-        """Raises: `ApiError`, first for what is cheapest to say."""
+    def _admit(self, scope: MutableMapping[str, Any]) -> bytes | None:
+        """The digest of the key that was given, if one is needed. Raises: `ApiError`, first what is cheapest to say."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) + 4 for name, value in headers) > self._limits.max_header_bytes:
             most = self._limits.max_header_bytes
             raise ApiError(431, f"expected at most {most} bytes of headers, got more", code="headers_too_large")
         self._check_host(_all(headers, b"host"))
         self._check_origin(_all(headers, b"origin"), _all(headers, b"host"))
-        if self._keys and scope["path"] not in self._open:
-            self._check_key(_all(headers, b"authorization"))
+        needed = bool(self._keys) and scope["path"] not in self._open
+        owner = self._check_key(_all(headers, b"authorization")) if needed else None
         lengths = _all(headers, b"content-length")
         if lengths and lengths[0].isdecimal() and int(lengths[0][:20]) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
+        return owner
 
     def _check_host(self, hosts: Sequence[str]) -> None:
         if len(hosts) != 1:
@@ -136,12 +154,13 @@ class Guard:
             if origin.lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}:
                 raise ApiError(403, "expected no Origin, or this server's own, got another", code="invalid_origin")
 
-    def _check_key(self, given: Sequence[str]) -> None:
+    def _check_key(self, given: Sequence[str]) -> bytes:
         scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         fits = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them, so that time tells nothing
         if scheme.lower() != "bearer" or not any(fits):
             raise ApiError(401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key")
+        return digest
 
 
 async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
@@ -163,14 +182,22 @@ async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
         raise ApiError(408, f"expected the body within {most:g} s", code="body_timeout") from None
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body already read, and then what comes: that the client leaves."""
+def _replayed(body: bytes, receive: Receive, state: Mapping[str, Any]) -> Receive:
+    """A `receive` that gives a body already read, and then what comes: that the client leaves, or sends no more."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return messages.pop() if messages else await receive()
+        if messages:
+            return messages.pop()
+        message = await receive()
+        return {"type": "http.disconnect"} if state.get(HALF_CLOSED) else message
 
     return replay
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    lengths = _all(headers, b"content-length")
+    return bool(_all(headers, b"transfer-encoding")) or any(length != "0" for length in lengths)
 
 
 def _too_large(limits: Limits) -> ApiError:
@@ -187,11 +214,12 @@ def _name(host: str) -> str:
     return (name if name and port.isdecimal() else host).lower()
 
 
-async def _answer(error: ApiError, send: Send) -> None:
+async def _answer(error: ApiError, send: Send, *, close: bool = False) -> None:
+    """Send an error; `close` the connection where the rest of the request will not be read."""
     body = error.body.model_dump_json().encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    if error.status in (408, 413, 431):
-        headers["connection"] = "close"  # the rest of the request is not read
+    if close:
+        headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Limits:
     """What a server takes on and what a request may ask for.
 
-    `max_batch` images are drawn at once, `queue` more may wait. Units: seconds, bytes, characters.
+    `max_batch` images are drawn at once, `queue` more may wait. `write_timeout_s` is how long a client may take nothing
+    of its answer. Units: seconds, bytes, characters.
     Raises: `ValueError` for a number that leaves nothing to serve.
     """
 
@@ -22,12 +23,16 @@ class Limits:
     max_header_bytes: int = 16 * 1024
     timeout_s: float = 300.0
     body_timeout_s: float = 20.0
+    write_timeout_s: float = 20.0
+    max_connections: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_images", "max_steps", "max_prompt_chars", "max_body_bytes", "max_header_bytes"):
+        counts = ("max_batch", "max_images", "max_steps", "max_prompt_chars", "max_connections")
+        for name in (*counts, "max_body_bytes", "max_header_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of 1 or more, got {getattr(self, name)}")
         if self.queue < 0:
             raise ValueError(f"expected a queue of 0 or more images, got {self.queue}")
-        if not (self.timeout_s > 0 and self.body_timeout_s > 0):
-            raise ValueError(f"expected timeouts above 0 s, got {self.timeout_s} and {self.body_timeout_s}")
+        timeouts = self.timeout_s, self.body_timeout_s, self.write_timeout_s
+        if not min(timeouts) > 0:
+            raise ValueError(f"expected timeouts above 0 s, got {', '.join(map(str, timeouts))}")

@@ -57,6 +57,12 @@ class ImageRequest(BaseModel):
     plan: dict[str, Any] | None = Field(None, description="A plan, as `fastcache plan` writes it.")
     timeout: Number | None = Field(None, ge=1, description="Seconds to wait at most; the server's own limit or less.")
     job_id: str | None = Field(None, pattern=JOB_ID, description="A name to cancel it by (the server gives one).")
+    # What OpenAI's clients always send, with the values that mean what this server does.
+    quality: Literal["auto", "standard"] | None = Field(None, description="OpenAI's: as the other fields say.")
+    style: Literal["vivid"] | None = Field(None, description="OpenAI's default; a style belongs into the prompt here.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="OpenAI's: pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="OpenAI's: nothing is moderated here.")
+    user: str | None = Field(None, max_length=256, description="OpenAI's: not used, kept or logged.")
 
 
 class ImageData(BaseModel):

@@ -6,7 +6,7 @@ SIGTERM and SIGINT drain and end with 0; SIGHUP loads the bundle again and switc
 from __future__ import annotations
 
 import asyncio
-import json
+import functools
 import logging
 import os
 import signal
@@ -14,24 +14,23 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, Final
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from fastcache.errors import BackendUnavailable
 from fastcache.serve.engine.executor import DeviceBroken
 from fastcache.serve.http.app import create_app
-from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.protocol import Crowd, Protocol, places
 from fastcache.serve.http.service import Service
 
 _log = logging.getLogger("fastcache.serve")
 
-_HEAD_TIMEOUT_S = 10.0  # for a request's line and headers, and before the first one
+_UNREAD_AT_THE_END_S: Final = 5.0  # what a client that reads nothing may hold up the end by
+_RELOADS: Final = 2  # one that runs, and one for what changed since it began
 
 
 def serve(
@@ -78,33 +77,47 @@ def listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it means another thing
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(128)  # asyncio sets its own (`places`)
     except OSError:
         listener.close()
         raise
     return listener
 
 
-def config_of(app: FastAPI, limits: Limits) -> uvicorn.Config:
+class Config(uvicorn.Config):
+    """uvicorn's settings, and the connections that they let in."""
+
+    crowd: Crowd
+
+
+def config_of(app: FastAPI, limits: Limits) -> Config:
     """uvicorn's settings for an application."""
-    return uvicorn.Config(
+    most, waiting = places(limits.max_connections)
+    crowd = Crowd(most, limits.write_timeout_s, limits.timeout_s)
+    protocol: Any = functools.partial(Protocol, crowd=crowd)
+    config = Config(
         app,
-        http=Protocol,
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=waiting,
         h11_max_incomplete_event_size=limits.max_header_bytes,
         timeout_graceful_shutdown=int(limits.timeout_s) + 10,  # longer than any request may take
     )
+    config.crowd = crowd
+    return config
 
 
-async def _serve(service: Service, config: uvicorn.Config, listener: socket.socket) -> None:
+async def _serve(service: Service, config: Config, listener: socket.socket) -> None:
     server, loop = Server(config, service), asyncio.get_running_loop()
     reloads = set[asyncio.Task[None]]()
 
     def reload() -> None:
+        if len(reloads) >= _RELOADS:
+            return
         task = loop.create_task(_reload(service))
         reloads.add(task)
         task.add_done_callback(reloads.discard)
@@ -127,9 +140,9 @@ async def _reload(service: Service) -> None:
 class Server(uvicorn.Server):
     """uvicorn's, which on a signal drains the service first, and then ends as if nothing had happened."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._crowd = service, config.crowd
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT:
@@ -141,64 +154,17 @@ class Server(uvicorn.Server):
         loop = self._service.loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._service.drain)
+        self._crowd.write_timeout_s = min(self._crowd.write_timeout_s, _UNREAD_AT_THE_END_S)
         self.should_exit = True
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        watching = asyncio.create_task(self._end_when_broken())
+        watching = [asyncio.create_task(self._end_when_broken()), asyncio.create_task(self._crowd.cut_unread())]
         try:
             await super().serve(sockets)
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
     async def _end_when_broken(self) -> None:
         await self._service.ended.wait()
         self.should_exit = True
-
-
-class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which waits for a request's head only so long, and refuses a malformed one in JSON."""
-
-    _waiting: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._waiting = self.loop.call_later(_HEAD_TIMEOUT_S, self._too_slow)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if not self._is_idle:
-            self._stop_waiting()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(_HEAD_TIMEOUT_S, self._too_slow)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether no request is being answered."""
-        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first one
-        return cycle is None or cycle.response_complete
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-    def _too_slow(self) -> None:
-        self._waiting = None
-        if self._is_idle:
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()
-            return
-        error = ApiError(400, "expected a request of HTTP/1.1", code="invalid_request")
-        body = json.dumps(error.body.model_dump()).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()

@@ -10,9 +10,10 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "broken"]
 
 _REMEMBERED: Final = 4096  # jobs whose end a late cancel can still ask for
+_PREPARING: Final = 2  # at once: samplers' tables hold Python's lock, so that more would only slow the loop down
 
 
 @dataclass(eq=False)
@@ -74,6 +76,8 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._preparing: dict[str, bool] = {}  # the names of jobs in preparation, and whether they are cancelled
         self._past: OrderedDict[str, str] = OrderedDict()
+        self._owners: dict[str, bytes | None] = {}  # whose key asked for a job
+        self._pool = ThreadPoolExecutor(_PREPARING, "fastcache-preparing")
         self._worker = Worker(self.limits.queue, self.metrics, self._broken_in_thread)
         for name, what in (("waiting", "Images waiting for a slot"), ("running", "Images being drawn")):
             self.metrics.watch(f"fastcache_images_{name}", what, lambda name=name: getattr(self._worker, name))
@@ -141,18 +145,22 @@ class Service:
             )
 
     @asynccontextmanager
-    async def drawing(self, asked: ImageRequest) -> AsyncGenerator[Ticket]:
+    async def drawing(
+        self, asked: ImageRequest, *, arrived: float | None = None, owner: bytes | None = None
+    ) -> AsyncGenerator[Ticket]:
         """Accept a job; whoever leaves before its end cancels it.
+
+        Its time counts from when the request `arrived`, by `time.monotonic`; only its `owner` can cancel it by name.
 
         Raises: `ApiError` for a request that does not fit, a full queue, or a server that does not take any.
         """
-        ticket = await self._accept(asked)
+        ticket = await self._accept(asked, time.monotonic() if arrived is None else arrived, owner)
         try:
             yield ticket
         finally:
             self._worker.cancel(ticket.job.id)
 
-    async def _accept(self, asked: ImageRequest) -> Ticket:
+    async def _accept(self, asked: ImageRequest, arrived: float, owner: bytes | None) -> Ticket:
         served, count = self._ready(), asked.n or 1
         check(asked, served, self.limits)
         name = asked.job_id
@@ -164,36 +172,52 @@ class Service:
             wait = self._worker.retry_after_s
             raise ApiError(429, f"the queue is full: {error}", code="queue_full", retry_after_s=wait) from None
         if name is not None:
-            self._preparing[name] = False
+            self._preparing[name], self._owners[name] = False, owner
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            job = await asyncio.to_thread(
-                prepare, asked, served, self.limits, lambda event: self._post(job, events, event)
-            )
+            job = await self._prepare(asked, served, arrived, lambda event: self._post(job, events, event))
             self._ready()
             if name is not None and self._preparing[name]:
                 self._remember(name, "cancelled")
                 raise failure("cancelled")
         except BaseException:
             self._worker.release(count)
+            if name is not None and name not in self._past:
+                del self._owners[name]
             raise
         finally:
             if name is not None:
                 del self._preparing[name]
         _log.info("job %s: %d images, prompt of %s", job.id, count, told(asked.prompt))
+        self._owners[job.id] = owner
         self._worker.submit(job)
         return Ticket(job, served, events)
+
+    async def _prepare(
+        self, asked: ImageRequest, served: Served, arrived: float, notify: Callable[[Event], None]
+    ) -> Job:
+        """The job, from one of few threads; dropped where it has not begun when its client leaves or its time is up."""
+        deadline = arrived + min(asked.timeout or self.limits.timeout_s, self.limits.timeout_s)
+        preparing = asyncio.wrap_future(
+            self._pool.submit(prepare, asked, served, self.limits, notify, deadline=deadline)
+        )
+        try:
+            return await asyncio.wait_for(preparing, max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise failure("late") from None
 
     def _ready(self) -> Served:
         if self.state == "ready" and self.served is not None:
             return self.served
         raise ApiError(503, f"the server is {self.state}; ask again", code=f"server_{self.state}", retry_after_s=5)
 
-    def cancel(self, job_id: str) -> str:
+    def cancel(self, job_id: str, *, owner: bytes | None = None) -> str:
         """End a job, and only that one. Returns `cancelled`, or how it had ended: twice is as good as once.
 
-        Raises: `ApiError` for a job that there is not, or not any more.
+        Raises: `ApiError` for a job that there is not, or not any more, or that another key asked for.
         """
+        if self._owners.get(job_id) != owner:
+            raise _no_such_job()
         if job_id in self._preparing:
             self._preparing[job_id] = True
             return "cancelled"
@@ -201,7 +225,7 @@ class Service:
             return "cancelled"
         if job_id in self._past:
             return self._past[job_id]
-        raise ApiError(404, "there is no job of this name, or it ended long ago", code="job_not_found", param="job_id")
+        raise _no_such_job()
 
     def _post(self, job: Job[Order], events: asyncio.Queue[Event], event: Event) -> None:
         """An event, from the worker's thread or another, to whoever follows the job."""
@@ -220,7 +244,8 @@ class Service:
     def _remember(self, job_id: str, status: str) -> None:
         self._past[job_id] = status
         if len(self._past) > _REMEMBERED:
-            self._past.popitem(last=False)
+            forgotten, _ = self._past.popitem(last=False)
+            self._owners.pop(forgotten, None)
 
     def drain(self) -> None:
         """Take no more jobs and refuse those that wait; those that run are finished."""
@@ -231,6 +256,7 @@ class Service:
     async def close(self) -> None:
         """End the worker; call it once the requests are answered."""
         self.drain()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._worker.stop)
 
     def _broken_in_thread(self, error: Exception) -> None:
@@ -241,6 +267,10 @@ class Service:
     def _break(self, error: Exception) -> None:
         self.state, self.failure = "broken", error
         self.ended.set()
+
+
+def _no_such_job() -> ApiError:
+    return ApiError(404, "there is no job of this name, or it ended long ago", code="job_not_found", param="job_id")
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

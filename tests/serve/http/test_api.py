@@ -181,6 +181,40 @@ def test_models_and_health(tiny: Running) -> None:
     assert tiny.client.get("/livez").json() == tiny.client.get("/readyz").json() == {"status": "ready"}
 
 
+def test_a_model_is_found_by_its_id(tiny: Running) -> None:
+    (listed,) = tiny.client.get("/v1/models").json()["data"]
+    assert tiny.client.get(f"/v1/models/{listed['id']}").json() == listed
+    for other in ("another", "a/b", "a%2Fb"):
+        found = tiny.client.get(f"/v1/models/{other}")
+        assert (found.status_code, error(found)["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics"])
+def test_a_probe_may_be_a_head(path: str, tiny: Running) -> None:
+    head = tiny.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == tiny.client.get(path).headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "expected"),
+    [
+        (b'{"prompt": "a"}', "application/x-www-form-urlencoded", 415, "-H 'Content-Type: application/json'"),
+        (b'{"prompt": "a"}', "text/plain", 415, "expected Content-Type: application/json, got text/plain"),
+        (b'{"prompt": "a"}', None, 415, "got none; curl needs"),
+        (b"", "application/json", 400, "got an empty body"),
+        (b"", None, 400, "got an empty body"),
+        (b"[]", "application/json", 400, "expected a JSON object"),
+        (b"null", "application/json", 400, "expected a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_object(content: bytes, kind: str | None, status: int, expected: str, tiny: Running) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = tiny.client.post(GENERATE, content=content, headers=headers)
+    assert response.status_code == status
+    assert expected in error(response)["message"]
+
+
 def test_metrics_never_hold_a_prompt(tiny: Running) -> None:
     tiny.draw(prompt="secret", job_id="a-job-of-mine")
     text = tiny.client.get("/metrics").text
@@ -198,7 +232,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, int]] = [
     ({"negative_prompt": "abcdefghij"}, "negative_prompt", 400),
     ({"promt": "a"}, "promt", 400),
     ({"quality": "high"}, "quality", 400),
-    ({"user": "me"}, "user", 400),
+    ({"quality": "hd"}, "quality", 400),
+    ({"style": "natural"}, "style", 400),
+    ({"background": "transparent"}, "background", 400),
+    ({"moderation": "high"}, "moderation", 400),
+    ({"user": "a" * 257}, "user", 400),
     ({"response_format": "url"}, "response_format", 400),
     ({"output_format": "gif"}, "output_format", 400),
     ({"output_compression": 50}, "output_compression", 400),
@@ -247,6 +285,56 @@ def test_what_does_not_fit_is_refused(fields: dict[str, Any], param: str, status
     assert found["param"] == param
     assert found["type"] == "invalid_request_error"
     assert found["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quality": "auto", "style": "vivid", "background": "auto", "moderation": "auto", "user": "me"},
+        {"quality": "standard", "background": "opaque", "moderation": "low", "response_format": "b64_json"},
+    ],
+)
+def test_what_openais_clients_always_send_means_what_is_done(fields: dict[str, Any], tiny: Running) -> None:
+    assert tiny.draw(**fields).json()["data"] == tiny.draw().json()["data"]
+
+
+ZEROS = {**json.loads(CachePlan.uniform(4, 2).to_json()), "branches": [None, *[0] * 20_000]}
+COSTLY: dict[str, tuple[dict[str, Any], str | None]] = {
+    "a plan of zeros": ({"plan": ZEROS}, "of at most 16 calls for these steps, got 20001"),
+    "whose number is small": ({"plan": {**ZEROS, "num_steps": 4}}, "of at most 16 calls"),
+    "whose number is right": ({"plan": {**ZEROS, "num_steps": 20_001}}, "of at most 16 calls"),
+    "unguided steps": ({"plan": {**ZEROS, "branches": [None] * 4, "unguided_steps": [0] * 20_000}}, "of at most 16"),
+    "a nested plan": ({"plan": {"a": [[[0] * 9] * 9] * 9, "b": [[0] * 10_000]}}, "of at most 16 calls"),
+    "many keys": ({"plan": {str(k): 0 for k in range(9_000)}}, "expected at most 64 fields, got 9000"),
+    "a long maker": ({"plan": {**ZEROS, "branches": [None] * 4, "made_by": "x" * 100_000}}, "at most 256 characters"),
+    "a long key": ({"plan": {"x" * 100_000: 0}}, "at most 256 characters"),
+    "a longer plan for more steps": (
+        {"plan": json.loads(CachePlan.uniform(999, 3).to_json()), "num_inference_steps": 998},
+        "expected a plan for the sampler's 998 U-Net calls, got one for 999",
+    ),
+    "spaces": ({"prompt": " " * 2000}, None),
+    "long words": ({"prompt": "a" * 2000}, "tokens"),
+    "long negative words": ({"negative_prompt": "a" * 2000}, "tokens"),
+    "characters of four bytes": ({"prompt": "\U0001f534" * 2000}, "tokens"),
+    "an interval": ({"cache_interval": 1000}, None),
+    "a seed": ({"seed": 2**63 - 11}, None),
+    "guidance": ({"guidance_scale": 100}, None),
+    "a name": ({"job_id": "x" * 64}, None),
+    "previews": ({"stream": True, "partial_images": 16, "stream_steps": True}, None),
+    "the best webp": ({"output_format": "webp", "output_compression": 100}, None),
+    "images": ({"n": 10, "num_inference_steps": 1}, None),
+    **{f"steps of {name}": ({"sampler": name, "num_inference_steps": 150}, None) for name in ("heun", "unipc", "lms")},
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_valid_but_costly_input(case: str, tiny: Running) -> None:
+    """Lengths are looked at before anything is made of them: 40 kB of zeros used to take 22 s to be refused."""
+    fields, expected = COSTLY[case]
+    response = tiny.draw(**fields)
+    assert response.status_code == (200 if expected is None else 400)
+    if expected is not None:
+        assert expected in error(response)["message"]
 
 
 def test_null_and_whole_numbers_are_json(tiny: Running) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,11 @@ def test_every_route_but_the_probes_needs_a_key(keyed: Running) -> None:
     asked = {"Authorization": f"Bearer {KEYS[1]}"}
     document = keyed.client.get("/openapi.json", headers=asked).json()
     routes = [(method, path) for path, methods in document["paths"].items() for method in methods]
-    assert len(routes) == 7
+    assert len(routes) == 8
     for method, path in [*routes, ("get", "/openapi.json"), ("get", "/nothing"), ("delete", "/livez/")]:
-        refused = keyed.client.request(method, path.replace("{job_id}", "a"), json={} if method == "post" else None)
+        refused = keyed.client.request(
+            method, path.replace("{job_id}", "a").replace("{model_id}", "a"), json={} if method == "post" else None
+        )
         if path in ("/livez", "/readyz"):
             assert refused.status_code == 200
             continue
@@ -103,6 +108,57 @@ def test_large_and_slow_bodies_are_not_waited_for(keyed: Running) -> None:
     with contextlib.suppress(httpx.WriteError):  # it was refused before all was sent
         assert post(slow()).status_code == 408
     assert keyed.draw(headers=key).status_code == 200
+
+
+def test_a_job_is_cancelled_by_the_key_that_asked_for_it(keyed: Running) -> None:
+    own, other = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(keyed.draw, headers=own, num_inference_steps=150, n=4, job_id="mine")
+        keyed.until(lambda: keyed.service.worker.knows("mine"))
+        refused = keyed.client.post("/v1/jobs/mine/cancel", headers=other)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")
+        assert keyed.client.post("/v1/jobs/mine/cancel", headers=own).json()["status"] == "cancelled"
+        assert job.result().status_code == 499
+    assert keyed.client.post("/v1/jobs/mine/cancel", headers=other).status_code == 404
+    assert keyed.client.post("/v1/jobs/mine/cancel", headers=own).status_code == 200
+
+
+def test_a_refused_body_is_not_read(keyed: Running) -> None:
+    """It has no end, and used to be read for ten seconds."""
+    for headers in ("Host: evil.example", "Host: 127.0.0.1"):
+        head = f"POST {GENERATE} HTTP/1.1\r\n{headers}\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+        answer = exchange(keyed, head.encode(), close=False)
+        assert answer.startswith((b"HTTP/1.1 403", b"HTTP/1.1 401"))
+        assert b"connection: close" in answer.lower()
+
+
+def exchange(served: Running, request: bytes, *, close: bool) -> bytes:
+    """What a connection is answered until the server ends it; `close` its sending side at once."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        connection.sendall(request)
+        if close:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_keys_that_others_may_write_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    for mode, refused, warned in (
+        (0o600, False, False),
+        (0o640, False, False),
+        (0o644, False, True),
+        (0o666, True, False),
+    ):
+        file.chmod(mode)
+        caplog.clear()
+        if refused:
+            with pytest.raises(ValueError, match=r"that others cannot write, got .*; run: chmod 600"):
+                read_keys(file)
+        else:
+            assert len(read_keys(file)) == 2
+        assert ("every user of this machine can read" in caplog.text) == warned
 
 
 def test_a_server_beyond_this_machine_needs_keys(tiny_bundle: Bundle, tmp_path: Path) -> None:
