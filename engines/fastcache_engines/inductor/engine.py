@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastcache_engines.inductor.capture import capture, capture_stream
 from fastcache_engines.inductor.loader import PackageLoader
+from fastcache_engines.inductor.packages import stamp, unpacking
 from fastcache_engines.inductor.weights import (
     Package,
     Weights,
@@ -49,7 +50,8 @@ class _Loaded:
         self.package, file = find_package(path)
         _refuse_foreign(path, self.package, device)
         try:
-            self.loader = PackageLoader(path, device.index if device.type == "cuda" else -1)
+            with unpacking(path):
+                self.loader = PackageLoader(path, device.index if device.type == "cuda" else -1)
             self.weights = load_weights(file, device)
             self.loader.load_constants(self.weights.constants(self.package))
         except BackendUnavailable:
@@ -68,6 +70,7 @@ class InductorEngine:
         self._path, self._options, self._device = path, options, torch_device(options.device)
         first = _Loaded(path, self._device)
         self._loaded, self._packages = {path.stem: first}, find_packages(path)
+        self._stamps = {name: stamp(path.with_name(f"{name}.pt2")) for name in self._packages}
         self.inputs = agreed(path.name, first.package.inputs, options.inputs)
         self.outputs = agreed(path.name, first.package.outputs, options.outputs)
 
@@ -82,6 +85,8 @@ class InductorEngine:
         if rows < 1 or (most is not None and rows > most):
             raise ValueError(f"expected 1 to {most} rows to bind, got {rows}")
         if name not in self._loaded:
+            if stamp(self._path.with_name(f"{name}.pt2")) != self._stamps[name]:
+                raise ValueError(f"expected {name}.pt2 as it was checked, got another; load the bundle again")
             self._loaded[name] = _Loaded(self._path.with_name(f"{name}.pt2"), self._device)
         call = _Call(
             self._loaded[name].loader,

@@ -99,7 +99,7 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     if asked.plan is not None and asked.cache_interval is not None:
         raise _bad("plan", "expected plan or cache_interval, got both")
     if asked.plan is not None:
-        _check_extent(asked.plan, _CALLS_A_STEP * (asked.num_inference_steps or min(50, limits.max_steps)) + 8)
+        _check_extent(asked.plan, _CALLS_A_STEP * (asked.num_inference_steps or limits.max_steps) + 8)
 
 
 def _check_extent(plan: dict[str, Any], most: int) -> None:
