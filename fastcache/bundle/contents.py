@@ -51,12 +51,25 @@ def _wrong_passes(manifest: Manifest) -> Iterator[str]:
         yield f"expected branches from 0 to {manifest.num_branches - 1}, got {list(branches)}"
     if "unet" not in manifest.components:
         yield f"expected components with unet, got {list(manifest.components)}"
-    missing = [role for role in ("full", *manifest.shallow_roles.values()) if role not in manifest.engines]
-    if missing:
-        yield f"expected a {missing[0]} engine, got {', '.join(manifest.engines) or 'none'}"
+    yield from _wrong_engines_of_passes(manifest)
     parity = manifest.parity
     if not (parity.tolerance > 0 and parity.full_vs_model >= 0 and parity.shallow_vs_full >= 0):
         yield f"expected errors of 0 or more and a tolerance above 0, got {parity}"
+
+
+def _wrong_engines_of_passes(manifest: Manifest) -> Iterator[str]:
+    passes = manifest.passes
+    missing = [name for name in ("full", *(f"shallow-{b}" for b in manifest.branches)) if name not in passes]
+    if missing:
+        yield f"expected a pass {missing[0]}, got {', '.join(passes) or 'none'}"
+    features = set(passes["full"].stores)
+    for name, one in passes.items():
+        lacking = [role for role in one.engines if role not in manifest.engines]
+        if lacking or not one.engines:
+            yield f"expected an engine for the pass {name}, got no {', '.join(lacking) or 'engine'}"
+        unknown = {*one.takes, *one.stores} - features
+        if unknown or (name == "full" and one.takes):
+            yield f"expected the pass {name} to take and store what full stores, got {', '.join(unknown or one.takes)}"
 
 
 def _wrong_sizes(manifest: Manifest) -> Iterator[str]:

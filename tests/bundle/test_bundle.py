@@ -197,8 +197,13 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other branches": (lambda m: m.update(branches=[1]), "expected branches, each once and 0 first, got [1]"),
     "branches twice": (lambda m: m.update(branches=[0, 0]), "each once"),
     "no such branch": (lambda m: m.update(branches=[0, 9]), "expected branches from 0 to 3, got [0, 9]"),
-    "no shallow engine": (lambda m: m["engines"].pop("shallow"), "expected a shallow engine"),
-    "no engines": (lambda m: m.update(engines={}), "expected a full engine, got none"),
+    "no shallow engine": (lambda m: m["engines"].pop("shallow-0"), "engine for the pass shallow-0, got no shallow-0"),
+    "no engines": (lambda m: m.update(engines={}), "an engine for the pass full, got no full"),
+    "a pass of nothing": (lambda m: m["passes"]["full"].update(engines=[]), "for the pass full, got no engine"),
+    "no passes": (lambda m: m.update(passes={}), "expected a pass full, got none"),
+    "no shallow pass": (lambda m: m["passes"].pop("shallow-0"), "expected a pass shallow-0, got full"),
+    "takes what is not": (lambda m: m["passes"]["shallow-0"].update(takes=["x"]), "what full stores, got x"),
+    "full takes": (lambda m: m["passes"]["full"].update(takes=["cached_feature"]), "the pass full to take and store"),
     "no U-Net": (lambda m: m.update(components=["vae"]), "expected components with unet"),
     "no sizes": (lambda m: m.update(sizes=[]), "expected sizes with 32x32 first, got none"),
     "other sizes": (lambda m: m.update(height=64), "expected sizes with 32x64 first, got 32x32"),
@@ -234,10 +239,10 @@ def test_a_forged_manifest_is_refused_at_every_door(bundle_copy: Path, case: str
 
 @pytest.mark.parametrize("target", ["/dev/zero", "full.onnx"])
 def test_inspecting_follows_no_link(bundle_copy: Path, target: str) -> None:
-    (bundle_copy / "shallow.onnx").unlink()
-    (bundle_copy / "shallow.onnx").symlink_to(target)
+    (bundle_copy / "shallow-0.onnx").unlink()
+    (bundle_copy / "shallow-0.onnx").symlink_to(target)
     facts = engine_facts(bundle_copy, read_manifest(bundle_copy))
-    assert "expected shallow.onnx to be a plain file of" in facts["shallow"]["unknown"]
+    assert "expected shallow-0.onnx to be a plain file of" in facts["shallow-0"]["unknown"]
     assert "nodes" in facts["full"]
 
 
@@ -273,7 +278,7 @@ def _touched(folder: Path) -> None:
         lambda folder: (folder / "full.onnx").unlink(),
         lambda folder: (folder / "a.weights").write_bytes(b""),
         lambda folder: shutil.rmtree(folder),
-        lambda folder: shutil.copy(folder / "full.onnx", folder / "shallow.onnx"),
+        lambda folder: shutil.copy(folder / "full.onnx", folder / "shallow-0.onnx"),
     ],
     ids=["written again", "gone", "added", "all gone", "exchanged"],
 )

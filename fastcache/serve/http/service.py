@@ -195,7 +195,7 @@ class Service:
 
     async def _prepare(
         self, asked: ImageRequest, served: Served, arrived: float, notify: Callable[[Event], None]
-    ) -> Job:
+    ) -> Job[Order]:
         """The job, from one of few threads; dropped where it has not begun when its client leaves or its time is up."""
         deadline = arrived + min(asked.timeout or self.limits.timeout_s, self.limits.timeout_s)
         preparing = asyncio.wrap_future(
