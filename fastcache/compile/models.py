@@ -182,21 +182,16 @@ def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
         pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
         return SourceModel(name, None, weights, scheduler, ("unet",), family, settings=settings, pipeline=pipeline)
     folder = MODEL_DIRECTORY if name == "demo" else Path(name)
-    if folder.is_file():
-        convert = f"StableDiffusionPipeline as P; P.from_single_file({name!r}).save_pretrained('MODEL')"
-        raise ValueError(
-            f"expected a model folder in diffusers' layout, got the single file {name}; convert it, online once for "
-            f'its configuration: python -c "from diffusers import {convert}" (StableDiffusionXLPipeline for SDXL)'
-        )
     if not folder.is_dir():
         if name in PRESETS:
             raise ValueError(
                 f"{name} is an architecture without weights: add --random-weights, or name a folder or hub id"
             )
         if folder.is_file():
+            convert = f"StableDiffusionPipeline as P; P.from_single_file({name!r}).save_pretrained('MODEL')"
             raise ValueError(
-                f"expected a model folder in diffusers' layout, got the file {name}; "
-                "load it with diffusers' from_single_file and write a folder with save_pretrained"
+                f"expected a model folder in diffusers' layout, got the file {name}; convert it, online once for its "
+                f'configuration: python -c "from diffusers import {convert}" (StableDiffusionXLPipeline for SDXL)'
             )
         if name[:1] in ("/", ".", "~") or name.count("/") > 1:
             raise ValueError(f"expected a model folder, got {name}, which is not there; give its path, or a hub id")

@@ -213,7 +213,7 @@ def test_sdxl_does_not_look_at_the_mask(copy: Path) -> None:
 def test_a_single_file_is_refused_with_how_to_convert_it(copy: Path) -> None:
     file = copy / "sd/unet/diffusion_pytorch_model.safetensors"
     message = refused(lambda: find_model(str(file)))
-    assert f"got the single file {file}; convert it" in message
+    assert f"got the file {file}; convert it" in message
     assert f"from_single_file({str(file)!r}).save_pretrained(" in message
 
 

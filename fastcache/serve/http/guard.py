@@ -92,40 +92,31 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return  # no web sockets here
-        start, status, complete, body = time.monotonic(), 0, False, None
+        start, body, sent = time.monotonic(), None, _Sent(send)
         state: dict[str, Any] = scope.setdefault("state", {})
         state[ARRIVED] = start
-
-        async def sending(message: Message) -> None:
-            nonlocal status, complete
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
-            await send(message)
-            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-
         try:
             state[OWNER] = self._admit(scope)
             body = await _read_body(receive, self._limits)
             if body is not None:
-                await self._app(scope, _replayed(body, receive, state), sending)
-                if state.get(HALF_CLOSED) and status and not complete:  # a stream, cut short for one that left
-                    await sending({"type": "http.response.body", "body": b""})
+                await self._app(scope, _replayed(body, receive, state), sent)
+                if state.get(HALF_CLOSED) and sent.status and not sent.complete:  # a stream, for one that left
+                    await sent({"type": "http.response.body", "body": b""})
         except ApiError as error:
-            await _answer(error, sending, close=body is None and _has_body(scope["headers"]))
+            await _answer(error, sent, close=body is None and _has_body(scope["headers"]))
         except Exception as error:
             # Only where it happened: an error's words may hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
             _log.error("%s in a request:\n%s", type(error).__name__, where)
-            if not status:
-                await _answer(internal(), sending)
-            elif not complete:
+            if not sent.status:
+                await _answer(internal(), sent)
+            elif not sent.complete:
                 raise ConnectionAbortedError("the answer had begun") from None
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status or 499)).inc()
+            self._metrics.requests.labels(route, str(sent.status or 499)).inc()
             took = (time.monotonic() - start) * 1e3
-            _log.debug("%s %s %s in %.1f ms", scope["method"], route, status or "client left", took)
+            _log.debug("%s %s %s in %.1f ms", scope["method"], route, sent.status or "client left", took)
 
     def _admit(self, scope: MutableMapping[str, Any]) -> bytes | None:
         """The digest of the key that was given, if one is needed. Raises: `ApiError`, first what is cheapest to say."""
@@ -161,6 +152,20 @@ class Guard:
         if scheme.lower() != "bearer" or not any(fits):
             raise ApiError(401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key")
         return digest
+
+
+class _Sent:
+    """An answer on its way: its status once it has begun, and whether it is complete."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.status, self.complete = send, 0, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+        await self._send(message)
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _read_body(receive: Receive, limits: Limits) -> bytes | None:

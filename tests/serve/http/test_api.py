@@ -298,15 +298,22 @@ def test_what_openais_clients_always_send_means_what_is_done(fields: dict[str, A
     assert tiny.draw(**fields).json()["data"] == tiny.draw().json()["data"]
 
 
-LONG_PLAN = {**json.loads(CachePlan.uniform(4, 2).to_json()), "passes": ["full", *["shallow-0"] * 20_000]}
+SHORT_PLAN = json.loads(CachePlan.uniform(4, 2).to_json())
+LONG_PLAN = {**SHORT_PLAN, "passes": ["full", *["shallow-0"] * 20_000]}
 COSTLY: dict[str, tuple[dict[str, Any], str | None]] = {
     "a long plan": ({"plan": LONG_PLAN}, "of at most 16 calls for these steps, got 20001"),
     "whose number is small": ({"plan": {**LONG_PLAN, "num_steps": 4}}, "of at most 16 calls"),
     "whose number is right": ({"plan": {**LONG_PLAN, "num_steps": 20_001}}, "of at most 16 calls"),
-    "unguided steps": ({"plan": {**LONG_PLAN, "passes": ["full"] * 4, "unguided_steps": [0] * 20_000}}, "of at most 16"),
+    "unguided steps": (
+        {"plan": {**LONG_PLAN, "passes": ["full"] * 4, "unguided_steps": [0] * 20_000}},
+        "of at most 16",
+    ),
     "a nested plan": ({"plan": {"a": [[[0] * 9] * 9] * 9, "b": [[0] * 10_000]}}, "of at most 16 calls"),
     "many keys": ({"plan": {str(k): 0 for k in range(9_000)}}, "expected at most 64 fields, got 9000"),
-    "a long maker": ({"plan": {**LONG_PLAN, "passes": ["full"] * 4, "made_by": "x" * 100_000}}, "at most 256 characters"),
+    "a long maker": (
+        {"plan": {**LONG_PLAN, "passes": ["full"] * 4, "made_by": "x" * 100_000}},
+        "at most 256 characters",
+    ),
     "a long key": ({"plan": {"x" * 100_000: 0}}, "at most 256 characters"),
     "a longer plan for more steps": (
         {"plan": json.loads(CachePlan.uniform(999, 3).to_json()), "num_inference_steps": 998},
