@@ -93,14 +93,14 @@ def test_nothing_is_built_twice(tiny_model: Path, tiny_bundle: Bundle, bundle_co
 def test_equal_weights_are_stored_once(tiny_bundle: Bundle) -> None:
     manifest = tiny_bundle.manifest
     lengths: dict[str, dict[int, int]] = {}
-    for role in ("full", "shallow"):
+    for role in ("full", "shallow-0"):
         weights = onnx.load(tiny_bundle.engine_path(role), load_external_data=False).graph.initializer
         places = [
             {entry.key: int(entry.value) for entry in w.external_data if entry.key != "location"} for w in weights
         ]
         lengths[role] = {place["offset"]: place["length"] for place in places if place}
-    assert lengths["shallow"].items() < lengths["full"].items()  # all that the shallow engine needs the full one has
-    assert sum(lengths["shallow"].values()) <= manifest.duplicated_bytes
+    assert lengths["shallow-0"].items() < lengths["full"].items()  # all that the shallow engine needs the full one has
+    assert sum(lengths["shallow-0"].values()) <= manifest.duplicated_bytes
     end = max(offset + length for offset, length in lengths["full"].items())
     assert manifest.weights_bytes == end == tiny_bundle.file("unet.weights").stat().st_size
 
@@ -116,7 +116,7 @@ def test_another_recipe_needs_force(tiny_model: Path, bundle_copy: Path) -> None
     bundle = fastcache.build_engines(recipe, output=bundle_copy, branch_id=1, force=True, progress=said.append)
     assert "exporting full and shallow U-Nets, branch 1 of 4" in said
     assert bundle.manifest.branch_id == 1
-    assert bundle.manifest.engines.keys() == {"full", "shallow"}
+    assert bundle.manifest.engines.keys() == {"full", "shallow-0"}
     assert bundle.manifest.parity.shallow_vs_full < 1e-5
     assert names(bundle_copy.parent) == [".bundle.lock", "bundle"]
 
