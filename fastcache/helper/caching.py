@@ -1,4 +1,4 @@
-"""A pipeline's calls of its U-Net and its ControlNet -> each FULL or SHALLOW, after a pacing and what may be reused.
+"""A pipeline's calls of its U-Net and its ControlNet -> each a pass, after a plan and what may be reused.
 
 This is what runs behind the objects that stand for the two. How a pass computes is `passes.py`'s business.
 """
@@ -58,7 +58,7 @@ class Caching:
         self._on = True
 
     def change(self, pacing: Pacing, passes: PassRunner | None) -> None:
-        """Go on with another pacing, and other passes if there are some, as if a run began."""
+        """Go on at another pace, and other passes if there are some, as if a run began."""
         self._pacing, self._passes = pacing, passes or self._passes
         self._run.forget()
         self.spoil()
@@ -132,7 +132,7 @@ class Caching:
         """What a forecast by sigma runs along, from this call on."""
         if self._pacing.forecast is None or self._pacing.forecast.by != "sigma":
             return None
-        return noise_levels(self._pipe.pacingr, self._run.timesteps_ahead())
+        return noise_levels(self._pipe.scheduler, self._run.timesteps_ahead())
 
 
 class ControlCaching:
