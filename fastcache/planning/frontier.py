@@ -22,7 +22,6 @@ from fastcache.planning.ways import StepTimes
 Say = Callable[[str], None]
 
 QUALITIES: Final[Mapping[str, float]] = {"draft": 1 / 6, "standard": 1 / 4, "fine": 0.4}  # of the uncached time
-_PACES_FOR_SEVERAL: Final = (0.8, 1.0, 1.2, 1.4)  # fewer: what is kept for one budget serves the next
 _FEWER_STEPS: Final = ("ddim", "dpm++_2m", "unipc", "euler")
 
 
@@ -45,11 +44,11 @@ def _plans(fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say
     if not min(budgets.values()) >= 1:
         raise ValueError(f"expected a budget of 1 full step or more, got {min(budgets.values()):g}; allow more time")
     within = tuple(min(calls, budget) for budget in budgets.values())
-    scope = Scope(within) if len(within) == 1 else Scope(within, _PACES_FOR_SEVERAL)
-    steps = fitting.full_steps(costs, scope, list(budgets.values()))
+    scope = Scope(within)
+    steps = fitting.full_steps(costs, scope)
     say(f"planning takes about {steps:.0f} full steps of a picture, {steps * times.full_ms / times.batch / 1e3:.0f} s")
     routes = fitting.routes(costs, scope)
-    return {name: fitting.best(routes, budget) for name, budget in budgets.items()}
+    return {name: fitting.best(routes, costs, budget) for name, budget in budgets.items()}
 
 
 def rivals(
