@@ -115,6 +115,27 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     assert "calibrating" not in short.err
 
 
+def test_plan_writes_fitted_plans_and_generate_draws_with_them(run: Any, tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path) -> None:
+    common = ("plan", "--engines", tiny_bundle.path, "--steps", 8, "--sampler", "ddim", "--prompts", prompts_file)
+    made = run(*common, "--frontier", tmp_path / "plans", "--json")
+    assert made.code == 0, made.err
+    rows = {row["name"]: row for row in json.loads(made.out)["rows"]}
+    assert {"uncached", "draft", "standard", "fine", "ddim 2"} <= rows.keys()
+    assert (tmp_path / "plans" / "frontier.png").is_file()
+    drawing = ("generate", "--engines", tiny_bundle.path, "--prompt", "a ring", "--output", tmp_path / "ring.png")
+    drawn = run(*drawing, "--quality", "fine", "--plans", tmp_path / "plans", "--json")
+    assert drawn.code == 0, drawn.err
+    assert json.loads(drawn.out)["plan"] == json.loads((tmp_path / "plans" / "fine.json").read_text())
+    refused = run(*drawing, "--quality", "fine")
+    assert refused.code == 2
+    assert "expected --quality with --plans" in refused.err
+    fitted = run(*common, "--uniform", 2, "--fit", "--reference-steps", 12, "--output", tmp_path / "plan.json")
+    assert fitted.code == 0, fitted.err
+    fit = CachePlan.from_json((tmp_path / "plan.json").read_text()).fit
+    assert fit is not None
+    assert fit.points == tuple(k * 12 // 8 for k in range(8))
+
+
 def test_what_plan_refuses(run: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     common = ("plan", "--engines", tiny_bundle.path, "--steps", 4, "--output", tmp_path / "plan.json")
     for options, says in (

@@ -19,6 +19,7 @@ from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows, ridge_fit
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan
@@ -253,3 +254,20 @@ def test_image_to_image_begins_at_a_later_full_point(pipe: FastCachePipeline, ch
     found = pipe("a blue ring", plan=chosen, image=image, strength=0.9, seed=1, guidance_scale=4.0, output_type="pt")
     assert bool(found.images.isfinite().all())
     assert found.plan.num_steps < chosen.num_steps or chosen.fit is None or chosen.fit.points == (0,)
+
+
+def test_climbing_finds_what_scores_more_and_keeps_the_budget() -> None:
+    costs = {"full": 1.0, "shallow-0": 0.1}
+    wanted = ((0, "full"), (3, "shallow-0"), (7, "full"))
+    asked = list[Stops]()
+
+    def score(stops: Stops) -> float:
+        asked.append(stops)
+        return -len(set(stops) ^ set(wanted))
+
+    starts = families(10, costs, 2.5)
+    assert all(cost_of(stops, costs) <= 2.5 for stops in starts)
+    best, reached = climb(starts, 10, costs, 2.5, score, 300)
+    assert (best, reached) == (wanted, 0)
+    assert len(set(asked)) == len(asked)
+    assert all(cost_of(stops, costs) <= 2.5 + 1e-6 and stops[0] == (0, "full") for stops in asked)
