@@ -83,7 +83,7 @@ def test_plans_are_found_from_a_calibration_that_is_kept(
     assert plan.model == tiny_bundle.manifest.model.name
     assert plan.sampler == "ddim"
     assert plan.made_by.startswith("optimal(refreshes=3, guidance_scale=7.5, samples=3")
-    assert json.loads(first.out)["branches"] == list(plan.branches)
+    assert json.loads(first.out)["passes"] == list(plan.passes)
     again = run(*common, "--threshold", 1e9, "--output", tmp_path / "one.json")
     assert "calibrating" not in again.err
     assert CachePlan.from_json((tmp_path / "one.json").read_text()).refresh_steps == (0,)
@@ -101,13 +101,13 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     ample = run(*common, "--max-latency-ms", 1e7, "--output", tmp_path / "plan.json")
     assert ample.code == 0, ample.err
     found = json.loads(ample.out)
-    assert found["branches"] == [None] * 4
+    assert found["passes"] == ["full"] * 4
     assert found["full_step_ms"] > 0
     assert found["timed_at"].startswith(f"batch 1, {tiny_bundle.manifest.backend} fp32")
     choosing = run(*common, "--max-latency-ms", 1e7, "--choose-guidance", "--output", tmp_path / "plan.json")
     assert choosing.code == 0, choosing.err
     assert "calibrating" in choosing.err  # again, now also for what missing guidance does
-    assert json.loads(choosing.out)["branches"] == [None] * 4
+    assert json.loads(choosing.out)["passes"] == ["full"] * 4
     assert set(json.loads(choosing.out)["unguided_step_ms"]) == {"full", "0"}
     short = run(*common, "--max-latency-ms", 1e-6, "--output", tmp_path / "plan.json")
     assert short.code == 2
@@ -115,7 +115,9 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     assert "calibrating" not in short.err
 
 
-def test_plan_writes_fitted_plans_and_generate_draws_with_them(run: Any, tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path) -> None:
+def test_plan_writes_fitted_plans_and_generate_draws_with_them(
+    run: Any, tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path
+) -> None:
     common = ("plan", "--engines", tiny_bundle.path, "--steps", 8, "--sampler", "ddim", "--prompts", prompts_file)
     made = run(*common, "--frontier", tmp_path / "plans", "--json")
     assert made.code == 0, made.err
