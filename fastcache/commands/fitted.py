@@ -88,7 +88,7 @@ def write_frontier(
 ) -> tuple[CachePlan, dict[str, Any]]:
     """draft.json, standard.json and fine.json in a folder, and how they and their rivals do on left-out prompts."""
     from fastcache.evaluate.chart import draw_frontier
-    from fastcache.evaluate.evaluate import Arm, evaluate
+    from fastcache.evaluate.evaluate import Candidate, evaluate
     from fastcache.evaluate.judges import psnr_db
     from fastcache.files import write_whole
     from fastcache.planning.frontier import QUALITIES, quality_plans, rivals
@@ -100,7 +100,7 @@ def write_frontier(
     sampler, steps = reference.sampler, reference.num_inference_steps
     budgets = [share * fitting.table.num_calls for share in QUALITIES.values()]
     arms = rivals(pipe, sampler, steps, budgets, times)
-    arms += [Arm(name, plan, sampler, steps) for name, plan in plans.items()]
+    arms += [Candidate(name, plan, sampler, steps) for name, plan in plans.items()]
     left_out = fitting.left_out
     found = evaluate(
         pipe,

@@ -81,6 +81,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
+    quality: Annotated[
+        str | None, typer.Option(help="draft, standard or fine, a plan that `plan --frontier` made.")
+    ] = None,
+    plans: Annotated[Path | None, typer.Option(help="The folder that it made them in.")] = None,
     height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
@@ -145,6 +149,7 @@ def generate(
     Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
     """
     given = {name: _unwrapped(value) for name, value in ctx.params.items() if value not in (None, (), [])}
+    _choose_quality(given)
     _check(output, num_images, given)
     check_writable(output)
     start = time.perf_counter()
@@ -198,6 +203,18 @@ def _draw_all(
 def _is_file(output: Path) -> bool:
     """Whether one picture is meant: a folder may have a dot in its name."""
     return output.suffix.lower() == ".png" and not output.is_dir()
+
+
+def _choose_quality(given: dict[str, Any]) -> None:
+    """Turn --quality and --plans into --plan. Raises: `ValueError` for one without the other, or another quality."""
+    quality, plans = given.pop("quality", None), given.pop("plans", None)
+    if (quality is None) != (plans is None) or (quality is not None and given.keys() & {"plan", "cache_interval"}):
+        raise ValueError("expected --quality with --plans and without --plan and --cache-interval, got otherwise")
+    if quality is None:
+        return
+    if quality not in ("draft", "standard", "fine"):
+        raise ValueError(f"expected --quality draft, standard or fine, got {quality}")
+    given["plan"] = Path(plans) / f"{quality}.json"
 
 
 def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:

@@ -85,15 +85,7 @@ def plan(
     from fastcache.loop.scheduler import own_sampler
 
     wish = _wish(ctx.params)
-    if nonuniform is None and (center is not None or power is not None or as_shipped):
-        raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
-    if choose_guidance and (max_latency_ms is None or guidance_steps is not None):
-        raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
-    if (output is None) == (frontier is None):
-        raise ValueError(f"expected --output, or --frontier without it, got {'none' if output is None else 'both'}")
-    chooses_fitted = wish in _CHOICES and not choose_guidance
-    if chooses_fitted and (fit or guidance_steps is not None or forecast is not None):
-        raise ValueError(f"expected {wish}, which fits its plan, without --fit, --guidance-steps and --forecast")
+    _check(wish, ctx.params)
     check_writable(output, frontier)
     manifest = read_manifest(engines)
     branches = _branches(manifest, branch_id, several=wish in _CHOICES)
@@ -101,11 +93,9 @@ def plan(
     if frontier is not None:
         show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
         return
-    if chooses_fitted:
+    if wish in _CHOICES and not choose_guidance:
         made, details = fitted(engines, branches, ctx.params)
     elif wish in _FORMULAS:
-        if (prompts is not None and not fit) or calibration is not None:
-            raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
         calls = num_calls(manifest, sampler, steps)
         made = _by_formula(calls, branches[0], uniform, nonuniform, center=center, power=power, as_shipped=as_shipped)
         made, details = replace(made, model=manifest.model.name, sampler=sampler), {}
@@ -132,6 +122,21 @@ def _wish(flags: Mapping[str, Any]) -> str:
     if len(given) != 1:
         raise ValueError(f"expected one of {', '.join(_WISHES)}, got {' and '.join(given) or 'none'}")
     return given[0]
+
+
+def _check(wish: str, flags: Mapping[str, Any]) -> None:
+    """Raises: `ValueError` for flags that do not go together."""
+    given = {name for name, value in flags.items() if value not in (None, False)}
+    if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
+        raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
+    if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
+        raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
+    if ("output" in given) == (wish == "--frontier"):
+        raise ValueError("expected --output with a file, or --frontier without one, got otherwise")
+    if wish in _CHOICES and "choose_guidance" not in given and given & {"fit", "guidance_steps", "forecast"}:
+        raise ValueError(f"expected {wish}, which fits its plan, without --fit, --guidance-steps and --forecast")
+    if wish in _FORMULAS and ("calibration" in given or ("prompts" in given and "fit" not in given)):
+        raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
 
 
 def _by_measurement(

@@ -100,6 +100,11 @@ class FastCacheHelper:
             raise expected('skip_mode to be "uniform"', skip_mode, "give plan= for any other schedule")
         if not isinstance(plan, CachePlan | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("plan to be a CachePlan or None", plan, "make one with CachePlan.uniform or from_json")
+        if plan is not None and plan.fit is not None:
+            raise ValueError(
+                "expected a plan without a fit, since a pipeline of diffusers steps by its own scheduler, got a fitted "
+                "one; draw with fastcache.load"
+            )
         if plan is not None and interval != 1:
             raise ValueError("expected cache_interval or plan, got both; leave cache_interval out")
         pacing = Pacing(interval, branch_id, plan)

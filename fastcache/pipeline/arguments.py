@@ -90,7 +90,8 @@ def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span:
         return _steps_of_fit(request, request.plan, request.plan.fit)
     if places is not None:
         named = {"timesteps": request.timesteps, "sigmas": request.sigmas}
-        return Steps(len(places), **{name: tuple(values) for name, values in named.items() if values is not None})
+        given = {name: tuple(values) for name, values in named.items() if values is not None}
+        return Steps(len(places), timesteps=given.get("timesteps"), sigmas=given.get("sigmas"))
     if request.num_inference_steps is None and request.plan is not None and span == WHOLE:
         scheduler = make_scheduler(sampler, manifest.model.scheduler) if isinstance(sampler, str) else sampler
         found = steps_for(scheduler, request.plan.num_steps)

@@ -55,7 +55,7 @@ class Scope:
     says. At a pace of 1 the budget is spent evenly, above it is spent early."""
 
     budgets: tuple[float, ...]
-    paces: tuple[float, ...] = (0.75, 0.9, 1.0, 1.15, 1.3, 1.5)
+    paces: tuple[float, ...] = (0.85, 1.0, 1.2)
 
     @property
     def width(self) -> int:

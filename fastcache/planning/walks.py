@@ -17,6 +17,7 @@ from fastcache.loop.lane import Lane
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.pipeline.request import Request
 from fastcache.planning.trajectory import guide
 
 
@@ -38,13 +39,14 @@ class Walks:
         self._guidance_scale, most = guidance_scale, pipe.bundle.manifest.profiles["batch"].max
         self._lanes, starts = list[Lane](), list[Tensor]()
         for first in range(0, len(prompts), most):
-            run = pipe.begin(
+            request = Request(
                 list(prompts[first : first + most]),
                 num_inference_steps=1,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + most]],
             )
-            starts.append(run.latents.double().cpu() * table.init_noise_sigma)
+            run = pipe.begin(request)
+            starts.append(run.latents.double().cpu() / run.sampler.init_noise_sigma * table.init_noise_sigma)
             self._lanes.append(run.lane)
             pipe.runtime.keep_lane()
         self.start, self._table = torch.cat(starts), table

@@ -83,7 +83,7 @@ def test_plans_are_found_from_a_calibration_that_is_kept(
     assert plan.model == tiny_bundle.manifest.model.name
     assert plan.sampler == "ddim"
     assert plan.made_by.startswith("optimal(refreshes=3, guidance_scale=7.5, samples=3")
-    assert json.loads(first.out)["branches"] == list(plan.branches)
+    assert json.loads(first.out)["passes"] == list(plan.passes)
     again = run(*common, "--threshold", 1e9, "--output", tmp_path / "one.json")
     assert "calibrating" not in again.err
     assert CachePlan.from_json((tmp_path / "one.json").read_text()).refresh_steps == (0,)
@@ -101,18 +101,41 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     ample = run(*common, "--max-latency-ms", 1e7, "--output", tmp_path / "plan.json")
     assert ample.code == 0, ample.err
     found = json.loads(ample.out)
-    assert found["branches"] == [None] * 4
+    assert found["passes"] == ["full"] * 4
     assert found["full_step_ms"] > 0
     assert found["timed_at"].startswith(f"batch 1, {tiny_bundle.manifest.backend} fp32")
     choosing = run(*common, "--max-latency-ms", 1e7, "--choose-guidance", "--output", tmp_path / "plan.json")
     assert choosing.code == 0, choosing.err
     assert "calibrating" in choosing.err  # again, now also for what missing guidance does
-    assert json.loads(choosing.out)["branches"] == [None] * 4
+    assert json.loads(choosing.out)["passes"] == ["full"] * 4
     assert set(json.loads(choosing.out)["unguided_step_ms"]) == {"full", "0"}
     short = run(*common, "--max-latency-ms", 1e-6, "--output", tmp_path / "plan.json")
     assert short.code == 2
     assert "expected --max-latency-ms of" in short.err
     assert "calibrating" not in short.err
+
+
+def test_plan_writes_fitted_plans_and_generate_draws_with_them(
+    run: Any, tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path
+) -> None:
+    common = ("plan", "--engines", tiny_bundle.path, "--steps", 8, "--sampler", "ddim", "--prompts", prompts_file)
+    made = run(*common, "--frontier", tmp_path / "plans", "--json")
+    assert made.code == 0, made.err
+    rows = {row["name"]: row for row in json.loads(made.out)["rows"]}
+    assert {"uncached", "draft", "standard", "fine", "ddim 2"} <= rows.keys()
+    assert (tmp_path / "plans" / "frontier.png").is_file()
+    drawing = ("generate", "--engines", tiny_bundle.path, "--prompt", "a ring", "--output", tmp_path / "ring.png")
+    drawn = run(*drawing, "--quality", "fine", "--plans", tmp_path / "plans", "--json")
+    assert drawn.code == 0, drawn.err
+    assert json.loads(drawn.out)["plan"] == json.loads((tmp_path / "plans" / "fine.json").read_text())
+    refused = run(*drawing, "--quality", "fine")
+    assert refused.code == 2
+    assert "expected --quality with --plans" in refused.err
+    fitted = run(*common, "--uniform", 2, "--fit", "--reference-steps", 12, "--output", tmp_path / "plan.json")
+    assert fitted.code == 0, fitted.err
+    fit = CachePlan.from_json((tmp_path / "plan.json").read_text()).fit
+    assert fit is not None
+    assert fit.points == tuple(k * 12 // 8 for k in range(8))
 
 
 def test_what_plan_refuses(run: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:

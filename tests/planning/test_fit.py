@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastcache import CachePlan
+from fastcache import Bundle, CachePlan, FastCacheHelper
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
+from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows, ridge_fit
+from fastcache.planning.fitting import Fitting, Reference
+from fastcache.planning.frontier import budget_plan
+from fastcache.planning.ways import StepTimes
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SAMPLERS = ("ddim", "dpm++_2m", "dpm++_2m_karras", "euler", "unipc", "heun", "lms")
@@ -167,3 +175,106 @@ def test_a_run_from_the_middle_starts_at_a_full_point_and_looks_back_no_further(
     assert later.fit.rows == (*defaults[:2], rows[4])
     with pytest.raises(ValueError, match="a FULL point at or after call 16 of 20"):
         begun_at(plan, table, "epsilon", 16)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Bundle) -> FastCachePipeline:
+    return FastCachePipeline(tiny_bundle)
+
+
+PROMPTS = ["a red circle", "a blue ring", "a green square", "a pink cross", "a small cyan ring"]
+TIMES = StepTimes(10.0, {0: 1.0}, 1)
+
+
+@pytest.fixture(scope="module")
+def fitting(pipe: FastCachePipeline) -> Fitting:
+    return Fitting(pipe, PROMPTS, Reference("ddim", 8, 4.0))
+
+
+@pytest.fixture(scope="module")
+def chosen(fitting: Fitting) -> CachePlan:
+    return budget_plan(fitting, TIMES, 3.5, lambda _: None)
+
+
+def drawn(pipe: FastCachePipeline, plan: CachePlan | None, **others: Any) -> Tensor:
+    arguments = {"guidance_scale": 4.0, "seed": 9, "output_type": "latent"} | others
+    return pipe("a red ring", plan=plan, **arguments).images
+
+
+def test_a_plan_for_a_budget_keeps_it(chosen: CachePlan, fitting: Fitting) -> None:
+    assert chosen.fit is not None
+    assert chosen.fit.points[0] == 0
+    assert chosen.fit.full_steps is not None
+    spent = len(chosen.refresh_steps) + 0.1 * (chosen.num_steps - len(chosen.refresh_steps))
+    assert chosen.fit.full_steps == pytest.approx(spent)
+    assert spent <= 3.5
+    assert chosen.fit.psnr_db is not None
+    with pytest.raises(ValueError, match="a budget of 1 full step or more"):
+        budget_plan(fitting, TIMES, 0.5, lambda _: None)
+
+
+def test_a_fitted_plan_of_every_call_in_full_is_the_reference(pipe: FastCachePipeline, fitting: Fitting) -> None:
+    plan = fitting.fit(CachePlan.all_full(8), range(8))
+    assert_same(drawn(pipe, plan), drawn(pipe, None, num_inference_steps=8, sampler="ddim"), 1e-4)
+
+
+def assert_same(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def test_a_fitted_plan_runs_as_its_rows_say_in_both_drivers(
+    pipe: FastCachePipeline, chosen: CachePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = drawn(pipe, chosen)
+    monkeypatch.setattr("fastcache.loop.steps.found_library", lambda: None)
+    assert_same(drawn(pipe, chosen), own, 1e-5)
+    again = CachePlan.from_json(chosen.to_json())
+    assert torch.equal(drawn(pipe, again), drawn(pipe, chosen))
+
+
+def test_what_a_fitted_plan_is_not_for(pipe: FastCachePipeline, chosen: CachePlan) -> None:
+    assert chosen.fit is not None
+    other = replace(chosen, fit=replace(chosen.fit, weights_sha256="0" * 64))
+    smaller = replace(chosen, fit=replace(chosen.fit, height=8))
+    for plan, others, message in (
+        (other, {}, "a plan fitted for"),
+        (smaller, {}, "a plan fitted for"),
+        (chosen, {"num_inference_steps": 50}, "num_inference_steps"),
+        (chosen, {"eta": 1.0}, "eta 0 with a fitted plan"),
+        (chosen, {"denoising_end": 0.5}, "no denoising_end with a fitted plan"),
+        (chosen, {"sampler": "euler"}, "made for sampler euler"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drawn(pipe, plan, **others)
+    with pytest.warns(UserWarning, match="fitted at guidance 4 runs at 9"):
+        drawn(pipe, chosen, guidance_scale=9.0)
+
+
+def test_image_to_image_begins_at_a_later_full_point(pipe: FastCachePipeline, chosen: CachePlan) -> None:
+    image = pipe("a red ring", num_inference_steps=2, seed=0).images[0]
+    found = pipe("a blue ring", plan=chosen, image=image, strength=0.9, seed=1, guidance_scale=4.0, output_type="pt")
+    assert bool(found.images.isfinite().all())
+    assert found.plan.num_steps < chosen.num_steps or chosen.fit is None or chosen.fit.points == (0,)
+
+
+def test_climbing_finds_what_scores_more_and_keeps_the_budget() -> None:
+    costs = {"full": 1.0, "shallow-0": 0.1}
+    wanted = ((0, "full"), (3, "shallow-0"), (7, "full"))
+    asked = list[Stops]()
+
+    def score(stops: Stops) -> float:
+        asked.append(stops)
+        return -len(set(stops) ^ set(wanted))
+
+    starts = families(10, costs, 2.5)
+    assert all(cost_of(stops, costs) <= 2.5 for stops in starts)
+    best, reached = climb(starts, 10, costs, 2.5, score, 300)
+    assert (best, reached) == (wanted, 0)
+    assert len(set(asked)) == len(asked)
+    assert all(cost_of(stops, costs) <= 2.5 + 1e-6 and stops[0] == (0, "full") for stops in asked)
+
+
+def test_the_helper_refuses_what_its_pipeline_would_not_do() -> None:
+    plan = CachePlan(("full", "shallow-0"), sampler="ddim", fit=fit_of(((0.1, 0.2), (0.5, -2.0)), (0, 7)))
+    with pytest.raises(ValueError, match="a plan without a fit"):
+        FastCacheHelper(SimpleNamespace(unet=torch.nn.Identity())).set_params(plan=plan)

@@ -19,11 +19,12 @@ import fastcache
 from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
+from fastcache.loop.fit import Fit
 from fastcache.loop.plan import Forecast
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.loop.streams import Streams
 from fastcache.loop.table import compile_sampler
-from fastcache.pipeline.arguments import terms_of
+from fastcache.pipeline.arguments import plan_for, terms_of
 from fastcache.pipeline.request import Request
 from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
@@ -172,6 +173,22 @@ def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, 
         assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan, **own)) >= 90
         if job.plan.forecast is not None:
             assert psnr_db(together[job.id], from_pipeline(pipe, k, replace(job.plan, forecast=None), **own)) < 70
+
+
+@pytest.mark.usefixtures("own_work")
+def test_a_fitted_plan_shares_calls_with_others(executor: Executor, pipe: FastCachePipeline) -> None:
+    manifest, points = pipe.bundle.manifest, (0, 2, 5, 7, 11)
+    rows = tuple((1.0, 0.1) if k == 0 else (0.1, 0.02, 0.9, -0.3) for k in range(5))
+    fit = Fit(12, points, rows, 4.0, manifest.height, manifest.width, manifest.weights_sha256, "any", "fp32", 4)
+    passes = ("full", "shallow-0", "full", "shallow-0", "shallow-0")
+    request = Request("a", guidance_scale=4.0, seed=3, plan=CachePlan(passes, sampler="ddim", fit=fit))
+    terms = terms_of(request, manifest)
+    table = executor.table(terms.sampler_name, terms.steps)
+    plan = plan_for(request, manifest, table.num_calls, terms.sampler)
+    job = Job("fitted", 0, str(terms.size), plan, terms.guided, 1, 1e9, Drawing(request, terms, 3, table, plan))
+    found = drawn(executor, [job_of(executor, 0), job, job_of(executor, 1)], apart=1)["fitted"]
+    wanted = pipe("a", guidance_scale=4.0, seed=3, plan=request.plan, output_type="latent").images
+    assert psnr_db(found, wanted.reshape(1, -1)) >= 100
 
 
 def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
