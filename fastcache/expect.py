@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, TypeVar, cast
+
+T = TypeVar("T")
 
 
 def expected(what: str, got: object, remedy: str) -> ValueError:
@@ -78,6 +80,16 @@ def several(name: str, value: object, check: Callable[[str, Any], Any]) -> tuple
     if not found:
         raise expected(f"{name} to be a list with something in it", cast(object, value), f"give another {name}")
     return tuple(check(f"{name}[{i}]", each) for i, each in enumerate(found))
+
+
+def listed(name: str, value: Iterable[T]) -> list[T]:
+    """What can be gone through, as a list. Raises: `ValueError` for what cannot."""
+    if not isinstance(value, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance] (from outside)
+        raise expected(f"{name} to be a list", cast(object, value), f"give another {name}")
+    try:
+        return list(value)
+    except Exception as error:  # what a value does that only looks like a list is its own business
+        raise expected(f"{name} to be a list", value, f"give another {name}") from error
 
 
 def one_of(name: str, value: object, known: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Final, Literal
 
 from fastcache.cut.names import FULL, branch_of, shallow_pass
-from fastcache.expect import at_least, expected, is_int, is_number
+from fastcache.expect import at_least, expected, is_int, is_number, listed
 from fastcache.loop.fit import Fit
 from fastcache.loop.spacing import power_spaced
 
@@ -40,7 +40,7 @@ class Forecast:
     by: Literal["step", "sigma"] = "step"
 
     def __post_init__(self) -> None:
-        if self.by not in ("step", "sigma"):
+        if not isinstance(self.by, str) or self.by not in ("step", "sigma"):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("a forecast by step or sigma", self.by, "choose one of these")
         if not is_int(self.order) or self.order not in (1, 2):
             raise expected("a forecast of order 1 or 2", self.order, "leave the forecast out for plain reuse")
@@ -176,7 +176,8 @@ class CachePlan:
 
         Raises: ValueError for what is neither.
         """
-        return cls(tuple(FULL if branch is None else shallow_pass(branch) for branch in branches), **fields)
+        given = listed("branches", branches)
+        return cls(tuple(FULL if branch is None else shallow_pass(branch) for branch in given), **fields)
 
     @classmethod
     def uniform(cls, num_steps: int, interval: int, branch_id: int = 0) -> CachePlan:
@@ -210,10 +211,12 @@ class CachePlan:
         Source: DeepCache, arXiv 2312.00858, section 3.3, and `sample_from_quad_center` in its code.
         """
         count = math.ceil(at_least(1, num_steps=num_steps) / at_least(1, interval=interval))
-        if not 0 <= center < num_steps:
+        if not is_number(center) or not 0 <= center < num_steps:
             raise expected(f"center in [0, {num_steps})", center, "give the step to refresh most around")
-        if not 1 < power < math.inf:
+        if not is_number(power) or not 1 < power < math.inf:
             raise expected("a finite power above 1", power, "use 1.2 to 1.5, or CachePlan.uniform")
+        if not isinstance(as_shipped, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("as_shipped to be True or False", as_shipped, "leave it out for the paper's formula")
         options = ", as_shipped=True" if as_shipped else ""
         refreshes = power_spaced(num_steps, count, center, power, as_shipped)
         return cls(
@@ -248,7 +251,7 @@ class CachePlan:
 
 
 def _passes(num_steps: int, refresh_steps: Iterable[int], branch_id: int) -> tuple[str, ...]:
-    shallow, refreshes = shallow_pass(branch_id), list(refresh_steps)
+    shallow, refreshes = shallow_pass(branch_id), listed("refresh_steps", refresh_steps)
     for step in refreshes:
         if not is_int(step) or not 0 <= step < num_steps:
             raise expected(f"refresh steps in 0..{num_steps - 1}", step, "steps count U-Net calls from 0")

@@ -6,12 +6,11 @@ Knows keys and types; whether a plan makes sense is `CachePlan`'s own business.
 from __future__ import annotations
 
 import json
-import reprlib
 from dataclasses import asdict, fields
 from typing import Any, Final, cast
 
 from fastcache.cut.names import FULL, shallow_pass
-from fastcache.expect import expected, is_int
+from fastcache.expect import expected, is_int, shown
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan, Forecast
 
@@ -71,7 +70,7 @@ def _read_document(text: str) -> dict[str, object]:
     try:
         parsed = cast(object, json.loads(text))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a plan as JSON, got {reprlib.repr(text)} ({error}); {_REMEDY}") from error
+        raise ValueError(f"expected a plan as JSON, got {shown(text)} ({error}); {_REMEDY}") from error
     if not isinstance(parsed, dict):
         raise expected("a JSON object", parsed, _REMEDY)
     found = cast("dict[str, object]", parsed)
@@ -83,7 +82,7 @@ def _read_document(text: str) -> dict[str, object]:
     if not _KEYS <= found.keys() <= _KEYS | _OPTIONAL_KEYS:
         raise ValueError(
             f"expected the keys {sorted(_KEYS)}, or {sorted(_OPTIONAL_KEYS)} besides, got "
-            f"{reprlib.repr(sorted(found))}; {_REMEDY}"
+            f"{shown(sorted(found))}; {_REMEDY}"
         )
     return found
 

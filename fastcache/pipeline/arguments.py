@@ -58,6 +58,11 @@ def terms_of(request: Request, manifest: Manifest, *, span: Span | None = None, 
     info, usual = manifest.model, manifest.model.defaults
     if info.time_ids is None and (told := sorted(_SIZE_NAMES & request.given.keys())):
         raise ValueError(f"expected no {', '.join(told)}, which only models of SDXL's kind are told, got them")
+    if request.num_images_per_prompt > (most := manifest.profiles["batch"].max):
+        raise ValueError(
+            f"expected at most {most} images at once, got num_images_per_prompt {request.num_images_per_prompt}; "
+            "build with --batch MIN:OPT:MAX for more"
+        )
     guidance = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
     of_image = usual.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     if guided is None:
@@ -135,7 +140,11 @@ def size_of(manifest: Manifest, height: int | None, width: int | None, image: An
     what = "" if given or image is None else "an image of "
     raise ValueError(
         f"expected {what}{', '.join(map(str, sizes))}, which this bundle was built for, got {found[1]}x{found[0]}; "
-        + ("build another with --sizes" if given or image is None else "give height and width to resize it")
+        + (
+            "build another with --sizes, or leave height and width out"
+            if given or image is None
+            else "give height and width to resize it"
+        )
     )
 
 

@@ -153,7 +153,7 @@ class Pictures:
             wanted = [size.height // scale, size.width // scale]
             if list(image.shape[2:]) != wanted:
                 raise ValueError(f"expected {name} latents of size {wanted}, got {list(image.shape[2:])}")
-            return image
+            return checks.finite(name, image)
         from diffusers.image_processor import VaeImageProcessor
 
         return processed(name, VaeImageProcessor(vae_scale_factor=scale, do_convert_rgb=True), image, size)
@@ -207,7 +207,7 @@ def processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:
     Raises: `ValueError` for what it cannot read, and for pixels that are no numbers.
     """
     try:
-        pixels: Tensor = processor.preprocess(_of_bytes(image), height=size.height, width=size.width)
+        pixels: Tensor = processor.preprocess(of_bytes(image), height=size.height, width=size.width)
     except Exception as error:  # diffusers', numpy's or torch's own, of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -216,10 +216,13 @@ def processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:
     return checks.finite(name, pixels)
 
 
-def _of_bytes(image: Any) -> Any:
-    """A picture of 16 bits a pixel as one of 8, which is what processors read; they would clip it to nearly white."""
+def of_bytes(image: Any) -> Any:
+    """A picture of 16 bits a pixel as one of 8, which is what processors read; they would clip it to nearly white.
+
+    Raises: `ValueError` for pixels of a range that nobody knows.
+    """
     if isinstance(image, list):
-        return [_of_bytes(each) for each in cast("list[Any]", image)]
+        return [of_bytes(each) for each in cast("list[Any]", image)]
     if not isinstance(image, Image.Image) or not image.mode.startswith(("I", "F")):
         return image
     if not image.mode.startswith("I;16"):
@@ -241,7 +244,7 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(_of_bytes(image)).convert("RGB")
+            return ImageOps.exif_transpose(of_bytes(image)).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"expected a picture in {path}: {' '.join(reason.split())}") from None

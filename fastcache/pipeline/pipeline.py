@@ -144,7 +144,7 @@ class FastCachePipeline:
         """As calling the pipeline with the request's arguments."""
         if request.output_type != "latent":
             self.bundle.engine_path("vae_decoder")
-        callbacks, terms = callbacks_of(request), terms_of(request, self.bundle.manifest)
+        callbacks, terms = callbacks_of(request), self.terms(request)
         with _own_tensors():
             run = self.begin(request, terms, whole=not callbacks.called and request.mask_image is None)
             for step in run.steps:
@@ -154,6 +154,11 @@ class FastCachePipeline:
             images = self.pictures.decode(run.latents.clone(), request.output_type)
         return PipelineOutput(images, run.plan, record(self.bundle.manifest, request, terms, run.plan))
 
+    def terms(self, request: Request) -> Terms:
+        """What a request means for the bundle. Raises: as `__call__`."""
+        self.controls.check(request)
+        return terms_of(request, self.bundle.manifest)
+
     def begin(self, request: Request, terms: Terms | None = None, *, whole: bool = False) -> Run:
         """Everything up to the first step, which the run returned then takes.
 
@@ -162,8 +167,7 @@ class FastCachePipeline:
 
         Raises: as `__call__`.
         """
-        self.controls.check(request)
-        terms, callbacks = terms or terms_of(request, self.bundle.manifest), callbacks_of(request)
+        terms, callbacks = terms or self.terms(request), callbacks_of(request)
         with _own_tensors():
             embeds = self._embeds(request, terms)
             images = embeds.hidden.shape[0] // (1 + terms.guided)

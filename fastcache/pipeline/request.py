@@ -27,6 +27,7 @@ Texts = str | Sequence[str] | None
 Images = Image.Image | npt.NDArray[Any] | Tensor | Sequence[Image.Image] | Sequence[npt.NDArray[Any]] | Sequence[Tensor]
 Numbers = float | Sequence[float]
 MAX_SEED: Final = 2**63 - 1
+MAX_STEPS: Final = 1000  # as many as models are trained with; a table grows with the square
 
 _Texts: TypeAlias = Annotated[Texts, checks.texts]
 _Count: TypeAlias = Annotated[int | None, checks.integers(1)]
@@ -120,7 +121,7 @@ class Request(Sizes, ControlArguments):
     prompt: _Texts = None
     height: _Count = None
     width: _Count = None
-    num_inference_steps: _Count = None
+    num_inference_steps: Annotated[int | None, checks.integers(1, MAX_STEPS)] = None
     guidance_scale: _Guidance = None
     negative_prompt: _Texts = None
     num_images_per_prompt: Annotated[int, checks.integers(1)] = 1

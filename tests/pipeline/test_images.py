@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    IPNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
 )
+from diffusers.utils import load_image
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from fastcache import FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.pipeline.images import of_bytes, read_image
 from tiny_model import save_tiny_model
 
 # numpy's word to diffusers, not to us
@@ -263,3 +267,41 @@ def test_bad_images_are_refused_in_one_line(arguments: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message) as caught:
         images(pipe, **{"image": picture(0, 64), **arguments})
     assert "\n" not in str(caught.value)
+
+
+def saved(folder: Path, name: str, image: Image.Image, **how: Any) -> Path:
+    image.save(folder / name, **how)
+    return folder / name
+
+
+def test_a_picture_in_a_file_is_upright_and_of_8_bits(tmp_path: Path) -> None:
+    lying = picture(3, 64).crop((0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held so that it must be turned by a quarter
+    file = saved(tmp_path, "phone.jpg", lying, exif=exif, quality=95)
+    upright = read_image(file)
+    assert upright.size == (32, 64)
+    assert np.abs(np.asarray(upright).astype(int) - np.asarray(load_image(str(file))).astype(int)).max() <= 1
+
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    deep = Image.fromarray(ramp)
+    for found in (read_image(saved(tmp_path, "deep.png", deep)), deep):
+        pixels = np.asarray(found.convert("L") if found is not deep else of_bytes(deep))
+        assert np.abs(pixels.astype(int) - ramp // 257).max() <= 1
+    with pytest.raises(ValueError, match="a picture of mode F, which says nothing of its range; convert it"):
+        of_bytes(Image.new("F", (8, 8)))
+
+
+def test_pictures_without_values_are_refused(pipe: FastCachePipeline) -> None:
+    nan = torch.full((1, 3, 64, 64), torch.nan)
+    for arguments in ({"image": nan}, {"image": picture(0, 64), "mask_image": nan[:, :1]}):
+        with pytest.raises(ValueError, match=f"expected {list(arguments)[-1]} to be finite"):
+            images(pipe, **arguments)
+    with pytest.raises(ValueError, match="image to be finite"):
+        images(pipe, image=torch.full((1, 4, 8, 8), torch.inf), height=64, width=64)
+
+
+def test_a_scheduler_that_cannot_begin_with_an_image_says_so(pipe: FastCachePipeline) -> None:
+    given = {"image": picture(0, 64), "sampler": IPNDMScheduler()}
+    with pytest.raises(ValueError, match="with add_noise to begin with an image, got IPNDMScheduler; choose another"):
+        images(pipe, **given)
