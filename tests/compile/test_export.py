@@ -17,6 +17,7 @@ from fastcache import BuildError, partition_unet
 from fastcache.bundle.parity import relative_error
 from fastcache.compile import components, export, passes
 from fastcache.compile.graph_passes import NORMS_IN_FLOAT32
+from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import Cut
 from fastcache_engines import LoadOptions, onnxruntime, tensorrt_rtx
 from small_unets import small_unet
@@ -81,7 +82,7 @@ def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Pat
     """Export, then compare both engines with the modules they came from at three batch sizes."""
     cut = partition_unet(unet, branch_id)
     duplicated_bytes = save(cut, inputs_of(name, unet, 2), tmp_path)
-    full, shallow = onnxruntime.load(tmp_path / "full.onnx"), onnxruntime.load(tmp_path / "shallow-0.onnx")
+    full, shallow = (onnxruntime.load(tmp_path / f"{name}.onnx") for name in (FULL, shallow_pass(branch_id)))
     assert [spec.name for spec in full.inputs] == NAMES[name]
     assert [spec.name for spec in full.outputs] == ["noise_pred", "cached_feature"]
     assert [spec.name for spec in shallow.inputs] == [*NAMES[name], "cached_feature"]
@@ -102,13 +103,13 @@ def compare(name: str, unet: UNet2DConditionModel, branch_id: int, tmp_path: Pat
         tensors["noise_pred"].fill_(torch.nan)
         shallow.bind(tensors).run()
         assert relative_error(tensors["noise_pred"], of_full) < TOLERANCE
-    check_files(tmp_path, duplicated_bytes)
+    check_files(tmp_path, shallow_pass(branch_id), duplicated_bytes)
 
 
-def check_files(folder: Path, duplicated_bytes: int) -> None:
+def check_files(folder: Path, shallow: str, duplicated_bytes: int) -> None:
     """Weights are beside the graphs, stored once, and the graphs hold no path and no name of this machine."""
     external: dict[str, list[tuple[int, int]]] = {}
-    for role in ("full", "shallow-0"):
+    for role in (FULL, shallow):
         content = (folder / f"{role}.onnx").read_bytes()
         assert not re.search(rb"\.py\b|site-packages|File \"|/(home|root|tmp|usr|work|Users)/", content)
         model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
@@ -116,8 +117,8 @@ def check_files(folder: Path, duplicated_bytes: int) -> None:
         places = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
         assert {place["location"] for place in places} == {"unet.weights"}
         external[role] = [(int(place["offset"]), int(place["length"])) for place in places]
-    both = external["full"] + external["shallow-0"]
-    assert set(external["shallow-0"]) & set(external["full"])
+    both = external[FULL] + external[shallow]
+    assert set(external[shallow]) & set(external[FULL])
     assert duplicated_bytes == sum(n for _, n in both) - sum(n for _, n in set(both))
     assert duplicated_bytes > 0
     size = (folder / "unet.weights").stat().st_size

@@ -109,7 +109,7 @@ def test_an_image_model_without_conditioning_draws_what_diffusers_draws(built: B
     assert drawn(bundle, guided=False, generator=generators).shape == noise.shape
     with pytest.raises(ValueError, match=f"guided=False for {DDPM}"):
         drawn(bundle, guided=True, latents=noise)
-    with pytest.raises(ValueError, match="expected the inputs , got encoder_hidden_states"):
+    with pytest.raises(ValueError, match="expected the inputs none, got encoder_hidden_states"):
         drawn(bundle, guided=False, encoder_hidden_states=random(2, 1, 24))
 
 

@@ -45,9 +45,13 @@ def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, builds: BuildS
     assert 1e-4 < max(errors) < 0.2
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_it_leaves_the_bundle_as_it_is(built: Bundle, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(built.path, tmp_path / "copy"))
-    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    before = contents(copy)
     compare_layers(copy, built.manifest)
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert contents(copy) == before
     assert onnx.load(copy / "full.onnx", load_external_data=False).graph.output[0].name == "noise_pred"
