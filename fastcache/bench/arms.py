@@ -18,7 +18,6 @@ TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "KIND[:BACKEND][:DTYPE]"
 _CACHING: tuple[Kind, ...] = ("deepcache", "engine+cache", "engine+cache+graph")
-GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 7.5, 1.5  # diffusers' defaults
 _T = TypeVar("_T", bound=str)
 
 
@@ -95,6 +94,8 @@ class BenchSettings:
     threads: int
     guided_rows: int = 2
     controlnets: tuple[str, ...] = ()
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.5
 
     @property
     def guided(self) -> bool:

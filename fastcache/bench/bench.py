@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.bench.arms import GUIDANCE_SCALE, TORCH, Arm, BenchSettings
+from fastcache.bench.arms import TORCH, Arm, BenchSettings
 from fastcache.bench.eager import EagerParts
 from fastcache.bench.lineup import BundleKey, Lineup
 from fastcache.bench.loops import Task, TimedRun
@@ -168,7 +168,7 @@ def document(
     """
     conditions = {
         "arms": [result.name for result in measured.results],
-        "guidance_scale": GUIDANCE_SCALE if settings.guided else None,
+        "guidance_scale": settings.guidance_scale if settings.guided else None,
         "references": dict(measured.references),
         "reloads": measured.reloads,
         "bundles": [

@@ -18,8 +18,10 @@ import fastcache_engines
 from fastcache.bench.arms import AUTO, Arm, BenchSettings, Defaults, parse_arm, parse_arms, parse_dtype
 from fastcache.bench.work import empty_unet, geometry
 from fastcache.bundle.bundle import Bundle, open_bundle
+from fastcache.bundle.manifest import Defaults as ModelDefaults
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile.builder import resolve
+from fastcache.compile.describe import defaults_of
 from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
@@ -83,7 +85,7 @@ def of_bundle(
         dtype=built.dtype,
         guided_rows=built.model.guided_rows,
         controlnets=built.recipe.controls.get("controlnet", ()),
-        **_with_sampler(common, built.model.scheduler),
+        **_own_ways(common, built.model.scheduler, built.model.defaults),
     )
     defaults = Defaults(built.backend, built.dtype, settings.cache_interval, built.branch_id)
     bundles: dict[BundleKey, Bundle] = {(built.backend, built.dtype, built.branch_id): bundle}
@@ -118,16 +120,17 @@ def of_model(
         width=width,
         dtype=dtype,
         guided_rows=shapes.guided_rows,
-        **_with_sampler(common, model.scheduler),
+        **_own_ways(common, model.scheduler, defaults_of(model)),
     )
     partition_unet(empty_unet(model), settings.branch_id)  # refuses a branch that is not there, before any build
     defaults = Defaults(wishes.backend, dtype, settings.cache_interval, settings.branch_id)
     return settings, line_up(wishes.arms, defaults, settings.device)
 
 
-def _with_sampler(common: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with the model's own sampler where none is named."""
-    return {**common, "sampler": common.get("sampler") or own_sampler(scheduler)}
+def _own_ways(common: Mapping[str, Any], scheduler: Mapping[str, Any], own: ModelDefaults) -> dict[str, Any]:
+    """The settings with the model's own guidance, and its own sampler where none is named."""
+    guidance = {"guidance_scale": own.guidance_scale, "image_guidance_scale": own.image_guidance_scale}
+    return {**common, **guidance, "sampler": common.get("sampler") or own_sampler(scheduler)}
 
 
 def fast_dtypes(device: str) -> tuple[DType, ...]:

@@ -23,7 +23,7 @@ from diffusers import ControlNetModel, MultiControlNetModel
 from torch import Tensor
 
 import fastcache
-from fastcache.bench.arms import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, Arm, BenchSettings
+from fastcache.bench.arms import Arm, BenchSettings
 from fastcache.bench.plain import PlainPipeline
 from fastcache.bundle.recipe import Size
 from fastcache.compile.checkpoint import load
@@ -145,8 +145,8 @@ class TorchArms:
                 {name: rows for name, rows in self.inputs.items() if name != "latents"},
                 self.inputs["latents"],
                 self.settings.steps,
-                GUIDANCE_SCALE,
-                IMAGE_GUIDANCE_SCALE,
+                self.settings.guidance_scale,
+                self.settings.image_guidance_scale,
                 torch.Generator().manual_seed(1),
             )
         negative, positive = self.inputs["encoder_hidden_states"].chunk(2)
@@ -162,7 +162,7 @@ class TorchArms:
             height=self.settings.height,
             width=self.settings.width,
             num_inference_steps=self.settings.steps,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=self.settings.guidance_scale,
             generator=torch.Generator().manual_seed(1),
             latents=self.inputs["latents"],
             output_type="latent",
@@ -221,8 +221,8 @@ class EngineArms:
             sampler=self.settings.sampler,
             generator=torch.Generator().manual_seed(1),
             latents=self.inputs["latents"],
-            guidance_scale=GUIDANCE_SCALE,
-            image_guidance_scale=IMAGE_GUIDANCE_SCALE,
+            guidance_scale=self.settings.guidance_scale,
+            image_guidance_scale=self.settings.image_guidance_scale,
         )
         inputs = self.conditioning | self._steering()
         run = self.pipe.start(request, inputs, guided=self.settings.guided, whole=self.whole)

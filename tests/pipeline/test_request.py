@@ -60,7 +60,8 @@ def test_a_seed_is_a_generator_for_each_image(pipe: FastCachePipeline) -> None:
 
 
 def test_a_tuple_in_place_of_an_output(pipe: FastCachePipeline) -> None:
-    images, plan = pipe("a cat", num_inference_steps=STEPS, seed=3, cache_interval=2, return_dict=False)
+    drawn: Any = pipe("a cat", num_inference_steps=STEPS, seed=3, cache_interval=2, return_dict=False)
+    images, plan = drawn
     assert isinstance(images[0], Image.Image)
     assert plan == CachePlan.uniform(STEPS, 2)
 
