@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,8 @@ class BuildStore:
 def _in_own_process(job: Job, folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "diffusers.models", "transformers.models.clip.modeling_clip"])
-    process = context.Process(target=_build, args=(job, folder))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"the build of {job.model.name} ended with exit code {process.exitcode}; see its traceback")
+    with ProcessPoolExecutor(1, context) as process:
+        process.submit(_build, job, folder).result()
 
 
 def _build(job: Job, folder: Path) -> None:
