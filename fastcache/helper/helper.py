@@ -59,7 +59,7 @@ class FastCacheHelper:
         self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None, *, kernels: bool = False
     ) -> None:
         if not isinstance(getattr(pipe, "unet", None), nn.Module):
-            raise ValueError(f"expected pipe with a U-Net, got a {type(pipe).__name__} without one; give a pipeline")
+            raise ValueError(f"expected pipe with a U-Net, got {type(pipe).__name__} without one; give a pipeline")
         if not isinstance(kernels, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("kernels to be True or False", kernels, "see the README for what they are")
         if not isinstance(engines, Bundle | str | os.PathLike | None):  # pyright: ignore[reportUnnecessaryIsInstance]

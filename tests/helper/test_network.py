@@ -177,12 +177,6 @@ def test_weights_that_come_and_go_are_no_change(own_pipe: StableDiffusionPipelin
         assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
 
 
-def test_weights_that_are_cast_for_each_call_are_no_change(own_pipe: StableDiffusionPipeline) -> None:
-    own_pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with helped(own_pipe):
-        assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
-
-
 @pytest.mark.parametrize(("change", "word"), [*AT_ONCE, *((change, "weights or classes") for change in AT_A_RUN)])
 def test_engines_refuse_a_changed_network(
     change: Change, word: str, demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline

@@ -326,7 +326,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ip_adapter_image_embeds": [torch.zeros(2, 1, 12)]}, "ip_adapter_image or ip_adapter_image_embeds .* got both"),
     ({"guess_mode": True}, "guess_mode=False, which engines are built for, got True"),
     ({"control_guidance_start": 0.7, "control_guidance_end": 0.3}, "got 0.7 and 0.3"),
-    ({"control_guidance_end": 1.5}, "control_guidance_end <= 1, got 0.0 and 1.5"),
+    ({"control_guidance_end": 1.5}, "control_guidance_end to be a finite number from 0 to 1, got 1.5"),
     ({"controlnet_conditioning_scale": float("nan")}, "controlnet_conditioning_scale to be a finite number, got nan"),
     ({"adapter_conditioning_scale": "much"}, "adapter_conditioning_scale to be a finite number, got 'much'"),
     ({"control_image": 3}, "control_image as PIL images, arrays or tensors"),
@@ -335,7 +335,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"control_image": picture(1, rows=2)}, "one control_image, or as many as divide 1 pictures, got 2"),
     ({"ip_adapter_image": torch.zeros(1, 3, 8, 8)}, r"one ip_adapter_image, as a tensor of shape \[1, 3, 32, 32\]"),
     ({"ip_adapter_image": [pil(1), pil(2)]}, r"one ip_adapter_image, .* got \[2, 3, 32, 32\]"),
-    ({"ip_adapter_image": "a path"}, "ip_adapter_image as a PIL image or an array"),
+    ({"ip_adapter_image": "a path"}, r"ip_adapter_image as PIL images, arrays or tensors in \[0, 1\], got 'a path'"),
 ]
 
 

@@ -284,7 +284,8 @@ def test_every_sampler_draws_what_diffusers_draws(
     sampler: str, pipe: FastCachePipeline, reference: StableDiffusionPipeline
 ) -> None:
     use_sampler(reference, sampler)
-    output = pipe(PROMPT, num_inference_steps=8, sampler=sampler, generator=seeded(0)[0], output_type="pt")
+    given = {"num_inference_steps": 8, "guidance_scale": 7.5, "output_type": "pt"}
+    output = pipe(PROMPT, sampler=sampler, generator=seeded(0)[0], **given)
     assert output.plan.num_steps == {"heun": 15, "pndm": 9, "plms": 9}.get(sampler, 8)
     assert psnr_db(output.images, images(reference, num_inference_steps=8)) >= 50
 

@@ -64,11 +64,11 @@ def test_the_manifest_names_the_sizes(pipe: FastCachePipeline) -> None:
     assert [spec.shape for spec in manifest.engines["vae_decoder"].outputs] == [("batch", 3, "height", "width")]
 
 
-@pytest.mark.parametrize("asked", [(32, 48), (64, 48), (48, 48), (96, 96), (0, 32)])
+@pytest.mark.parametrize("asked", [(32, 48), (64, 48), (48, 48), (96, 96)])
 def test_another_size_is_refused_with_the_list(asked: tuple[int, int], pipe: FastCachePipeline) -> None:
     width, height = asked
     sizes = ", ".join(SIZES)
-    with pytest.raises(ValueError, match=rf"^expected {sizes}, .* got {width}x{height}; build .*--sizes$"):
+    with pytest.raises(ValueError, match=rf"^expected {sizes}, .* got {width}x{height}; build .*--sizes"):
         images(pipe, height=height, width=width)
 
 
@@ -113,8 +113,8 @@ def test_clip_skip_leaves_out_layers_as_in_diffusers(
 
 
 def test_a_clip_skip_that_is_not_there(pipe: FastCachePipeline) -> None:
-    for clip_skip in (-1, 3):
-        with pytest.raises(ValueError, match=rf"expected clip_skip from 0 to 2, got {clip_skip}"):
+    for clip_skip, what in ((-1, "to be a whole number of 0 or more"), (3, "from 0 to 2")):
+        with pytest.raises(ValueError, match=f"expected clip_skip {what}, got {clip_skip}"):
             images(pipe, clip_skip=clip_skip)
 
 
