@@ -157,14 +157,14 @@ def prepare(
         size=str(terms.size),
         plan=plan,
         guided=terms.guided,
-        count=request.num_images_per_prompt,
+        count=asked.n or 1,
         deadline=deadline,
         content=order,
     )
 
 
 def _request(asked: ImageRequest, served: Served, seed: int) -> tuple[Request, Terms]:
-    """The request that a body stands for, and what that means here. Raises: `ApiError`."""
+    """The request that each of a body's images stands for, and what that means here. Raises: `ApiError`."""
     size = served.manifest.sizes[served.sizes.index(asked.size) if asked.size in served.sizes else 0]
     try:
         plan = None if asked.plan is None else CachePlan.from_json(json.dumps(asked.plan))
@@ -174,7 +174,6 @@ def _request(asked: ImageRequest, served: Served, seed: int) -> tuple[Request, T
         request = Request(
             asked.prompt,
             negative_prompt=asked.negative_prompt,
-            num_images_per_prompt=asked.n or 1,
             height=size.height,
             width=size.width,
             num_inference_steps=asked.num_inference_steps,
