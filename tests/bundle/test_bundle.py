@@ -327,7 +327,7 @@ def test_a_bundle_opens_while_others_take_its_place(bundle_copy: Path, tiny_bund
 
 def test_a_bundle_whose_builder_was_killed_between_two_renames(bundle_copy: Path) -> None:
     bundle_copy.rename(bundle_copy.with_name(".bundle.1.tmp.old"))
-    assert f"got {bundle_copy}; build one with" in refused(bundle_copy)
+    assert f"got '{bundle_copy}'; build one with" in refused(bundle_copy)
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
