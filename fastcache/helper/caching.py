@@ -29,6 +29,7 @@ class Pacing:
         self._interval, self._shallow, self._plan = interval, shallow_pass(branch_id), plan
         self.forecast: Forecast | None = plan.forecast if plan else None
         self.unguided_steps = plan.unguided_steps if plan else ()
+        self.fitted = plan if plan is not None and plan.fit is not None else None
 
     @property
     def names(self) -> tuple[str, ...]:

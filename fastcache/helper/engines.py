@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcache.bundle.bundle import REFERENCE, Bundle
-from fastcache.bundle.parity import TOLERANCE, relative_error
+from fastcache.bundle.parity import relative_error
 from fastcache.cut.names import FULL
 from fastcache.helper.arguments import Arguments
 from fastcache.helper.features import Features
 from fastcache.helper.network import NetworkWatch, fingerprint
 from fastcache.helper.passes import UNetCall
-from fastcache.loop.lane import allocate, in_turn, shape_of, specs_of
+from fastcache.loop.lane import Lane, shape_of
 from fastcache.loop.plan import Forecast
 from fastcache.loop.runtime import Runtime
-
-_DTYPES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from fastcache_engines import TOLERANCE, dtype_of
 
 
 class EnginePasses:
@@ -43,7 +42,7 @@ class EnginePasses:
             )
         self._features, self._keeps = Features(forecast), forecast is not None
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
-        self._bound = lru_cache(maxsize=4)(self._bind)
+        self._lane = lru_cache(maxsize=4)(self._make_lane)
         self._network, self._fingerprint = NetworkWatch(unet), fingerprint(unet)
         self._check_model()
 
@@ -68,14 +67,15 @@ class EnginePasses:
 
     def run(self, name: str, call: UNetCall) -> Tensor:
         values = self._values(call.arguments)
-        tensors, calls = self._bound(self._sizes(values))
+        lane = self._lane(self._sizes(values))
+        tensors = lane.tensors
         for given, value in values.items():
             tensors[given].copy_(value)
         for taken in self._passes[name].takes:
             feature = self._features.at(taken, call.step, call.halved, call.sigmas, out=tensors[taken])
             if feature.data_ptr() != tensors[taken].data_ptr():
                 tensors[taken].copy_(feature)
-        calls[name]()
+        lane.call(name)()
         made = {stored: tensors[stored] for stored in self._passes[name].stores}
         if self._keeps:
             made = {stored: feature.clone() for stored, feature in made.items()}
@@ -133,12 +133,18 @@ class EnginePasses:
                 f"got {sizes['tokens']}; build with --max-tokens"
             )
 
-    def _bind(self, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, Tensor], dict[str, Callable[[], object]]]:
-        """The tensors of all engines, and each pass on them."""
-        specs = specs_of(self._engines, self._passes)
-        tensors = {name: allocate(spec, dict(sizes), self._runtime.device) for name, spec in specs.items()}
-        bound = {role: engine.bind(tensors) for role, engine in self._engines.items()}
-        return tensors, {name: in_turn([bound[role] for role in one.engines]) for name, one in self._passes.items()}
+    def _make_lane(self, sizes: tuple[tuple[str, int], ...]) -> Lane:
+        """Tensors for calls of these sizes. Guidance is the pipeline's business: each row is an image of its own."""
+        free, channels = dict(sizes), self._manifest.model.latent_channels
+        return Lane(
+            self._engines,
+            self._passes,
+            images=free.pop("batch"),
+            halves=1,
+            channels=channels,
+            device=self._runtime.device,
+            sizes=free,
+        )
 
     def _check_model(self) -> None:
         """One call of the U-Net on the bundle's reference input, which says whether the engines are its own."""
@@ -150,7 +156,7 @@ class EnginePasses:
         added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
         arguments = inputs | ({"added_cond_kwargs": added} if added else {})
         reason = f"got ones of {self._manifest.model.name}"
-        tolerance = TOLERANCE[_DTYPES[unet.dtype]]
+        tolerance = TOLERANCE[dtype_of(unet.dtype)]
         try:
             with torch.no_grad():
                 got = type(unet).forward(unet, **arguments, return_dict=False)[0].float().cpu()

@@ -1,7 +1,8 @@
 """A live diffusers pipeline -> the same pipeline, its U-Net's calls FULL or SHALLOW after a plan.
 
-The pipeline's U-Net, and its ControlNet where there is one, are exchanged for objects that stand for them, and put
-back. Which call is FULL is `caching.py`'s business, how it is computed `eager.py`'s and `engines.py`'s.
+The pipeline's U-Net, its ControlNet where there is one, and for a fitted plan its scheduler are exchanged for objects
+that stand for them, and put back. Which call is FULL is `caching.py`'s business, how it is computed `eager.py`'s and
+`engines.py`'s.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastcache.expect import at_least, expected
 from fastcache.helper.caching import Caching, ControlCaching, Pacing, can_cut
 from fastcache.helper.eager import EagerPasses
 from fastcache.helper.engines import EnginePasses
+from fastcache.helper.fitted import fitted_scheduler
 from fastcache.helper.passes import PassRunner
 from fastcache.helper.standin import check_free, dismiss, guard, release, stand_in
 from fastcache.loop.plan import CachePlan
@@ -28,8 +30,8 @@ class _Exchange(NamedTuple):
     """A component of the pipeline, by its name, and the object that stands for it."""
 
     name: str
-    own: nn.Module
-    twin: nn.Module
+    own: Any
+    twin: Any
 
 
 class FastCacheHelper:
@@ -92,6 +94,7 @@ class FastCacheHelper:
         `cache_branch_id` names the skip connection of the cut, 0 the shallowest; a plan names its own, one or several.
         At a plan's unguided steps the U-Net runs on the conditional half alone, and the pipeline's guidance, between
         two equal halves, changes nothing. Where the helper is enabled, this holds from the next call on, which is FULL.
+        A fitted plan steps by its own rows: the pipeline is asked for as many steps as the plan was fitted for.
 
         Raises: `ValueError` for arguments out of range.
         """
@@ -100,19 +103,18 @@ class FastCacheHelper:
             raise expected('skip_mode to be "uniform"', skip_mode, "give plan= for any other schedule")
         if not isinstance(plan, CachePlan | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("plan to be a CachePlan or None", plan, "make one with CachePlan.uniform or from_json")
-        if plan is not None and plan.fit is not None:
-            raise ValueError(
-                "expected a plan without a fit, since a pipeline of diffusers steps by its own scheduler, got a fitted "
-                "one; draw with fastcache.load"
-            )
         if plan is not None and interval != 1:
             raise ValueError("expected cache_interval or plan, got both; leave cache_interval out")
-        pacing = Pacing(interval, branch_id, plan)
-        if self._caching is not None:
-            before = self._pacing
-            same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
-            self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
+        before, pacing = self._pacing, Pacing(interval, branch_id, plan)
         self._pacing = pacing
+        if self._caching is None:
+            return
+        if pacing.fitted is not before.fitted:
+            self.disable()
+            self.enable()
+            return
+        same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
+        self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
 
     def enable(self) -> None:
         """Exchange the pipeline's U-Net and ControlNet. Does nothing where that is done.
@@ -126,11 +128,15 @@ class FastCacheHelper:
         unet, control_net = self.pipe.unet, getattr(self.pipe, "controlnet", None)
         for module in filter(None, (unet, control_net)):
             check_free(module)
+        fitted = self._pacing.fitted
+        scheduler = None if fitted is None else fitted_scheduler(fitted, self.pipe)
         caching = Caching(self.pipe, unet, self._passes(unet, self._pacing), self._pacing)
         self._caching, self._exchanged = caching, [_Exchange("unet", unet, stand_in(unet, caching.forward))]
         if can_cut(control_net):
             twin = stand_in(control_net, ControlCaching(control_net, caching).forward)
             self._exchanged.append(_Exchange("controlnet", control_net, twin))
+        if scheduler is not None:
+            self._exchanged.append(_Exchange("scheduler", self.pipe.scheduler, scheduler))
         for exchange in self._exchanged:
             setattr(self.pipe, exchange.name, exchange.twin)
         if isinstance(self.pipe, DiffusionPipeline):
@@ -143,7 +149,8 @@ class FastCacheHelper:
         for name, own, twin in self._exchanged:
             if getattr(self.pipe, name, None) is twin:
                 setattr(self.pipe, name, own)
-            dismiss(twin, own)
+            if isinstance(own, nn.Module):
+                dismiss(twin, own)
         if self._caching is not None:
             self._caching.stop()
         self._caching, self._exchanged = None, []

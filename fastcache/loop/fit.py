@@ -5,6 +5,7 @@ Pure Python: knows nothing about tensors, engines or schedulers. `fitted.py` mak
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -63,6 +64,15 @@ class Fit:
             most = 2 * min(step + 1, MOST_LOOKED_BACK)
             if not 2 <= len(row) <= most or len(row) % 2 or not all(map(_is_finite, row)):
                 raise expected(f"pairs of finite weights of at most {most // 2} calls in row {step}", row, _REMEDY)
+
+    def check_guidance(self, guidance_scale: float | None) -> None:
+        """Warn of a run at another guidance than the rows are good for."""
+        if guidance_scale is not None and not self.guidance_scale / 2 <= guidance_scale <= self.guidance_scale * 2:
+            warnings.warn(
+                f"a plan fitted at guidance {self.guidance_scale:g} runs at {guidance_scale:g}: its rows may not help "
+                "there",
+                stacklevel=6,
+            )
 
 
 _REMEDY: Final = "make the plan with `fastcache plan --budget` or --fit"

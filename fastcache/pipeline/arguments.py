@@ -6,7 +6,6 @@ names and numbers; runs nothing.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -207,12 +206,7 @@ def check_fit(fit: Fit, request: Request, manifest: Manifest) -> None:
         raise ValueError(
             f"expected a plan fitted for {width}x{height}, got one for {fit.width}x{fit.height}; fit it again"
         )
-    guidance = request.guidance_scale
-    if guidance is not None and not fit.guidance_scale / 2 <= guidance <= fit.guidance_scale * 2:
-        warnings.warn(
-            f"a plan fitted at guidance {fit.guidance_scale:g} runs at {guidance:g}: its rows may not help there",
-            stacklevel=5,
-        )
+    fit.check_guidance(request.guidance_scale)
 
 
 def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str | Scheduler) -> None:

@@ -3,14 +3,15 @@
 e(j, s) is the error of step j's guided noise prediction where the feature stems from step s: along an uncached
 trajectory, all features are kept, and each step runs its shallow pass on every one of them. g(j) says how far the final
 latents move for each unit of error put into step j, when the rest of the run reacts to it in full. What leaving out
-guidance at step j does is measured likewise. What a planner makes of them is its own business: see `Calibration`.
+guidance at step j does is measured likewise. Both change slowly from step to step, so of a long run a few steps are
+measured and the others interpolated. What a planner makes of them is its own business: see `Calibration`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,8 @@ from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.calibration import Array, Calibration, Conditions, Measurements
 from fastcache.planning.trajectory import Denoiser, EngineDenoiser, Feature, Walk, draw_noise
 
+_TRIED: Final = 6  # steps of a run that gains are measured at
+_NEAR: Final = 8  # errors of features as many steps old or less are all measured, of older ones every fourth
 GAIN_LAG: Final = 3  # the errors that gains are measured with are those of a feature three steps old, as in 1:4 reuse
 
 Say = Callable[[str], None]
@@ -51,47 +54,98 @@ def calibrate(
     """Measure a batch in one pass over its trajectory, one seed for each image of the denoiser's conditioning.
 
     `watch` is entered around each step's full pass, and around no other pass. `see` makes pictures of final latents,
-    (P, C, H, W) each, for the couplings. For T calls this costs T full passes, about T^2 / 2 shallow ones for each
-    branch, and about T^2 / 2 full ones for the gains and again for `guidance`, what leaving it out does. It keeps the
-    features of every step, T of them for each branch, and T latents for each of the two over as many past steps as the
-    sampler uses.
+    (P, C, H, W) each, for the couplings. For T calls this costs T full passes, about T^2 / 8 + 6 T shallow ones for
+    each branch, and about 3 T full ones for the gains and again for `guidance`, what leaving it out does. It keeps the
+    features of every step, T of them for each branch, and six latents for each of the two over as many past steps as
+    the sampler uses.
     """
     noise, generators = draw_noise(denoiser.latent_shape, seeds, denoiser.device)
     calls, images, branches = table.num_calls, denoiser.images, len(denoiser.branch_ids)
-    trials = [kind for kind, wanted in (("reuse", gains), ("unguided", guidance)) if wanted]
-    # Walk 0 is the uncached run; after it come T for each kind of trial, of which number j has an error put into call j
-    # and is equal to walk 0 before.
-    walk = Walk(table, noise.expand(1 + len(trials) * calls, *noise.shape))
+    # Walk 0 is the uncached run. Each other one has an error put into the call of its trial, is equal to walk 0 before,
+    # and is run in full from there on.
+    reused = [_Trial("reuse", call) for call in _spread(1, calls)] if gains else []
+    trials = reused + ([_Trial("unguided", call) for call in _spread(0, calls)] if guidance else [])
+    walk = Walk(table, noise.expand(1 + len(trials), *noise.shape))
     stored: list[tuple[Feature, ...]] = []
     errors, changes = np.full((images, branches, calls, calls), np.nan), np.zeros((images, branches, calls))
-    noise_rms, pushed = np.zeros((images, calls)), np.zeros((images, calls))
+    noise_rms = np.zeros((images, calls))
     while not walk.finished:
         j, timestep, samples = walk.call, walk.timestep, walk.model_input
         with watch or nullcontext():
             guided, features = denoiser.store(samples[0], timestep, guidance_scale)
-        pushes = {"reuse": torch.zeros_like(guided)}
         stored.append(features)
         noise_rms[:, j] = _rms(guided)
+        pushes = dict[str, Tensor]()
+        sources = [s for s in range(j + 1) if j - s <= _NEAR or s % 4 == 0]
         for b, branch_id in enumerate(denoiser.branch_ids):
-            reused = denoiser.reuse(samples[0], timestep, guidance_scale, branch_id, [kept[b] for kept in stored])
-            errors[:, b, j, : j + 1] = _rms(reused - guided).T
+            kept = [stored[s][b] for s in sources]
+            missed = denoiser.reuse(samples[0], timestep, guidance_scale, branch_id, kept) - guided
+            for image, sizes in enumerate(_rms(missed).T):
+                errors[image, b, j, : j + 1] = np.interp(range(j + 1), sources, sizes)
             changes[:, b, j] = _relative_change(stored[j][b], stored[max(0, j - 1)][b], images)
-            if b == 0 and j > 0:
-                pushes["reuse"] = reused[max(0, j - GAIN_LAG)] - guided
-        if guidance:
+            if b == 0:
+                pushes["reuse"] = missed[sources.index(max(0, j - GAIN_LAG))]
+        if any(trial == _Trial("unguided", j) for trial in trials):
             pushes["unguided"] = denoiser.full(samples[:1], timestep, 1.0)[0] - guided
         noise_preds = guided.expand_as(samples).clone()
-        astray = [1 + k * calls + i for k, kind in enumerate(trials) for i in range(kind == "reuse", j)]
+        astray = [k for k, trial in enumerate(trials, 1) if trial.call < j]
         if astray:
             noise_preds[astray] = denoiser.full(samples[astray], timestep, guidance_scale)
-        for k, kind in enumerate(trials):
-            noise_preds[1 + k * calls + j] += pushes[kind]
-        pushed[:, j] = _rms(pushes["reuse"])
+        for k, trial in enumerate(trials, 1):
+            if trial.call == j:
+                noise_preds[k] += pushes[trial.kind]
+                trial.size = _rms(pushes[trial.kind]) if trial.kind == "reuse" else np.ones(images)
         walk.step(noise_preds, walk.drawn(generators))
-    ends = walk.latents
-    found = _reuse_moves(ends[: 1 + calls], pushed, see) if gains else (np.full_like(pushed, np.nan), _unknown(pushed))
-    unguided = _couplings(ends[[0, *range(-calls, 0)]], np.ones_like(pushed), see) if guidance else _unknown(pushed)
-    return MeasuredBatch(errors, found[0], noise_rms, changes, found[1], unguided, ends[0])
+    return _measured(errors, noise_rms, changes, walk.latents, trials, see)
+
+
+@dataclass
+class _Trial:
+    """A run with an error put into one call, (P,) `size` for each image: that of reuse, or of missing guidance."""
+
+    kind: str
+    call: int
+    size: Array = field(default_factory=lambda: np.ones(0), compare=False)
+
+
+def _spread(first: int, calls: int) -> list[int]:
+    """A few calls from `first` to the last, closer at the beginning, where most changes from one to the next."""
+    count = min(_TRIED, calls - first)
+    shares = np.linspace(0, 1, count) ** 1.5 if count < calls - first else np.linspace(0, 1, count)
+    return sorted({round(first + share * (calls - 1 - first)) for share in shares.tolist()})
+
+
+def _measured(
+    errors: Array, noise_rms: Array, changes: Array, ends: Tensor, trials: Sequence[_Trial], see: See
+) -> MeasuredBatch:
+    """Gains and couplings from where the runs ended. Shapes: `ends` (1 + trials, P, C, H, W), uncached first."""
+    images, calls = noise_rms.shape
+    seen = [see(latents).double().flatten(1).cpu().numpy() for latents in ends]
+    plain = [latents.double().flatten(1).cpu().numpy() for latents in ends]
+    gains, coupled = np.full((images, calls), np.nan), dict[str, Array]()
+    for kind in ("reuse", "unguided"):
+        own = [k for k, trial in enumerate(trials, 1) if trial.kind == kind]
+        coupled[kind] = np.full((images, calls, calls), np.nan)
+        for image in range(images) if own else ():
+            tried = [trials[k - 1] for k in own]
+            sizes = np.array([max(trial.size[image], np.finfo(np.float32).tiny) for trial in tried])[:, None]
+            each = _between(tried, np.stack([seen[k][image] - seen[0][image] for k in own]) / sizes, calls)
+            coupled[kind][image] = each @ each.T / each.shape[1]
+            if kind == "reuse":
+                moved = _between(tried, np.stack([plain[k][image] - plain[0][image] for k in own]) / sizes, calls)
+                gains[image] = np.sqrt(np.square(moved).mean(1))
+    return MeasuredBatch(errors, gains, noise_rms, changes, coupled["reuse"], coupled["unguided"], ends[0])
+
+
+def _between(tried: Sequence[_Trial], moved: Array, calls: int) -> Array:
+    """What an error at each call moves, from those tried: in between directions turn and sizes change evenly.
+
+    Before the first that was tried nothing moves. Shapes: `moved` (trials, n); returns (calls, n).
+    """
+    points, sizes = [trial.call for trial in tried], np.linalg.norm(moved, axis=1)
+    mixed = np.stack([np.interp(range(calls), points, column) for column in np.eye(len(points))], 1) @ moved
+    wanted, got = np.interp(range(calls), points, sizes, left=0.0), np.linalg.norm(mixed, axis=1)
+    return mixed * np.divide(wanted, got, out=np.zeros_like(got), where=got > 0)[:, None]
 
 
 def calibrate_bundle(
@@ -146,31 +200,6 @@ def sample_names(prompts: Sequence[str]) -> list[str]:
 def _rms(tensor: Tensor) -> Array:
     """Root mean square of each latent. Shapes: (..., C, H, W) to (...)."""
     return tensor.double().square().mean((-3, -2, -1)).sqrt().cpu().numpy()
-
-
-def _reuse_moves(ends: Tensor, pushed: Array, see: See) -> tuple[Array, Array]:
-    """The gains and the couplings of final latents, uncached first, that errors of these sizes led to."""
-    moved = _rms(ends[1:] - ends[:1]).T
-    return np.divide(moved, pushed, out=np.zeros_like(moved), where=pushed > 0), _couplings(ends, pushed, see)
-
-
-def _unknown(pushed: Array) -> Array:
-    return np.full((*pushed.shape, pushed.shape[1]), np.nan)
-
-
-def _couplings(ends: Tensor, pushed: Array, see: See) -> Array:
-    """Products of what errors do to the pictures, by the errors' sizes.
-
-    Shapes: `ends` (T + 1, P, C, H, W), latents, uncached first; `pushed` (P, T); returns (P, T, T).
-    """
-    seen = [see(latents) for latents in ends]
-    sizes = torch.from_numpy(pushed.T).clamp(min=torch.finfo(torch.float32).tiny)
-    found: list[Array] = []
-    for image in range(pushed.shape[0]):
-        moved = torch.stack([other[image] - seen[0][image] for other in seen[1:]]).flatten(1).double().cpu()
-        each = moved / sizes[:, image, None]
-        found.append((each @ each.T / each.shape[1]).numpy())
-    return np.stack(found)
 
 
 def _relative_change(feature: Feature, before: Feature, images: int) -> Array:

@@ -24,6 +24,8 @@ from eager_engines import GUIDANCE, generators, plain_run, refill, small_lane, s
 from fastcache import BackendUnavailable, Bundle, CachePlan, Forecast, SamplerTable, compile_sampler
 from fastcache.loop.drivers import Call, Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder, Recorder
+from fastcache.loop.fit import Fit
+from fastcache.loop.fitted import fitted_table
 from fastcache.loop.lane import Lane
 from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.scheduler import SAMPLERS, make_scheduler
@@ -65,11 +67,11 @@ def check(
     sampler: str, plan_of: Callable[[int], CachePlan], device: str, *, halves: int = 2, rescale: float = 0.0
 ) -> None:
     table = table_of(sampler)
-    lane, plan, recorder = (
-        small_lane(halves=halves, device=device),
-        plan_of(table.num_calls),
-        recorder_of(device),
-    )
+    check_table(table, plan_of(table.num_calls), device, halves=halves, rescale=rescale)
+
+
+def check_table(table: SamplerTable, plan: CachePlan, device: str, *, halves: int = 2, rescale: float = 0.0) -> None:
+    lane, recorder = small_lane(halves=halves, device=device), recorder_of(device)
     expected = [step.latents.clone() for step in run(None, lane, table, plan, guidance_rescale=rescale)]
     scale = float(expected[-1].abs().max())
     whole = list(run(recorder, lane, table, plan, guidance_rescale=rescale))
@@ -103,6 +105,15 @@ PLANS: dict[str, Callable[[int], CachePlan]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_every_kind_of_plan(name: str, halves: int, device: str) -> None:
     check("dpm++_2m_sde", PLANS[name], device, halves=halves)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fitted_plan(device: str) -> None:
+    """Four points of eight calls, by rows that look back over up to three of them."""
+    rows = ((0.9, -0.1), (0.1, 0.02, 0.7, -0.2), (0.0, 0.1, -0.1, 0.05, 0.8, -0.3), (0.0, 0.1, 1.1, -0.2))
+    fit = Fit(STEPS, (0, 2, 3, 6), rows, 3.0, 64, 64, "0" * 64, "inductor", "fp32", 4)
+    plan = CachePlan(("full", "shallow-0", "full", "shallow-0"), sampler="ddim", fit=fit)
+    check_table(fitted_table(table_of("ddim"), fit), plan, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

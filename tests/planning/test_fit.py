@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastcache import Bundle, CachePlan, FastCacheHelper
+from fastcache import Bundle, CachePlan
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
 from fastcache.loop.scheduler import make_scheduler
@@ -272,9 +271,3 @@ def test_climbing_finds_what_scores_more_and_keeps_the_budget() -> None:
     assert (best, reached) == (wanted, 0)
     assert len(set(asked)) == len(asked)
     assert all(cost_of(stops, costs) <= 2.5 + 1e-6 and stops[0] == (0, "full") for stops in asked)
-
-
-def test_the_helper_refuses_what_its_pipeline_would_not_do() -> None:
-    plan = CachePlan(("full", "shallow-0"), sampler="ddim", fit=fit_of(((0.1, 0.2), (0.5, -2.0)), (0, 7)))
-    with pytest.raises(ValueError, match="a plan without a fit"):
-        FastCacheHelper(SimpleNamespace(unet=torch.nn.Identity())).set_params(plan=plan)

@@ -1,0 +1,87 @@
+"""A fitted plan under the helper: the pipeline's scheduler makes way for the plan's rows, and comes back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
+
+from fastcache import Bundle, CachePlan, FastCacheHelper, FastCachePipeline
+from fastcache.planning.fitting import Fitting, Reference
+from live_pipelines import PROMPT, agreement_db, draw
+
+POINTS = (0, 2, 3, 5)
+PASSES = ("full", "shallow-0", "full", "shallow-0")
+
+
+@pytest.fixture(scope="module")
+def bundled(demo_bundle: Callable[[int], Bundle]) -> FastCachePipeline:
+    return FastCachePipeline(demo_bundle(0))
+
+
+@pytest.fixture(scope="module")
+def plan(bundled: FastCachePipeline) -> CachePlan:
+    """Four points of eight steps, fitted on three pictures."""
+    fitting = Fitting(bundled, ["a red circle", "a blue ring", "a green square"], Reference("ddim", 8, 4.0))
+    return fitting.fit(CachePlan(PASSES), POINTS)
+
+
+def helped(pipe: Any, plan: CachePlan, engines: Bundle | None = None) -> FastCacheHelper:
+    helper = FastCacheHelper(pipe, engines=engines)
+    helper.set_params(plan=plan)
+    helper.enable()
+    return helper
+
+
+@pytest.mark.parametrize("with_engines", [False, True])
+def test_draws_what_the_bundle_draws(
+    pipe: Any, plan: CachePlan, bundled: FastCachePipeline, with_engines: bool
+) -> None:
+    wanted = bundled(PROMPT, plan=plan, guidance_scale=4.0, seed=0, output_type="latent").images
+    pipe.scheduler = own = PNDMScheduler.from_config(pipe.scheduler.config)  # what the plan's sampler stands in for
+    helper = helped(pipe, plan, bundled.bundle if with_engines else None)
+    try:
+        assert agreement_db(draw(pipe, guidance_scale=4.0), wanted) > 80
+        assert pipe.num_timesteps == len(POINTS)
+    finally:
+        helper.disable()
+    assert pipe.scheduler is own
+
+
+def test_an_unfitted_plan_gives_the_scheduler_back(pipe: Any, plan: CachePlan) -> None:
+    own = pipe.scheduler
+    plain = draw(pipe, guidance_scale=4.0)
+    with helped(pipe, plan) as helper:
+        assert pipe.scheduler is not own
+        helper.set_params(cache_interval=1)
+        assert helper.enabled
+        assert pipe.scheduler is own
+        assert torch.equal(draw(pipe, guidance_scale=4.0), plain)
+        helper.set_params(plan=plan)
+        assert pipe.num_timesteps != len(POINTS)
+        draw(pipe, guidance_scale=4.0)
+        assert pipe.num_timesteps == len(POINTS)
+
+
+def test_copies_have_the_own_scheduler(pipe: Any, plan: CachePlan) -> None:
+    own = pipe.scheduler
+    with helped(pipe, plan):
+        for copied in (copy.deepcopy(pipe.scheduler), pickle.loads(pickle.dumps(pipe.scheduler))):
+            assert type(copied) is type(own)
+            assert copied.config == own.config
+
+
+def test_what_a_fitted_plan_is_not_for(pipe: Any, plan: CachePlan) -> None:
+    with helped(pipe, plan):
+        with pytest.raises(ValueError, match=r"num_inference_steps of 8, .* got 50"):
+            draw(pipe, num_inference_steps=50)
+        with pytest.warns(UserWarning, match="fitted at guidance 4 runs at 9"):
+            draw(pipe, guidance_scale=9.0)
+        other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        with pytest.raises(ValueError, match="a whole run with a fitted plan"):
+            other(PROMPT, image=torch.zeros(1, 3, 64, 64), strength=0.75, num_inference_steps=8)
