@@ -3,6 +3,7 @@
     python tools/findings.py plans    calibrate on captions of training scenes, make every plan   10 minutes on one core
     python tools/findings.py choose   the same with depths and guidance to choose from            15 minutes on one core
     python tools/findings.py refine --count 5          local search, judged by true PSNR           2 minutes on one core
+    python tools/findings.py fit      fitted plans, and what rivals them                          15 minutes on one core
     python tools/findings.py draw     draw 200 held-out scenes with each, with other seeds        two hours on one core
     python tools/findings.py show     print the tables, draw the charts
 
@@ -12,8 +13,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +27,11 @@ import typer
 import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
-from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch
+from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch, num_calls
 from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
 from fastcache.planning.calibration import Calibration
+from fastcache.planning.fitting import Fitting, Reference
+from fastcache.planning.frontier import budget_plan
 from fastcache.planning.planning import (
     kept_calibration,
     latency_plan,
@@ -35,8 +39,9 @@ from fastcache.planning.planning import (
     optimal_plan,
     threshold_plan,
 )
-from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_refreshes
-from fastcache.planning.ways import Way, way_costs
+from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_for
+from fastcache.planning.skipping import FORETOLD
+from fastcache.planning.ways import StepTimes, Way, way_costs
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
@@ -44,6 +49,8 @@ FEWER_STEPS = (28, 21, 14, 10)  # of no less time than these, where a shallow st
 CALIBRATION_PROMPTS = 8
 FIRST_SEED = 5000  # of the held-out pictures
 BATCH = 8
+BUDGETS = (7, 10, 14, 21)  # in full steps
+CONVERGED = 150  # steps of a run that more steps change no more
 FORECASTS = {
     "linear": Forecast(order=1),
     "linear, half": Forecast(order=1, damping=0.5),
@@ -52,7 +59,22 @@ FORECASTS = {
 }
 # what an experiment's candidates are compared with, where that is not uniform
 BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"}
-CHARTS = ("plans", "forecast", "steps")
+CHARTS = ("plans", "forecast", "steps", "fitted")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What fitted plans are made for: the engines' dtype, the reference's sampler, and the costs of a shallow step.
+
+    None costs what this machine's passes take.
+    """
+
+    dtype: str = "fp32"
+    sampler: str = "ddim"
+    shallow: float | None = 0.1
+
+
+FITTED = {"fitted": Setting(), "fitted-bf16": Setting("bf16", shallow=None), "fitted-dpm": Setting(sampler="dpm++_2m")}
 SLACK = 1.002  # of a time, for what counting it in ticks rounds up
 CENTERS, POWERS = (5, 10, 15, 25, 35), (1.1, 1.2, 1.4, 1.6)
 JUDGES = {
@@ -72,11 +94,11 @@ def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def pipeline(work: Path, *, depths: bool = False) -> FastCachePipeline:
-    """The bundled model on OpenVINO, in float32, built once; with branch 2 beside branch 0, or that alone."""
-    name, branches = ("depths", [0, 2]) if depths else ("engines", 0)
+def pipeline(work: Path, *, depths: bool = False, dtype: str = "fp32") -> FastCachePipeline:
+    """The bundled model on OpenVINO, built once; with branch 2 beside branch 0, or that alone."""
+    name, branches = ("depths", [0, 2]) if depths else ("engines" if dtype == "fp32" else f"engines-{dtype}", 0)
     bundle = fastcache.build_engines(
-        "demo", work / name, backend="openvino", batch="1:4:16", branch_id=branches, progress=say
+        "demo", work / name, backend="openvino", dtype=dtype, batch="1:4:16", branch_id=branches, progress=say
     )
     return FastCachePipeline(bundle)
 
@@ -200,6 +222,33 @@ def refine_command(
     write_plans(file, made)
 
 
+@app.command("fit")
+def fit_command(
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(FITTED)}.")] = "fitted",
+    work: Work = WORK,
+    results: Results = RESULTS,
+) -> None:
+    """Fitted plans for 7, 10, 14 and 21 full steps, and rivals of as long; writes SETTING.json."""
+    own = FITTED[setting]
+    pipe = pipeline(work, dtype=own.dtype)
+    fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, STEPS, GUIDANCE), say)
+    times = (
+        StepTimes(10.0, {0: 10 * own.shallow}, 1) if own.shallow else measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
+    )
+    say(f"{times}")
+    made = dict[str, CachePlan]()
+    for budget in BUDGETS:
+        start = time.perf_counter()
+        made[f"fitted-{budget}"] = budget_plan(fitting, times, budget, say)
+        say(f"planning for {budget} full steps took {time.perf_counter() - start:.0f} s")
+        for how in FORETOLD:
+            made[f"skip {how}-{budget}"] = fitting.skipping(budget, how)
+        for sampler in ("ddim", "dpm++_2m", "unipc", "euler"):
+            calls = num_calls(pipe.bundle.manifest, sampler, budget)
+            made[f"{sampler}-{budget}"] = replace(CachePlan.all_full(calls), model="demo", sampler=sampler)
+    write_plans(results / f"{setting}.json", made)
+
+
 def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
     """What is drawn together, and so compared at the same moments."""
     plans = read_plans(results / "plans.json")
@@ -210,15 +259,18 @@ def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
             for name, forecast in FORECASTS.items():
                 if kind == "uniform" or forecast.order == 1:
                     found["forecast"][f"{kind}, {name}-{count}"] = replace(plans[f"{kind}-{count}"], forecast=forecast)
-    for name, file in (("refined", "refined.json"), ("choices", "choices.json")):
-        if (results / file).is_file():
-            found[name] = read_plans(results / file)
+    for name in ("refined", "choices", *FITTED):
+        if (file := results / f"{name}.json").is_file():
+            found[name] = read_plans(file)
+    if "fitted" in found:
+        fitted = {name: plan for name, plan in found["fitted"].items() if name.startswith("fitted")}
+        found["converged"] = {"steps-50": CachePlan.all_full(STEPS)} | fitted
     return found
 
 
 @app.command("draw")
 def draw_command(
-    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, refined, choices, or all.")] = "all",
+    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, fitted, ..., or all.")] = "all",
     images: int = 200,
     most: Annotated[int | None, typer.Option(help="Stop after so many new batches.")] = None,
     work: Work = WORK,
@@ -229,8 +281,10 @@ def draw_command(
     names = list(known) if experiment == "all" else [experiment]
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
-        pipe = pipeline(work, depths=name == "choices")
-        candidates = candidates_of(pipe, known[name], SAMPLER, STEPS)
+        setting = FITTED.get(name, Setting())
+        pipe = pipeline(work, depths=name == "choices", dtype=setting.dtype)
+        steps = CONVERGED if name == "converged" else STEPS
+        candidates = candidates_of(pipe, known[name], setting.sampler, steps)
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
             if file.is_file() or left == 0:
@@ -239,7 +293,7 @@ def draw_command(
             draw_one(pipe, candidates, prompts, number, file)
             left = None if left is None else left - 1
         if all(file.is_file() for file in files):
-            summarise(name, candidates, files, prompts, results)
+            summarise(name, setting, candidates, files, prompts, results)
 
 
 def draw_one(
@@ -260,7 +314,12 @@ def draw_one(
 
 
 def summarise(
-    name: str, candidates: Sequence[Candidate], files: Sequence[Path], prompts: Sequence[str], results: Path
+    name: str,
+    setting: Setting,
+    candidates: Sequence[Candidate],
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    results: Path,
 ) -> None:
     """Per-picture numbers and means with intervals, of all batches."""
     batches = [json.loads(file.read_text()) for file in files]
@@ -282,13 +341,13 @@ def summarise(
     document = {
         "conditions": {
             "model": "demo",
-            "steps": STEPS,
-            "sampler": SAMPLER,
+            "steps": candidates[0].steps,
+            "sampler": setting.sampler,
             "guidance_scale": GUIDANCE,
             "images": len(prompts),
             "batch": BATCH,
             "threads": torch.get_num_threads(),
-            "backend": "openvino fp32",
+            "backend": f"openvino {setting.dtype}",
             "intervals": "95%, bootstrap over pictures",
         },
         "rows": rows,
@@ -322,24 +381,6 @@ def show_command(
         cached |= documents.get("forecast", {"rows": {}})["rows"]
         pairs = list(zip(INTERVALS, FEWER_STEPS, strict=True))
         typer.echo(f"\nequal time\n\n{tables.equal_time(cached, documents['steps']['rows'], pairs)}")
-
-
-def threshold_for(changes: Sequence[float] | np.ndarray, refreshes: int) -> float:
-    """A threshold that gives as many refreshes as asked for, or the nearest number above it that one gives.
-
-    Raises: `ValueError` for fewer than one refresh or more than there are steps.
-    """
-    if not 1 <= refreshes <= len(changes):
-        raise ValueError(f"expected 1 to {len(changes)} refreshes, got {refreshes}")
-    low, high = 0.0, float(np.sum(changes[1:])) + 1.0  # the upper end gives one refresh
-    for _ in range(60):
-        middle = (low + high) / 2
-        if len(threshold_refreshes(changes, middle)) > refreshes:
-            low = middle
-        else:
-            high = middle
-    # the count falls as the threshold grows, but may pass over some numbers
-    return high if len(threshold_refreshes(changes, high)) == refreshes else low
 
 
 def local_search(refreshes: Steps, num_steps: int, score: Callable[[Steps], float], moves: int, seed: int = 0) -> Steps:

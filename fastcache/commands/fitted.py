@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+_CALIBRATED_ON = 4  # pictures, for the rivals that reuse by a calibration
+
 
 def fitted(
     engines: Path, branches: Sequence[int], flags: Mapping[str, Any], made: CachePlan | None = None
@@ -92,6 +94,7 @@ def write_frontier(
     from fastcache.evaluate.judges import psnr_db
     from fastcache.files import write_whole
     from fastcache.planning.frontier import QUALITIES, quality_plans, rivals
+    from fastcache.planning.planning import kept_calibration
 
     folder.mkdir(parents=True, exist_ok=True)
     plans = quality_plans(fitting, times, say)
@@ -99,7 +102,15 @@ def write_frontier(
         write_whole(folder / f"{name}.json", (plan.to_json() + "\n").encode())
     sampler, steps = reference.sampler, reference.num_inference_steps
     budgets = [share * fitting.table.num_calls for share in QUALITIES.values()]
-    arms = rivals(pipe, sampler, steps, budgets, times)
+    calibration = kept_calibration(
+        pipe,
+        fitting.prompts[:_CALIBRATED_ON],
+        sampler=sampler,
+        num_steps=steps,
+        guidance_scale=reference.guidance_scale,
+        say=say,
+    )
+    arms = rivals(pipe, fitting, budgets, times, calibration)
     arms += [Candidate(name, plan, sampler, steps) for name, plan in plans.items()]
     left_out = fitting.left_out
     found = evaluate(

@@ -64,7 +64,7 @@ def plan(
     forecast_by: Annotated[str, typer.Option(help="Over the step, or the noise level (sigma).")] = "step",
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 16,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 8,
     guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; the model's own.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
     json_: Json = False,

@@ -26,8 +26,9 @@ class Fit:
     step k's own last, count in the state before the next point, or in the result: x, e, x, e, ...
 
     The rest says what the rows hold for: the guidance scale, the picture's size in pixels, the model's weights, backend
-    and dtype of the engines; and what they came from: so many calibration `images`, left-out pictures at `psnr_db` to
-    the reference's, and the U-Net's time in uncached `full_steps`, where these were measured.
+    and dtype of the engines; and what they came from: so many calibration `images` (none for rows by a formula),
+    left-out pictures at `psnr_db` to the reference's, and the U-Net's time in uncached `full_steps`, where these were
+    measured.
 
     Raises: `ValueError` for points or rows that do not fit each other.
     """
@@ -46,9 +47,9 @@ class Fit:
     full_steps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "height", "width", "images"):
-            if not is_int(value := getattr(self, name)) or value < 1:
-                raise expected(f"{name} of 1 or more in a fit", value, _REMEDY)
+        for name, least in (("num_inference_steps", 1), ("height", 1), ("width", 1), ("images", 0)):
+            if not is_int(value := getattr(self, name)) or value < least:
+                raise expected(f"{name} of {least} or more in a fit", value, _REMEDY)
         for name in ("weights_sha256", "backend", "dtype"):
             if not isinstance(value := getattr(self, name), str):
                 raise expected(f"{name} to be a string in a fit", value, _REMEDY)

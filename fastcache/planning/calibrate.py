@@ -76,7 +76,7 @@ def calibrate(
         stored.append(features)
         noise_rms[:, j] = _rms(guided)
         pushes = dict[str, Tensor]()
-        sources = [s for s in range(j + 1) if j - s <= _NEAR or s % 4 == 0]
+        sources = _sources(j)
         for b, branch_id in enumerate(denoiser.branch_ids):
             kept = [stored[s][b] for s in sources]
             missed = denoiser.reuse(samples[0], timestep, guidance_scale, branch_id, kept) - guided
@@ -97,6 +97,18 @@ def calibrate(
                 trial.size = _rms(pushes[trial.kind]) if trial.kind == "reuse" else np.ones(images)
         walk.step(noise_preds, walk.drawn(generators))
     return _measured(errors, noise_rms, changes, walk.latents, trials, see)
+
+
+def passes_of(calls: int, branches: int, *, gains: bool = True, guidance: bool = False) -> tuple[int, int]:
+    """How many full and shallow passes a measurement takes of each picture."""
+    trials = _spread(1, calls) * gains + _spread(0, calls) * guidance
+    full = calls + sum(calls - call for call in trials)
+    return full, branches * sum(len(_sources(j)) for j in range(calls))
+
+
+def _sources(j: int) -> list[int]:
+    """The steps whose features are tried at step j."""
+    return [s for s in range(j + 1) if j - s <= _NEAR or s % 4 == 0]
 
 
 @dataclass
@@ -172,6 +184,8 @@ def calibrate_bundle(
     def see(latents: Tensor) -> Tensor:
         return pipe.pictures.decode(latents.contiguous(), "pt")
 
+    full, shallow = passes_of(table.num_calls, len(manifest.branches), gains=gains, guidance=guidance)
+    say(f"calibrating takes {full} full and {shallow} shallow passes of each of {len(prompts)} pictures")
     for start, batch in batches(prompts, profile.max):
         say(f"calibrating on prompts {start + 1} to {start + len(batch)} of {len(prompts)}")
         embeds = torch.cat([pipe.encode_prompt([""] * len(batch)), pipe.encode_prompt(batch)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,23 +18,24 @@ from torch import Tensor
 from fastcache.cut.names import FULL, shallow_pass
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid
-from fastcache.loop.plan import CachePlan
+from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows
 from fastcache.planning.routes import Route, Scope, find_routes, most_steps
+from fastcache.planning.skipping import FORETOLD, skipping_rows
 from fastcache.planning.walks import Walks
 from fastcache.planning.ways import StepTimes
 
 Say = Callable[[str], None]
 
 _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
-_TRIES: Final = (
-    50  # changes of a plan: 38.2 to 40.9 dB of latents for 10 full steps, 29.8 to 31.8 for 7 (bundled model)
-)
+_MOST: Final = 400  # full steps a picture that a plan may take: reference, search, changes and the fit
+_LEAST_TRIES: Final = 10  # changes of a plan
 _STARTS: Final = 5
+_FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
 
 @dataclass(frozen=True)
@@ -63,38 +64,38 @@ class Fitting:
     ) -> None:
         if not prompts:
             raise ValueError("expected one prompt or more to fit on, got none")
-        self._pipe, self._prompts, self._for, self._say = pipe, list(prompts), reference, say
+        self._pipe, self.prompts, self.reference, self._say = pipe, list(prompts), reference, say
         scheduler = pipe.bundle.manifest.model.scheduler
         self.table = compile_sampler(make_scheduler(reference.sampler, scheduler), reference.num_inference_steps)
         self._prediction = str(scheduler.get("prediction_type", "epsilon"))
         self._grid = Grid.of(self.table, self._prediction)
-        count = len(self._prompts)
+        count = len(self.prompts)
         self._fitted = count if count < 3 else count - count // 3
         self._searched_on = min(_SEARCHED_ON, self._fitted)
 
     @property
     def left_out(self) -> list[str]:
         """The prompts that nothing is fitted on; all of them where there are too few to leave one out."""
-        return self._prompts[self._fitted :] or self._prompts
+        return self.prompts[self._fitted :] or self.prompts
 
     @property
     def images(self) -> int:
-        return len(self._prompts)
+        return len(self.prompts)
 
     def _walks(self, first: int, end: int) -> Walks:
         return Walks(
             self._pipe,
-            self._prompts[first:end],
+            self.prompts[first:end],
             range(first, end),
             table=self.table,
-            guidance_scale=self._for.guidance_scale,
+            guidance_scale=self.reference.guidance_scale,
         )
 
     @cached_property
     def _all(self) -> tuple[Walks, list[Tensor]]:
         """Every picture, and its reference run."""
-        self._say(f"reference: {self.table.num_calls} full steps of {len(self._prompts)} pictures")
-        walks = self._walks(0, len(self._prompts))
+        self._say(f"reference: {self.table.num_calls} full steps of {len(self.prompts)} pictures")
+        walks = self._walks(0, len(self.prompts))
         return walks, walks.reference()
 
     @cached_property
@@ -132,28 +133,50 @@ class Fitting:
         psnr_db = _psnr(self._seen(left_out), self._wanted) if len(left_out) else None
         if fitted.defaults:
             self._say(f"{fitted.defaults} of {len(points)} rows stay as they were: left-out pictures gain nothing")
+        return self._with_rows(plan, points, fitted.rows, images=fit_on, psnr_db=psnr_db, full_steps=full_steps)
+
+    def skipping(self, calls: int, how: str) -> CachePlan:
+        """A run of all the reference's steps, so many of them with a call, evenly, and the noise foretold at others.
+
+        `how` is one of `FORETOLD`. Nothing is fitted.
+        """
+        points = [call * self.table.num_calls // calls for call in range(calls)]
+        rows = skipping_rows(self.table, self._prediction, points, FORETOLD[how])
+        plan = CachePlan((FULL,) * calls, made_by=f"skipping({how})")
+        return self._with_rows(plan, points, rows, images=0)
+
+    def _with_rows(
+        self, plan: CachePlan, points: Sequence[int], rows: Sequence[tuple[float, ...]], **found: Any
+    ) -> CachePlan:
+        """The plan with rows for these points, and what they hold for."""
         manifest = self._pipe.bundle.manifest
         fit = Fit(
-            num_inference_steps=self._for.num_inference_steps,
+            num_inference_steps=self.reference.num_inference_steps,
             points=tuple(points),
-            rows=fitted.rows,
-            guidance_scale=self._for.guidance_scale,
+            rows=tuple(rows),
+            guidance_scale=self.reference.guidance_scale,
             height=manifest.height,
             width=manifest.width,
             weights_sha256=manifest.weights_sha256,
             backend=manifest.backend,
             dtype=manifest.dtype,
-            images=fit_on,
-            psnr_db=psnr_db,
-            full_steps=full_steps,
+            **found,
         )
-        return replace(plan, model=manifest.model.name, sampler=self._for.sampler, fit=fit)
+        return replace(plan, model=manifest.model.name, sampler=self.reference.sampler, fit=fit)
 
     def full_steps(self, costs: Mapping[str, float], scope: Scope) -> float:
         """What the reference, a search and the fits of a scope take at most, in full steps of one picture."""
-        calls, count, budgets = self.table.num_calls, len(self._prompts), sum(scope.budgets)
-        searched = most_steps(calls, costs, scope.width) + (_TRIES + _STARTS) * budgets
-        return count * (calls + budgets) + self._searched_on * searched
+        tries = sum((self._tries(costs, scope, budget) + _STARTS) * budget for budget in scope.budgets)
+        return self._without_changes(costs, scope) + self._searched_on * tries
+
+    def _without_changes(self, costs: Mapping[str, float], scope: Scope) -> float:
+        searched = self._searched_on * most_steps(self.table.num_calls, costs, scope.width)
+        return len(self.prompts) * (self.table.num_calls + sum(scope.budgets)) + searched
+
+    def _tries(self, costs: Mapping[str, float], scope: Scope, budget: float) -> int:
+        """How many changes of a plan there is room for."""
+        left = _MOST * len(self.prompts) - self._without_changes(costs, scope) / len(scope.budgets)
+        return max(_LEAST_TRIES, int(left / (self._searched_on * budget)) - _STARTS)
 
     def routes(self, costs: Mapping[str, float], scope: Scope) -> list[Route]:
         """Routes for the budgets of a scope, and cheaper ones, by what is near the reference on the way."""
@@ -166,28 +189,32 @@ class Fitting:
         count = self._searched_on
         return self._walks(0, count), [state[:count] for state in self._all[1]]
 
-    def best(self, routes: Sequence[Route], costs: Mapping[str, float], budget: float) -> CachePlan:
+    def best(self, routes: Sequence[Route], costs: Mapping[str, float], scope: Scope, budget: float) -> CachePlan:
         """The nearest plan within a budget: of these routes and of even ones the best, climbed from, and fitted."""
-        calls = self.table.num_calls
+        calls, tries = self.table.num_calls, self._tries(costs, scope, budget)
         within = [route for route in routes if route.full_steps <= budget + 1e-9][-2:]
         starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
         starts += families(calls, costs, budget)
-        self._say(f"choosing among {len(starts)} plans and {_TRIES} changes of the best for {budget:g} full steps")
-        stops, _ = climb(starts, calls, costs, budget, self._score, _TRIES)
+        self._say(f"choosing among {len(starts)} plans and {tries} changes of the best for {budget:g} full steps")
+        stops, score = climb(starts, calls, costs, budget, self._score, tries // 2)
+        forecast = max(_FORECASTS, key=lambda one: score if one is None else self._score(stops, one))
+        stops, _ = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)
         points, passes = zip(*stops, strict=True)
         self._say(f"fitting {len(points)} steps, {passes.count(FULL)} of them in full")
-        plan = CachePlan(passes, made_by=f"budget({budget:g})")
+        plan = CachePlan(passes, made_by=f"budget({budget:g})", forecast=forecast)
         return self.fit(plan, points, cost_of(stops, costs))
 
-    def _score(self, stops: Stops) -> float:
+    def _score(self, stops: Stops, forecast: Forecast | None = None) -> float:
         """How near the latents of a fitted run end, in dB."""
         walks, states = self._searching
+        points, passes = zip(*stops, strict=True)
+        walks.forecast(CachePlan(passes, forecast=forecast), points)
         fitted = fit_rows(
-            lambda step, x: walks.predict(stops[step][1], stops[step][0], x),
+            lambda step, x: walks.predict(passes[step], points[step], x, step),
             states,
             self.table,
             self._prediction,
-            [point for point, _ in stops],
+            points,
         )
         return _psnr(fitted.result, states[-1])
 

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from fastcache.cut.names import FULL
+from fastcache.cut.names import shallow_pass
 from fastcache.evaluate.evaluate import UNCACHED, Candidate, num_calls
 from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.calibration import Calibration
 from fastcache.planning.fitting import Fitting, costs_of
+from fastcache.planning.planning import optimal_plan, threshold_plan
 from fastcache.planning.routes import Scope
+from fastcache.planning.search import threshold_for
+from fastcache.planning.skipping import FORETOLD
 from fastcache.planning.ways import StepTimes
 
 Say = Callable[[str], None]
@@ -48,32 +52,49 @@ def _plans(fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say
     steps = fitting.full_steps(costs, scope)
     say(f"planning takes about {steps:.0f} full steps of a picture, {steps * times.full_ms / times.batch / 1e3:.0f} s")
     routes = fitting.routes(costs, scope)
-    return {name: fitting.best(routes, costs, budget) for name, budget in budgets.items()}
+    return {name: fitting.best(routes, costs, scope, budget) for name, budget in budgets.items()}
 
 
 def rivals(
-    pipe: FastCachePipeline, sampler: str, steps: int, budgets: Sequence[float], times: StepTimes
+    pipe: FastCachePipeline, fitting: Fitting, budgets: Sequence[float], times: StepTimes, calibration: Calibration
 ) -> list[Candidate]:
-    """The uncached run, and what else there is for these budgets: fewer steps, refreshes at intervals, a forecast."""
-    calls, costs = num_calls(pipe.bundle.manifest, sampler, steps), costs_of(times)
-    shallow = min(cost for name, cost in costs.items() if name != FULL)
-    branch = pipe.bundle.manifest.branch_id
+    """The uncached run, and what else there is for these budgets.
+
+    Fewer steps of four samplers; all steps, of which some foretell the noise in place of a call; and all steps with
+    refreshes at an interval, dense around a step, by a threshold, or at the optimal steps, with and without a forecast.
+    """
+    manifest, sampler, steps = pipe.bundle.manifest, fitting.reference.sampler, fitting.reference.num_inference_steps
+    calls, costs = fitting.table.num_calls, costs_of(times)
+    branch = manifest.branch_id
+    shallow = costs[shallow_pass(branch)]
     found = [Candidate(UNCACHED, CachePlan.all_full(calls), sampler, steps)]
     for budget in budgets:
         fewer = math.floor(budget)
         for name in _FEWER_STEPS:
-            plan = CachePlan.all_full(num_calls(pipe.bundle.manifest, name, fewer))
+            plan = CachePlan.all_full(num_calls(manifest, name, fewer))
             found.append(Candidate(f"{name} {fewer}", plan, name, fewer))
+        found += [Candidate(f"skip {how} {fewer}", fitting.skipping(fewer, how), sampler, steps) for how in FORETOLD]
         refreshes = math.floor((budget - calls * shallow) / (1 - shallow))
-        if refreshes < 1:
-            continue
-        interval = math.ceil(calls / refreshes)
-        uniform = CachePlan.uniform(calls, interval, branch)
-        found += [
-            Candidate(f"1:{interval}", uniform, sampler, steps),
-            Candidate(f"1:{interval} forecast", replace(uniform, forecast=Forecast(by="sigma")), sampler, steps),
-        ]
-        if 1 < interval < calls:
-            nonuniform = CachePlan.nonuniform(calls, interval, 0.3 * calls, 1.4, branch)
-            found.append(Candidate(f"non-uniform 1:{interval}", nonuniform, sampler, steps))
+        if refreshes >= 1:
+            plans = _of_all_steps(calls, math.ceil(calls / refreshes), refreshes, branch, calibration)
+            found += [Candidate(name, plan, sampler, steps) for name, plan in plans.items()]
     return list({arm.name: arm for arm in found}.values())
+
+
+def _of_all_steps(
+    calls: int, interval: int, refreshes: int, branch: int, calibration: Calibration
+) -> dict[str, CachePlan]:
+    uniform, optimal = CachePlan.uniform(calls, interval, branch), optimal_plan(calibration, branch, refreshes)
+    by_sigma = Forecast(by="sigma")
+    found = {
+        f"1:{interval}": uniform,
+        f"1:{interval} forecast": replace(uniform, forecast=by_sigma),
+        f"threshold {refreshes}": threshold_plan(
+            calibration, branch, threshold_for(calibration.change[calibration.branch(branch)], refreshes)
+        ),
+        f"optimal {refreshes}": optimal,
+        f"optimal {refreshes} forecast": replace(optimal, forecast=by_sigma),
+    }
+    if 1 < interval < calls:
+        found[f"non-uniform 1:{interval}"] = CachePlan.nonuniform(calls, interval, 0.3 * calls, 1.4, branch)
+    return found

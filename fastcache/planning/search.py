@@ -141,3 +141,21 @@ def threshold_refreshes(changes: Sequence[float] | Array, threshold: float) -> S
             refreshes.append(step)
             gathered = 0.0
     return tuple(refreshes)
+
+
+def threshold_for(changes: Sequence[float] | Array, refreshes: int) -> float:
+    """A threshold that gives as many refreshes as asked for, or the nearest number above it that one gives.
+
+    Raises: `ValueError` for fewer than one refresh or more than there are steps.
+    """
+    if not 1 <= refreshes <= len(changes):
+        raise ValueError(f"expected 1 to {len(changes)} refreshes, got {refreshes}")
+    low, high = 0.0, float(np.sum(changes[1:])) + 1.0  # the upper end gives one refresh
+    for _ in range(60):
+        middle = (low + high) / 2
+        if len(threshold_refreshes(changes, middle)) > refreshes:
+            low = middle
+        else:
+            high = middle
+    # the count falls as the threshold grows, but may pass over some numbers
+    return high if len(threshold_refreshes(changes, high)) == refreshes else low

@@ -19,6 +19,7 @@ from fastcache.planning.search import (
     optimal_intervals,
     optimal_refreshes,
     refresh_moves,
+    threshold_for,
     threshold_refreshes,
 )
 
@@ -131,3 +132,12 @@ def test_a_number_of_refreshes_that_no_plan_has(refreshes: int) -> None:
 def test_a_threshold_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold above 0"):
         threshold_refreshes([1, 1], 0)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=60), st.data())
+def test_a_threshold_is_found_for_a_number_of_refreshes(changes: list[float], data: st.DataObject) -> None:
+    refreshes = data.draw(st.integers(1, len(changes)))
+    count = len(threshold_refreshes(changes, threshold_for(changes, refreshes)))
+    assert count >= refreshes
+    if len(set(changes)) == 1 and refreshes in (1, len(changes)):
+        assert count == refreshes

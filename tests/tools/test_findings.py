@@ -1,4 +1,4 @@
-"""tools/findings.py: its thresholds and its local search."""
+"""tools/findings.py: its local search."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fastcache.planning.search import threshold_refreshes
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -23,17 +19,6 @@ def findings() -> Any:
         return importlib.import_module("findings")
     finally:
         sys.path.remove(str(TOOLS))
-
-
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=60), st.data())
-def test_a_threshold_is_found_for_a_number_of_refreshes(
-    findings: Any, changes: list[float], data: st.DataObject
-) -> None:
-    refreshes = data.draw(st.integers(1, len(changes)))
-    count = len(threshold_refreshes(changes, findings.threshold_for(changes, refreshes)))
-    assert count >= refreshes
-    if len(set(changes)) == 1 and refreshes in (1, len(changes)):
-        assert count == refreshes
 
 
 def test_local_search_improves_and_keeps_the_number(findings: Any) -> None:
