@@ -29,6 +29,9 @@ from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
 from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch, num_calls
 from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
+from fastcache.loop.fitted import default_rows
+from fastcache.loop.scheduler import make_scheduler
+from fastcache.loop.table import compile_sampler
 from fastcache.planning.calibration import Calibration
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan
@@ -50,6 +53,7 @@ CALIBRATION_PROMPTS = 8
 FIRST_SEED = 5000  # of the held-out pictures
 BATCH = 8
 BUDGETS = (7, 10, 14, 21)  # in full steps
+CARRIED = ("fitted-10", "fitted-14")
 CONVERGED = 150  # steps of a run that more steps change no more
 FORECASTS = {
     "linear": Forecast(order=1),
@@ -247,6 +251,48 @@ def fit_command(
             calls = num_calls(pipe.bundle.manifest, sampler, budget)
             made[f"{sampler}-{budget}"] = replace(CachePlan.all_full(calls), model="demo", sampler=sampler)
     write_plans(results / f"{setting}.json", made)
+
+
+@app.command("carry")
+def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULTS) -> None:
+    """How far rows carry that were fitted at guidance 4 and 64x64: gain over default rows; writes carry.json."""
+    plans = {name: plan for name, plan in read_plans(results / "fitted.json").items() if name in CARRIED}
+    ways = {f"guidance {scale:g}": {"guidance_scale": scale} for scale in (1.5, 2.0, 3.0, 4.0, 5.5, 8.0, 12.0)}
+    ways |= {"negative prompt": {"negative_prompt": "a small blue ring"}, "96x96": {"height": 96, "width": 96}}
+    pipe = FastCachePipeline(
+        fastcache.build_engines(
+            "demo", work / "sizes", backend="openvino", sizes=("64x64", "96x96"), batch="1:4:16", progress=say
+        )
+    )
+    reference = compile_sampler(make_scheduler(SAMPLER, pipe.bundle.manifest.model.scheduler), STEPS)
+    found: dict[str, Any] = {}
+    for way, own in ways.items():
+        for name, plan in plans.items():
+            if (fit := plan.fit) is None:
+                continue
+            fit = replace(fit, height=own.get("height", 64), width=own.get("width", 64))
+            plain = replace(fit, rows=tuple(default_rows(reference, "v_prediction", fit.points)))
+            gains = list[float]()
+            for start in range(0, images, BATCH):
+                common: dict[str, Any] = {
+                    "prompt": judges.held_out_prompts(images)[start : start + BATCH],
+                    "seed": range(FIRST_SEED + start, FIRST_SEED + min(start + BATCH, images)),
+                    "guidance_scale": GUIDANCE,
+                    "output_type": "pt",
+                }
+                full, *others = (
+                    pipe(**(common | own | more)).images
+                    for more in (
+                        {"num_inference_steps": STEPS, "sampler": SAMPLER},
+                        {"plan": replace(plan, fit=fit)},
+                        {"plan": replace(plan, fit=plain, forecast=None)},
+                    )
+                )
+                fitted, default = (psnr_db_each(drawn, full) for drawn in others)
+                gains += (fitted - default).tolist()
+            found.setdefault(way, {})[name] = vars(mean_of(np.array(gains)))
+            say(f"{way}, {name}: {tables.interval(found[way][name], sign=True)} dB over default rows")
+    (results / "carry.json").write_text(json.dumps({"images": images, "gains_db": found}, indent=1) + "\n")
 
 
 def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:

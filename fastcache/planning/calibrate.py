@@ -25,7 +25,7 @@ from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.calibration import Array, Calibration, Conditions, Measurements
 from fastcache.planning.trajectory import Denoiser, EngineDenoiser, Feature, Walk, draw_noise
 
-_TRIED: Final = 6  # steps of a run that gains are measured at
+_TRIED, _LAST = 5, 3  # steps of a run that gains are measured at, and how many more of the last ones
 _NEAR: Final = 8  # errors of features as many steps old or less are all measured, of older ones every fourth
 GAIN_LAG: Final = 3  # the errors that gains are measured with are those of a feature three steps old, as in 1:4 reuse
 
@@ -121,10 +121,15 @@ class _Trial:
 
 
 def _spread(first: int, calls: int) -> list[int]:
-    """A few calls from `first` to the last, closer at the beginning, where most changes from one to the next."""
-    count = min(_TRIED, calls - first)
-    shares = np.linspace(0, 1, count) ** 1.5 if count < calls - first else np.linspace(0, 1, count)
-    return sorted({round(first + share * (calls - 1 - first)) for share in shares.tolist()})
+    """A few calls from `first` to the last, closer at both ends, where most changes from one to the next.
+
+    A trial takes a full pass at every call after its own, so those at the end cost next to nothing.
+    """
+    last = range(max(first, calls - _LAST), calls)
+    if last.start - first < _TRIED:
+        return list(range(first, calls))
+    shares = np.linspace(0, 1, _TRIED) ** 1.5
+    return sorted({*(round(first + share * (last.start - first)) for share in shares.tolist()), *last})
 
 
 def _measured(
@@ -150,13 +155,14 @@ def _measured(
 
 
 def _between(tried: Sequence[_Trial], moved: Array, calls: int) -> Array:
-    """What an error at each call moves, from those tried: in between directions turn and sizes change evenly.
+    """What an error at each call moves, from those tried: in between directions turn evenly and sizes by a factor.
 
     Before the first that was tried nothing moves. Shapes: `moved` (trials, n); returns (calls, n).
     """
     points, sizes = [trial.call for trial in tried], np.linalg.norm(moved, axis=1)
     mixed = np.stack([np.interp(range(calls), points, column) for column in np.eye(len(points))], 1) @ moved
-    wanted, got = np.interp(range(calls), points, sizes, left=0.0), np.linalg.norm(mixed, axis=1)
+    logarithms = np.log(np.maximum(sizes, np.finfo(np.float32).tiny))
+    wanted, got = np.exp(np.interp(range(calls), points, logarithms, left=-np.inf)), np.linalg.norm(mixed, axis=1)
     return mixed * np.divide(wanted, got, out=np.zeros_like(got), where=got > 0)[:, None]
 
 

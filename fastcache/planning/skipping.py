@@ -8,6 +8,7 @@ row, and the run is that of a plan which visits its calls alone. Nothing is fitt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from fastcache.loop.fit import MOST_LOOKED_BACK
 from fastcache.loop.fitted import Grid
 from fastcache.loop.table import SamplerTable
+
+_FORETOLD_FROM: Final = MOST_LOOKED_BACK - 1  # calls; a sampler of two steps looks back to what one of them foretold
 
 Foretell = Callable[[Sequence[float], float], list[float]]
 """Where the last calls were, oldest first, and where a step without one is -> what each call's noise counts there."""
@@ -83,7 +86,7 @@ def skipping_rows(
 
 def _foretold(grid: Grid, state: Tensor, basis: Tensor, called: Sequence[int], call: int, foretell: Foretell) -> Tensor:
     """What the network would give at a call, by the noise of the last ones."""
-    first = max(0, len(called) - MOST_LOOKED_BACK)
+    first = max(0, len(called) - _FORETOLD_FROM)
     noise = torch.zeros_like(state)
     for k, share in enumerate(foretell([float(point) for point in called[first:]], float(call)), first):
         of_x, of_e = grid.eps_weights(called[k])

@@ -17,7 +17,7 @@ from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import find_model
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import compile_sampler
-from fastcache.planning.calibrate import GAIN_LAG, MeasuredBatch, calibrate, calibrate_bundle
+from fastcache.planning.calibrate import GAIN_LAG, MeasuredBatch, calibrate, calibrate_bundle, passes_of
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.eager import EagerDenoiser
 from fastcache.planning.trajectory import draw_noise
@@ -175,6 +175,22 @@ def test_a_model_that_draws_from_a_picture_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_sdxl(tmp_path / "refiner", refiner=True)
     with pytest.raises(ValueError, match="expected a text-to-image model"):
         find_subject(str(folder))
+
+
+def test_of_a_long_run_few_steps_are_tried_and_the_rest_is_near(
+    unet: Any, conditioning: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = EagerDenoiser(unet, conditioning, 2, (8, 8))
+    table = compile_sampler(DDIMScheduler(clip_sample=False), 16)
+    found = calibrate(denoiser, table, [3, 4], guidance_scale=SCALE)
+    full, shallow = passes_of(16, 1)
+    monkeypatch.setattr("fastcache.planning.calibrate._TRIED", 16)
+    every = calibrate(denoiser, table, [3, 4], guidance_scale=SCALE)
+    assert full < 0.6 * passes_of(16, 1)[0]
+    assert shallow < 16 * 17 / 2
+    np.testing.assert_allclose(found.gains, every.gains, rtol=0.35)
+    diagonals = [np.sqrt(np.diagonal(each.couplings, axis1=1, axis2=2)) for each in (found, every)]
+    np.testing.assert_allclose(diagonals[0], diagonals[1], rtol=0.35)
 
 
 def test_a_bundles_calibration_is_its_models(tiny_bundle: Bundle, tiny_model: Path) -> None:
