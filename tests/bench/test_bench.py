@@ -234,6 +234,7 @@ def ran(outcome: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm["name"]: arm for arm in outcome["arms"] if "skipped" not in arm}
 
 
+@pytest.mark.slow
 def test_every_arm_has_its_figures_or_a_reason(outcome: dict[str, Any]) -> None:
     assert tuple(arm["name"] for arm in outcome["arms"]) == ARMS
     skipped = {arm["name"]: arm["skipped"] for arm in outcome["arms"] if "skipped" in arm}
@@ -359,6 +360,7 @@ def key_of(arm: Arm) -> str:
     return arm.dtype
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_ended_and_loaded_again_and_what_fails_says_why(tiny_model: Path) -> None:
     """No memory at all: processes take turns; an arm in one that comes back runs once untimed before it is timed."""
     settings = settings_for(tiny_model, steps=2)

@@ -105,6 +105,7 @@ def test_equal_weights_are_stored_once(tiny_bundle: Bundle) -> None:
     assert manifest.weights_bytes == end == tiny_bundle.file("unet.weights").stat().st_size
 
 
+@pytest.mark.slow
 def test_another_recipe_needs_force(tiny_model: Path, bundle_copy: Path) -> None:
     before = content(bundle_copy)
     recipe = Recipe(model=str(tiny_model), components=("unet",))
@@ -121,6 +122,7 @@ def test_another_recipe_needs_force(tiny_model: Path, bundle_copy: Path) -> None
     assert names(bundle_copy.parent) == [".bundle.lock", "bundle"]
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_rebuilt(tiny_model: Path, bundle_copy: Path, tiny_bundle: Bundle) -> None:
     (bundle_copy / "unet.weights").unlink()
     bundle = fastcache.build_engines(tiny_model, output=bundle_copy)
@@ -203,6 +205,7 @@ def test_an_interrupted_build_leaves_nothing(tiny_model: Path, tmp_path: Path) -
     assert [has_ended(process) for process in workers] == [True]
 
 
+@pytest.mark.slow
 def test_a_killed_builder_and_two_at_once_after_it(tiny_model: Path, tmp_path: Path) -> None:
     with start(BUILD, tiny_model, tmp_path / "out") as builder:
         next(line for line in builder.stdout or () if line.startswith("exporting"))
@@ -220,6 +223,7 @@ def test_a_killed_builder_and_two_at_once_after_it(tiny_model: Path, tmp_path: P
     assert names(tmp_path) == [".out.lock", "out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny_model: Path, tmp_path: Path) -> None:
     """The system refuses to write more than 8 KiB to a file, with the error of a file system that is full."""
     with start(BUILD_ON_A_FULL_DISK, tiny_model, tmp_path / "out") as builder:

@@ -130,6 +130,7 @@ def test_what_is_no_number_is_named(copy: Path, component: str, value: float) ->
     assert f"in {first.removeprefix('image_proj.')};" in message  # the adapter's two groups are read apart
 
 
+@pytest.mark.slow
 def test_a_build_of_a_text_encoder_that_lacks_half_is_refused(copy: Path, tmp_path: Path) -> None:
     """It used to be filled with random numbers, others at each load, and built with a parity of 4e-7."""
     edit(copy / "sd/text_encoder", lambda tensors: {k: v for k, v in tensors.items() if "layers.1" not in k})

@@ -81,6 +81,7 @@ def images(pipeline: Any, **arguments: Any) -> Tensor:
     return pipeline("a cat", num_inference_steps=6, output_type="latent", generator=own, **arguments).images
 
 
+@pytest.mark.slow
 def test_a_bundle_with_loras_draws_what_diffusers_draws_with_them_fused(
     files: list[Path], tiny_model: Path, merged: FastCachePipeline
 ) -> None:

@@ -18,7 +18,7 @@ from fastcache_engines import Binding, BuildOptions, inductor
 from live_pipelines import agreement_db
 
 # numpy's word to diffusers, not to us
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")]
 
 SIZES = ((32, 32), (64, 48))  # heights and widths in pixels
 # Each of four programs takes a compiler 20 s with the tiny model's own layers.
@@ -87,7 +87,6 @@ def test_a_size_it_was_not_built_for_is_refused(folder: Path) -> None:
         bound(folder, 64, 64)
 
 
-@pytest.mark.slow
 def test_a_bundle_picks_by_size(tiny_model: Path, builds: BuildStore) -> None:
     def save(folder: Path) -> None:
         shutil.copytree(tiny_model, folder, dirs_exist_ok=True)

@@ -91,6 +91,7 @@ def test_a_copied_helper_is_not_enabled(pipe: StableDiffusionPipeline) -> None:
         assert torch.equal(draw(pipe), drawn)
 
 
+@pytest.mark.slow
 def test_a_copied_helper_with_engines(demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline) -> None:
     with FastCacheHelper(own_pipe, engines=demo_bundle(0)) as helper:
         drawn = draw(own_pipe)

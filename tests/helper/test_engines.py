@@ -56,6 +56,7 @@ def test_engines_serve_a_multistep_scheduler_without_guidance(bundle: Bundle, pi
 UNIFORM = CachePlan.uniform(STEPS, 3)  # FULL at 0, 3 and 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "sampler"),
     [
@@ -81,6 +82,7 @@ def test_engines_follow_forecasts_and_unguided_steps(
         assert agreement_db(drawn, planned(pipe, None, plan)) >= 50
 
 
+@pytest.mark.slow
 def test_engines_go_on_with_half_where_guidance_is_switched_off(bundle: Bundle, pipe: StableDiffusionPipeline) -> None:
     """Between two refreshes; a FULL step there, which is nearer to the uncached run, would not agree."""
     drawn = [planned(pipe, engines, UNIFORM, **switch(3, guidance_off)) for engines in (bundle, None)]
@@ -130,6 +132,7 @@ def test_engines_of_another_architecture_are_refused(tiny_bundle: Bundle, pipe: 
     assert pipe.unet is unet
 
 
+@pytest.mark.slow
 def test_engines_of_several_depths_and_sizes(tiny_model: Path, builds: BuildStore) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     sizes, branch_ids = ("32x32", "48x32"), (0, 2)

@@ -39,7 +39,7 @@ from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet, save_ip_adapter, save_t2i_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")]
 
 OFF: dict[str, Any] = {"controlnet_conditioning_scale": 0.0, "adapter_conditioning_scale": 0.0, "ip_adapter_scale": 0.0}
 

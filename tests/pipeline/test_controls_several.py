@@ -27,7 +27,7 @@ from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")]
 
 PICTURES: dict[str, Any] = {"control_image": [picture(1), picture(2)]}
 

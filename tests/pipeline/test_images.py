@@ -183,6 +183,7 @@ def nine_channels(builds: BuildStore) -> tuple[FastCachePipeline, Any]:
     return fastcache.load(bundle.path), diffusers_pipeline(StableDiffusionInpaintPipeline, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"strength": 0.5}, {"num_images_per_prompt": 2, "seeds": (1, 2)}], ids=str)
 def test_a_unet_of_nine_channels_is_told_what_the_mask_leaves(
     arguments: dict[str, Any], nine_channels: tuple[FastCachePipeline, Any]

@@ -70,6 +70,7 @@ def test_all_full_draws_what_diffusers_draws(pipe: FastCachePipeline, reference:
     assert psnr_db(images(pipe, generator=seeded(1)[0]), expected) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 @pytest.mark.parametrize("branch_id", [0, 1, 3])
 def test_uniform_plans_draw_what_deepcache_draws(

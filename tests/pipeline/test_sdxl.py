@@ -20,7 +20,10 @@ from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.scheduler import make_scheduler
 from tiny_model import save_tiny_sdxl
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:.*tokens of the prompt")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:.*tokens of the prompt"),
+]
 
 PROMPT = "a red"
 STEPS = 8

@@ -17,14 +17,17 @@ from fastcache import BackendUnavailable, FastCachePipeline
 from fastcache.bundle.recipe import Size
 from fastcache.evaluate.quality import psnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:.*tokens of the prompt")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:.*tokens of the prompt"),
+]
 
 SIZES = ("32x32", "48x32", "64x64")
 STEPS = 6
 MOST_TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def pipe(request: pytest.FixtureRequest, tiny_model: Path, builds: BuildStore) -> Any:
     bundle = builds.bundle(tiny_model, backend=request.param, sizes=SIZES, max_tokens=MOST_TOKENS)
     return fastcache.load(bundle.path)
