@@ -28,7 +28,7 @@ import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
 from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch, num_calls
-from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
+from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each, ratio_of_medians
 from fastcache.loop.fitted import default_rows
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import compile_sampler
@@ -44,7 +44,7 @@ from fastcache.planning.planning import (
 )
 from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_for
 from fastcache.planning.skipping import FORETOLD
-from fastcache.planning.ways import StepTimes, Way, way_costs
+from fastcache.planning.ways import Way, way_costs
 
 STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
@@ -236,9 +236,9 @@ def fit_command(
     own = FITTED[setting]
     pipe = pipeline(work, dtype=own.dtype)
     fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, STEPS, GUIDANCE), say)
-    times = (
-        StepTimes(10.0, {0: 10 * own.shallow}, 1) if own.shallow else measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
-    )
+    times = measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
+    if own.shallow is not None:
+        times = replace(times, shallow_ms={0: own.shallow * times.full_ms})
     say(f"{times}")
     made = dict[str, CachePlan]()
     for budget in BUDGETS:
@@ -293,6 +293,23 @@ def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULT
             found.setdefault(way, {})[name] = vars(mean_of(np.array(gains)))
             say(f"{way}, {name}: {tables.interval(found[way][name], sign=True)} dB over default rows")
     (results / "carry.json").write_text(json.dumps({"images": images, "gains_db": found}, indent=1) + "\n")
+
+
+@app.command("time")
+def time_command(rounds: int = 40, work: Work = WORK, results: Results = RESULTS) -> None:
+    """What fitted rows take at run time: loops of fitted plans by those of the same plans with default rows."""
+    pipe = pipeline(work)
+    reference = compile_sampler(make_scheduler(SAMPLER, pipe.bundle.manifest.model.scheduler), STEPS)
+    for name, plan in read_plans(results / "fitted.json").items():
+        if plan.fit is None or not name.startswith("fitted"):
+            continue
+        rows = tuple(default_rows(reference, "v_prediction", plan.fit.points))
+        plans = [replace(plan, fit=replace(plan.fit, rows=rows)), plan]
+        arms = [Candidate(str(k), one, SAMPLER, STEPS) for k, one in enumerate(plans)]
+        taken = [[own.loop_ms for own in draw_batch(pipe, arms, ["a"], [0], GUIDANCE, first=k)] for k in range(rounds)]
+        plain, fitted = np.array(taken[2:]).T
+        ratio = ratio_of_medians(fitted, plain)
+        say(f"{name}: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the time with default rows")
 
 
 def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
