@@ -206,11 +206,11 @@ def refine_command(
     prompts = judges.calibration_prompts(CALIBRATION_PROMPTS)
 
     uncached, *_ = candidates_of(pipe, {"plan": plans[f"optimal-{count}"]}, SAMPLER, STEPS)
-    (reference,) = draw_batch(pipe, [uncached], prompts, range(len(prompts)), GUIDANCE)
+    (reference,) = draw_batch(pipe, [uncached], prompts, [*range(len(prompts))], GUIDANCE)
 
     def score(steps: tuple[int, ...]) -> float:
         candidate = replace(uncached, plan=CachePlan.from_refresh_steps(STEPS, steps))
-        (drawn,) = draw_batch(pipe, [candidate], prompts, range(len(prompts)), GUIDANCE)
+        (drawn,) = draw_batch(pipe, [candidate], prompts, [*range(len(prompts))], GUIDANCE)
         psnr = float(psnr_db_each(drawn.images, reference.images).mean())
         say(f"{psnr:.3f} dB {steps}")
         return -psnr
@@ -245,9 +245,11 @@ def fit_command(
         start = time.perf_counter()
         made[f"fitted-{budget}"] = budget_plan(fitting, times, budget, say)
         say(f"planning for {budget} full steps took {time.perf_counter() - start:.0f} s")
-        for how in FORETOLD:
-            made[f"skip {how}-{budget}"] = fitting.skipping(budget, how)
-        for sampler in ("ddim", "dpm++_2m", "unipc", "euler"):
+        rivals = {own.sampler: None}
+        if setting == "fitted":
+            made |= {f"skip {how}-{budget}": fitting.skipping(budget, how) for how in FORETOLD}
+            rivals = dict.fromkeys(("ddim", "dpm++_2m", "unipc", "euler"))
+        for sampler in rivals:
             calls = num_calls(pipe.bundle.manifest, sampler, budget)
             made[f"{sampler}-{budget}"] = replace(CachePlan.all_full(calls), model="demo", sampler=sampler)
     write_plans(results / f"{setting}.json", made)
@@ -276,7 +278,7 @@ def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULT
             for start in range(0, images, BATCH):
                 common: dict[str, Any] = {
                     "prompt": judges.held_out_prompts(images)[start : start + BATCH],
-                    "seed": range(FIRST_SEED + start, FIRST_SEED + min(start + BATCH, images)),
+                    "seed": [*range(FIRST_SEED + start, FIRST_SEED + min(start + BATCH, images))],
                     "guidance_scale": GUIDANCE,
                     "output_type": "pt",
                 }
@@ -364,7 +366,7 @@ def draw_one(
 ) -> None:
     start = number * BATCH
     batch = prompts[start : start + BATCH]
-    seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(batch))
+    seeds = [*range(FIRST_SEED + start, FIRST_SEED + start + len(batch))]
     drawn = draw_batch(pipe, candidates, batch, seeds, GUIDANCE, first=number)
     row = {
         candidate.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}

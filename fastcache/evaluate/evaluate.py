@@ -98,8 +98,8 @@ def fewer_steps(
     That is what a plan has to be better than. Times are of one batch, drawn twice, so a step more or less is chance.
     """
     batch = list(prompts[: pipe.bundle.manifest.profiles["batch"].max])
-    draw_batch(pipe, candidates, batch, range(len(batch)), guidance_scale)  # warms up
-    drawn = draw_batch(pipe, candidates, batch, range(len(batch)), guidance_scale)
+    draw_batch(pipe, candidates, batch, list(range(len(batch))), guidance_scale)  # warms up
+    drawn = draw_batch(pipe, candidates, batch, list(range(len(batch))), guidance_scale)
     uncached, found = candidates[0], dict[int, Candidate]()
     for own in drawn[1:]:
         steps = math.ceil(uncached.steps * own.loop_ms / drawn[0].loop_ms)
