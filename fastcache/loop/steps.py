@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from fastcache.loop.drivers import UNGUIDED, Call, Driver, Guidance, latents_of
+from fastcache.loop.drivers import UNGUIDED, Call, Driver, Guidance, Turn
 from fastcache.loop.drivers.c import CDriver, fits
 from fastcache.loop.drivers.pytorch import TorchDriver
 from fastcache.loop.features import check_reuse, forecasts
@@ -37,14 +37,6 @@ class Step:
     timestep: float
     full: bool
     latents: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What a step does before its pass and after it."""
-
-    input: Sequence[Call]
-    update: Sequence[Call]
 
 
 def check_fits(lane: Lane, sampler: Sampler, plan: CachePlan) -> None:
@@ -95,11 +87,11 @@ class Run:
 
     def _on(self, ring: Tensor) -> None:
         """Settle where the calls of this run lie."""
-        self.ring, self.latents = ring, latents_of(ring, 0)
-        timesteps = [float(timestep) for timestep in self.sampler.timesteps]
+        places = ring[:, 0].unbind()  # the latents before step i are in place i, those of the last step behind it
+        self.ring, self.latents = ring, places[0]
         self._ends = [
-            Step(step, timesteps[step], self.plan.is_full(step), latents_of(ring, step + 1))
-            for step in range(self.plan.num_steps)
+            Step(step, float(timestep), self.plan.is_full(step), places[(step + 1) % len(places)])
+            for step, timestep in enumerate(self.sampler.timesteps.tolist())
         ]
 
 
@@ -136,18 +128,17 @@ class PlainRun(Run):
     def turn(self, step: int, rows: Rows) -> Turn:
         """What a step does around its pass, which runs on these rows; `turns` are those on the lane's own."""
         scales = [] if self._scales is None else [partial(rows.tensors["conditioning_scale"].copy_, self._scales[step])]
-        return Turn(
-            [*self._driver.input(step, rows), *scales, *self._before.get(step, ())],
-            [*self._after.get(step, ()), *self._driver.update(step, rows)],
-        )
+        own = self._driver.turn(step, rows)
+        return Turn([*own.input, *scales, *self._before.get(step, ())], [*self._after.get(step, ()), *own.update])
 
     @cached_property
     def steps(self) -> Iterator[Step]:
-        passes = [self.lane.call(name, self.is_guided(step)) for step, name in enumerate(self.plan.passes)]
-        return self._take(passes)
+        keys = [(name, self.is_guided(step)) for step, name in enumerate(self.plan.passes)]
+        passes = {key: self.lane.call(*key) for key in dict.fromkeys(keys)}
+        return self._take([passes[key] for key in keys])
 
     def _take(self, passes: Sequence[Call]) -> Iterator[Step]:
-        for step, (turn, run) in enumerate(zip(self.turns, passes, strict=True)):
+        for step, turn, run in zip(range(len(passes)), self.turns, passes, strict=True):
             self.check()
             for call in turn.input:  # the scaled latents once a half, the timestep, the features that are forecast
                 call()

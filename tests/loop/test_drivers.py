@@ -178,7 +178,7 @@ def test_rescaling_in_pytorchs_operations(size: int, mean: float, rescale: float
     noise_pred = lane.tensors["noise_pred"].normal_(generator=torch.Generator().manual_seed(seed)).add_(mean)
     table = compile_sampler(make_scheduler("ddim", CONFIG), 1)
     driver = TorchDriver(lane, table, Guidance(7.5, rescale), None)
-    for call in driver.update(0, lane.rows()):
+    for call in driver.turn(0, lane.rows()).update:
         call()
     unconditional, conditional = noise_pred.double().split(2)
     plain = torch.lerp(unconditional, conditional, 7.5)

@@ -30,20 +30,19 @@ class Guidance:
 UNGUIDED: Final = Guidance()
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a step does before its pass and after it."""
+
+    input: Sequence[Call]
+    update: Sequence[Call]
+
+
 class Driver(Protocol):
     """One run's own work, as calls on tensors that exist, every view made and every number in place."""
 
     ring: Tensor
 
-    def input(self, step: int, rows: Rows) -> Sequence[Call]:
-        """What writes the pass's input to the rows that it runs on: sample and timestep."""
+    def turn(self, step: int, rows: Rows) -> Turn:
+        """What writes a pass's input, sample and timestep, to the rows that it runs on; then guidance and the row."""
         ...
-
-    def update(self, step: int, rows: Rows) -> Sequence[Call]:
-        """What follows the pass: guidance, then the row."""
-        ...
-
-
-def latents_of(ring: Tensor, step: int) -> Tensor:
-    """The latents before a step; those of the step after the last are the result. Shapes: (N, C, ...)."""
-    return ring[step % len(ring), 0]

@@ -5,11 +5,11 @@ PyTorch draws the noise of stochastic samplers, in a call of its own. The C is `
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
-from fastcache.loop.drivers import Call, Guidance
+from fastcache.loop.drivers import Guidance, Turn
 from fastcache.loop.lane import WRITTEN, Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.table import SamplerTable
@@ -40,18 +40,12 @@ class CDriver:
             image_guidance_scale=guidance.image_scale,
             rescale=guidance.rescale,
         )
-        self._rows = lru_cache(maxsize=8)(self._rows_of)
-        self._calls = lru_cache(maxsize=1)(self._steps.calls)
+        self._rows: dict[Rows, StepRows] = {}
 
-    def input(self, step: int, rows: Rows) -> list[Call]:
-        begin, _ = self._calls(step, self._rows(rows))
-        return [begin]
-
-    def update(self, step: int, rows: Rows) -> list[Call]:
-        _, end = self._calls(step, self._rows(rows))
+    def turn(self, step: int, rows: Rows) -> Turn:
+        if rows not in self._rows:
+            self._rows[rows] = self._steps.rows(*(rows.tensors[name] for name in WRITTEN))
+        begin, end = self._steps.calls(step, self._rows[rows])
         if not self._table.draws_noise(step):
-            return [end]
-        return [partial(draw, self.ring[step % len(self.ring), 2], self._generator), end]
-
-    def _rows_of(self, rows: Rows) -> StepRows:
-        return self._steps.rows(*(rows.tensors[name] for name in WRITTEN))
+            return Turn([begin], [end])
+        return Turn([begin], [partial(draw, self.ring[step % len(self.ring), 2], self._generator), end])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import BackendUnavailable
-from fastcache.loop.drivers import UNGUIDED, Call, Guidance, latents_of
+from fastcache.loop.drivers import UNGUIDED, Call, Guidance
 from fastcache.loop.features import forecasts
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators, draw
@@ -105,7 +105,7 @@ class DeviceDriver:
                     draw(self._noise[step], generator)
 
     def input(self, step: int, rows: Rows) -> list[Call]:
-        latents, timestep = latents_of(self.ring, step), rows.tensors["timestep"]
+        latents, timestep = self.ring[step % len(self.ring), 0], rows.tensors["timestep"]
         return [
             partial(
                 torch.mul, latents.expand_as(rows.model_input), self.tables.input_scales[step], out=rows.model_input

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastcache.loop.drivers import Call, Guidance
+from fastcache.loop.drivers import Call, Guidance, Turn
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.scheduled import ScheduledSampler
@@ -35,20 +35,21 @@ class TorchDriver:
             self._sum = self.ring.new_empty(1, self._rows.shape[1])
         else:
             self.ring = lane.ring(2)
+        self._places = [call.unbind() for call in self.ring]
         self._rescaling = _Rescaling(lane, guidance) if guidance.rescale > 0 and lane.halves == 2 else None
 
-    def input(self, step: int, rows: Rows) -> list[Call]:
+    def turn(self, step: int, rows: Rows) -> Turn:
         latents = self._kept(step, 0)
-        return [
-            partial(kernels.duplicate, latents.expand_as(rows.model_input), self._scales[step], rows.model_input),
-            partial(rows.tensors["timestep"].fill_, self._timesteps[step]),
-        ]
-
-    def update(self, step: int, rows: Rows) -> list[Call]:
-        return [*self._guide(step, rows), *self._row(step)]
+        return Turn(
+            [
+                partial(kernels.duplicate, latents.expand_as(rows.model_input), self._scales[step], rows.model_input),
+                partial(rows.tensors["timestep"].fill_, self._timesteps[step]),
+            ],
+            [*self._guide(step, rows), *self._row(step)],
+        )
 
     def _kept(self, step: int, which: int) -> Tensor:
-        return self.ring[step % len(self.ring), which]
+        return self._places[step % len(self._places)][which]
 
     def _guide(self, step: int, rows: Rows) -> list[Call]:
         """Source: arXiv 2207.12598, equation 6; of three parts: arXiv 2211.09800, equation 3."""
