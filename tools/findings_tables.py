@@ -70,7 +70,7 @@ def interval(estimate: dict[str, float], *, sign: bool = False) -> str:
     return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
 
 
-def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Path) -> None:
+def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Path, xlabel: str) -> None:
     """PSNR, and the gain over the baseline where there is one, over the number in an arm's name, by kind of arm."""
     from matplotlib.figure import Figure
 
@@ -94,7 +94,7 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("steps of the sampler" if kinds == ["steps"] else "refreshes of 50 steps, or their time")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
