@@ -62,7 +62,9 @@ FORECASTS = {
     "squared over sigma": Forecast(order=2, by="sigma"),
 }
 # what an experiment's candidates are compared with, where that is not uniform
-BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"}
+BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"} | dict.fromkeys(
+    ("fitted", "fitted-bf16", "fitted-dpm", "converged"), "uncached"
+)
 CHARTS = ("plans", "forecast", "steps", "fitted")
 REFRESHES = "refreshes of 50 steps, or their time"
 LABELS = {"steps": "steps of the sampler", "fitted": "time, in full steps"}

@@ -80,13 +80,15 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
     panels = [("PSNR to the uncached picture, dB", psnr)] + [(f"PSNR over {baseline}, dB", gain)] * bool(gain)
     figure = Figure(figsize=(6 * len(panels), 4.4), layout="constrained")
     kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
-    ticks = sorted({int(name.rpartition("-")[2]) for name in names})
+    ticks = list[int]()
+    for number in sorted({int(name.rpartition("-")[2]) for name in names}):
+        ticks += [number] if not ticks or number > 1.1 * ticks[-1] else []  # labels that do not overlap
     for axes, (label, estimates) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for k, kind in enumerate(kinds):
             own = {name: e for name, e in estimates.items() if name.rpartition("-")[0] == kind}
             middle = np.array([e["value"] for e in own.values()])
             low, high = (np.array([e[side] for e in own.values()]) for side in ("low", "high"))
-            aside = 1 + 0.015 * (k - len(kinds) / 2)
+            aside = 1 + 0.004 * (k - len(kinds) / 2)
             x = [aside * int(name.rpartition("-")[2]) for name in own]
             if own:
                 bars = [middle - low, high - middle]
