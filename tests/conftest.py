@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
 # Threads that outnumber the cores wait for each other at every barrier, spinning: 50 times slower.
@@ -21,6 +25,7 @@ import torch
 
 from build_store import ROOT, BuildStore
 from fastcache import Bundle
+from fastcache.cli import main
 from tiny_model import save_tiny_model
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -95,3 +100,30 @@ def demo_bundle(builds: BuildStore) -> Callable[[int], Bundle]:
 def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     """A copy of `tiny_bundle` to damage."""
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left: exit code, standard output, and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command line, called with a command's name and its arguments."""
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Said(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -8,7 +8,6 @@ starts (a page that two of them share counts twice), and of these the anonymous 
 
 from __future__ import annotations
 
-import json
 import queue
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ import psutil
 import typer
 
 from fastcache.bench.machine import environment, load_average
+from fastcache.files import write_json
 
 _INTERVAL_S = 0.1
 
@@ -109,7 +109,7 @@ def main(
         "bundle_bytes": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
         "stages": rows,
     }
-    figures.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(figures, document)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ stands the processor time of all threads, which other programs' turns are no par
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from fastcache.compile import export, graph_passes, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
-from fastcache.files import write_whole
+from fastcache.files import write_json
 from fastcache_engines import Binding, BuildOptions, LoadOptions
 
 CUTS = ("plain", "projected")
@@ -70,7 +69,7 @@ def main(
         "backends": [compare(name, times, outputs, expected) for name in backends.split(",")],
     }
     if output is not None:
-        write_whole(output, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(output, document)
     show(document)
 
 

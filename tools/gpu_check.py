@@ -31,7 +31,7 @@ from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_table
 from fastcache.bench.lineup import Lineup, build_bundles, line_up_arms
 from fastcache.bench.machine import environment, gpus, load_average
 from fastcache.console import figure, print_table
-from fastcache.files import write_whole
+from fastcache.files import write_json
 from fastcache_engines import BACKENDS, DType
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,7 +199,7 @@ def piece(description: str, answer: Path, folder: Path) -> None:
         "bench": run_task,
     }
     found = kinds[task.kind](task, bundles)
-    write_whole(answer, json.dumps(found).encode())
+    write_json(answer, found)
 
 
 def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]:

@@ -26,11 +26,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 import typer
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from fastcache.bundle.manifest import PassEntry
+from fastcache.console import print_table
 from fastcache.cut.names import FULL, shallow_pass
 from fastcache.loop import steps as loop_steps
 from fastcache.loop.drivers import Guidance
@@ -243,10 +242,8 @@ def main(
         settings = {"torch": torch.__version__, "device": device, "own_work": own_work, "rounds": rounds}
         typer.echo(json.dumps(settings | {"rows": rows}))
         return
-    table = Table(*(name.replace("_", "\n", 1) for name in rows[0]))
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    columns = [name.replace("_", "\n", 1) for name in rows[0]]
+    print_table("microseconds a step", columns, [[str(value) for value in row.values()] for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ once, could save.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from fastcache.compile import export, lower, passes
 from fastcache.compile.models import find_model
 from fastcache.console import print_table
 from fastcache.cut.partition import partition_unet
-from fastcache.files import write_whole
+from fastcache.files import write_json
 from fastcache_engines import Binding, LoadOptions, TensorSpec
 
 PARTS = ("time", "text")
@@ -87,7 +86,7 @@ def main(
     document = {"environment": environment(threads) | {"load_average_before": load}, "settings": settings}
     document["parts"] = found
     if output is not None:
-        write_whole(output, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(output, document)
     columns = [
         "pass",
         "backend",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache.files import write_whole
+from fastcache.files import write_json
 
 Say = Callable[[str], None]
 
@@ -60,8 +60,7 @@ class Board:
         self.save()
 
     def save(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, (json.dumps(self.result, indent=1) + "\n").encode())
+        write_json(self.file, self.result)
 
 
 def run_pieces(program: Path, pieces: Sequence[Piece], board: Board, minutes: float, least_s: float, say: Say) -> None:

@@ -30,6 +30,7 @@ import psutil
 import typer
 
 from fastcache.bench.machine import environment
+from fastcache.files import write_json
 
 GENERATE = "/v1/images/generations"
 BODY = {"prompt": "a small blue ring at the top", "num_inference_steps": 10, "cache_interval": 3, "seed": 0}
@@ -263,7 +264,7 @@ def main(
             found.append({**part(), "load_before_and_after": [round(load, 1), round(psutil.getloadavg()[0], 1)]})
             typer.echo(f"{name}: {json.dumps(found[-1])}")
             if json_file is not None:
-                json_file.write_text(json.dumps(results, indent=1) + "\n")
+                write_json(json_file, results)
     if not all(found["ok"] for name in only.split(",") for found in results[name]):
         raise typer.Exit(4)
 

@@ -32,6 +32,7 @@ from serve_check_server import PROMPTS, Server, client_of, served, wish
 from serve_check_speed import latency, throughput
 
 from fastcache.bench.machine import environment
+from fastcache.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from serve.malformed import malformed_bodies  # pyright: ignore[reportMissingImports]
@@ -311,7 +312,7 @@ def main(
         results[name] = {**found, "took_s": round(time.monotonic() - start, 1), "load_before_and_after": loads}
         typer.echo(f"{name}: {json.dumps(results[name])}")
         if json_file is not None:
-            json_file.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(json_file, results)
     if not all(result.get("ok", True) for result in results.values()):
         raise typer.Exit(4)
 

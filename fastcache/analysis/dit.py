@@ -17,7 +17,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from fastcache.analysis.measure import AnalysisSettings, sampler_table
-from fastcache.analysis.recorder import FeatureMeasures, FeatureRecorder, joined
+from fastcache.analysis.recorder import FeatureMeasures, FeatureRecorder, Predict, joined
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import dit_taps
 from fastcache.demo.scenes import COLOURS, SHAPES, Scene
@@ -69,19 +69,20 @@ def load_dit(folder: Path | None) -> DiTTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-class DiTDenoiser:
-    """The guided noise prediction of a DiT for P images of given classes; the class after the last is none."""
+def denoiser_of(model: DiTTransformer2DModel, classes: Sequence[int]) -> Predict:
+    """The guided noise prediction of a DiT for P images of given classes; the class after the last is none.
 
-    def __init__(self, model: DiTTransformer2DModel, classes: Sequence[int]) -> None:
-        self._model = model
-        self._labels = torch.tensor([*[len(CLASSES)] * len(classes), *classes])
+    Shapes: the sample (P, C, H, W), as the noise prediction returned.
+    """
+    labels = torch.tensor([*[len(CLASSES)] * len(classes), *classes])
 
     @torch.no_grad()
-    def __call__(self, sample: Tensor, timestep: float, guidance_scale: float) -> Tensor:
-        """Shapes: `sample` (P, C, H, W), as the noise prediction returned."""
+    def predict(sample: Tensor, timestep: float, guidance_scale: float) -> Tensor:
         timesteps = torch.full((2 * len(sample),), timestep)
-        both: Any = self._model(torch.cat([sample, sample]), timesteps, self._labels, return_dict=False)
+        both: Any = model(torch.cat([sample, sample]), timesteps, labels, return_dict=False)
         return guide(both[0].unflatten(0, (2, -1)), guidance_scale)
+
+    return predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +107,10 @@ def study_dit(folder: Path | None, subject: Subject, settings: AnalysisSettings,
     records, latents = list[FeatureMeasures](), list[Tensor]()
     for start, names in batches(CLASSES[:: max(1, len(CLASSES) // images)][:images], settings.batch):
         say(f"measuring the transformer on classes {start + 1} to {start + len(names)}")
-        predict = DiTDenoiser(model, [CLASSES.index(name) for name in names])
         recorder = FeatureRecorder(taps, table.num_calls, len(names))
-
-        def watched(
-            sample: Tensor,
-            timestep: float,
-            guidance_scale: float,
-            recorder: FeatureRecorder = recorder,
-            predict: DiTDenoiser = predict,
-        ) -> Tensor:
-            with recorder:
-                return predict(sample, timestep, guidance_scale)
-
+        predict = recorder.watching(denoiser_of(model, [CLASSES.index(name) for name in names]))
         noise = draw_noise(LATENT_SHAPE, range(start, start + len(names)), "cpu")
-        *_, last = run_uncached(watched, table, noise, lambda _: settings.guidance_scale)
+        *_, last = run_uncached(predict, table, noise, lambda _: settings.guidance_scale)
         records.append(recorder.recorded())
         latents.append(last)
     return DiTStudy(folder is not None, joined(records), {tap.name: tap.kind for tap in taps}, torch.cat(latents))

@@ -15,8 +15,8 @@ from fastcache.analysis.measure import AnalysisSettings, sampler_table
 from fastcache.analysis.recorder import Array, Capture
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
-from fastcache.demo.reader import matches, read_scene
-from fastcache.demo.scenes import Scene
+from fastcache.demo.reader import matches
+from fastcache.evaluate.judges import read_scenes
 from fastcache.evaluate.quality import psnr_db
 from fastcache.planning.eager import EagerDenoiser
 from fastcache.planning.trajectory import draw_noise, run_uncached
@@ -168,15 +168,8 @@ def _share_showing(subject: Subject, latents: Tensor, shift: int) -> float | Non
     if subject.scenes is None:
         return None
     wanted = [*subject.scenes[shift:], *subject.scenes[:shift]]
-    return sum(matches(seen, scene) for seen, scene in zip(read_pictures(subject, latents), wanted, strict=True)) / len(
-        wanted
-    )
-
-
-def read_pictures(subject: Subject, latents: Tensor) -> list[Scene]:
-    """What the bundled model's reader sees in the pictures of these latents."""
-    pixels = (subject.decode(latents).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    return [read_scene(picture) for picture in pixels]
+    seen = read_scenes(subject.decode(latents))
+    return sum(map(matches, seen, wanted)) / len(wanted)
 
 
 def _refuse_random(subject: Subject, option: str) -> None:

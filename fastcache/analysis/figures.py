@@ -22,12 +22,10 @@ _AGES = (1, 2, 3, 5, 10)
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **axes: Any) -> tuple[Figure, list[list[Axes]]]:
-    """A grid of axes on a canvas of its own, each cell of this size in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A grid of axes, each cell of this size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width, rows * height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **axes).tolist()
 
 
@@ -54,25 +52,26 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["viridis"](0.85 * k / max(1, count - 1)) for k in range(count)]
 
 
-def _whole_steps(axes: Axes, *, both: bool = False) -> None:
+def _tidy(axes: Axes, x: str, y: str, title: str = "") -> None:
+    """A plot over the steps, which are whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if both:
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _tidy(axes: Axes, x: str | None, y: str | None, title: str | None = None) -> None:
-    _whole_steps(axes)
+    axes.set(xlabel=x, ylabel=y, axisbelow=True)
+    axes.set_title(title, fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.6)
-    axes.set_axisbelow(True)
-    if x is not None:
-        axes.set_xlabel(x)
-    if y is not None:
-        axes.set_ylabel(y)
-    if title is not None:
-        axes.set_title(title, fontsize=10.5)
+
+
+def _map(axes: Axes, pairs: Array, x: str, y: str, title: str, **colours: Any) -> Any:
+    """A heat map of pairs of steps. Shapes: `pairs` (T, T)."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=10.5)
+    return axes.imshow(pairs, cmap="viridis", origin="lower", interpolation="nearest", **colours)
 
 
 def _lines(axes: Axes, means: Mapping[str, Array], stds: Mapping[str, Array] | None = None) -> None:
@@ -102,15 +101,11 @@ def similarity_maps(similarity: Mapping[str, Array]) -> Figure:
     low = math.floor(10 * max(least, -1.0)) / 10
     image: Any = None
     for axes, (name, matrix) in zip(cells, similarity.items(), strict=True):
-        image = axes.imshow(matrix, vmin=low, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
+        image = _map(axes, matrix, "step", "step", name, vmin=low, vmax=1)
         if matrix.min() < 0.95 < matrix[~np.eye(len(matrix), dtype=bool)].max():
             beside = matrix.copy()  # the diagonal's ones would be ringed one by one
             np.fill_diagonal(beside, np.pad(np.diagonal(matrix, 1), (1, 0), mode="edge"))
             axes.contour(beside, levels=[0.95], colors=ALIKE_COLOUR, linewidths=1.2)
-        axes.set_title(name, fontsize=10.5)
-        axes.set_xlabel("step")
-        axes.set_ylabel("step")
-        _whole_steps(axes, both=True)
     figure.colorbar(image, ax=cells, shrink=0.85, label="cosine similarity (red line: 0.95)")
     return figure
 
@@ -153,12 +148,8 @@ def error_maps(errors: Mapping[int, Array]) -> Figure:
     norm = LogNorm(float(found.min()), float(found.max())) if found.size else None
     for [left, right], (branch_id, matrix) in zip(grid, errors.items(), strict=True):
         shown = np.where(np.tri(len(matrix), k=-1) > 0, matrix, np.nan)
-        image = left.imshow(shown, norm=norm, cmap="viridis", origin="lower", interpolation="nearest")
-        figure.colorbar(image, ax=left, label="relative error")
-        left.set_title(f"branch {branch_id}", fontsize=10.5)
-        left.set_xlabel("step s that stored the feature")
-        left.set_ylabel("step j that reuses it")
-        _whole_steps(left, both=True)
+        names = "step s that stored the feature", "step j that reuses it", f"branch {branch_id}"
+        figure.colorbar(_map(left, shown, *names, norm=norm), ax=left, label="relative error")
         ages = [age for age in _AGES if age < len(matrix)]
         curves = {}
         for age in ages:

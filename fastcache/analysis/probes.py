@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastcache.analysis.experiments import LATENTS, read_pictures
+from fastcache.analysis.experiments import LATENTS
 from fastcache.analysis.measure import AnalysisSettings, sampler_table
 from fastcache.analysis.recorder import Array, Capture
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
 from fastcache.demo.scenes import Scene
+from fastcache.evaluate.judges import read_scenes
 from fastcache.planning.eager import EagerDenoiser
 from fastcache.planning.trajectory import draw_noise, run_uncached
 
@@ -74,7 +75,7 @@ def probe(subject: Subject, settings: AnalysisSettings, images: int, say: Say, m
         say(f"drawing pictures {start + 1} to {start + count} of {images} for the probes")
         features, latents = _draw(subject, settings, range(start, start + count), steps)
         parts.append(features)
-        scenes += read_pictures(subject, latents)
+        scenes += read_scenes(subject.decode(latents))
     features = {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
     return _fit(features, scenes, steps, say)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 Array = npt.NDArray[np.float64]
 Measure = Literal["similarity", "change"]
+Predict = Callable[[Tensor, float, float], Tensor]  # sample, timestep and guidance scale -> a noise prediction
 
 
 def output_of(_: tuple[Any, ...], output: Any) -> Tensor:
@@ -88,6 +89,15 @@ class Capture:
         missing = self._taps.keys() - self.found.keys()
         if error is None and missing:
             raise RuntimeError(f"expected the pass to run {', '.join(sorted(missing))}, but it did not")
+
+    def watching(self, predict: Predict) -> Predict:
+        """The same function, of which each call is one pass."""
+
+        def watched(sample: Tensor, timestep: float, guidance_scale: float) -> Tensor:
+            with self:
+                return predict(sample, timestep, guidance_scale)
+
+        return watched
 
     def _take(self, tap: Tap, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self.found[tap.name] = tap.take(arguments, output).detach()

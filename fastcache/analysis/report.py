@@ -19,7 +19,6 @@ from fastcache.bench.machine import environment
 from fastcache.files import write_whole
 
 SCHEMA = "fastcache.analysis/1"
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_report(analysis: Analysis, experiments: Experiments, output: Path) -> Path:
@@ -37,7 +36,7 @@ def write_report(analysis: Analysis, experiments: Experiments, output: Path) -> 
         random_weights=analysis.subject.source.random_weights,
         conditions=_conditions(result),
         samples=result["samples"],
-        parts=[{"part": part, "image": _embedded(part.png)} for part in parts],
+        parts=parts,
     )
     write_whole(output / "report.html", page.encode())
     return output / "report.html"
@@ -112,14 +111,13 @@ def _conditions(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _embedded(png: bytes | None) -> str | None:
-    return None if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    source = _TEMPLATE.read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        source
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["base64"] = _base64
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))

@@ -95,10 +95,7 @@ def find_subject(
     source.require_pictures()
     _refuse_unprompted(source)
     shapes = geometry(source)
-    sizes = shapes.height if height is None else height, shapes.width if width is None else width
-    for size in sizes:
-        if size < shapes.scale or size % shapes.scale:
-            raise ValueError(f"expected a height and width in multiples of {shapes.scale} pixels, got {size}")
+    size = shapes.size(height, width)
     scenes = None
     if source.name == "demo" and prompts is None:
         scenes = tuple(scene for scene in held_out_scenes(num_prompts) for _ in range(seeds))
@@ -107,7 +104,7 @@ def find_subject(
         samples = tuple(prompt for prompt in prompts or _prompts(source, num_prompts) for _ in range(seeds))
     unet: Any = source.load_unet()
     unet = unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Subject(source, unet, *sizes, shapes.scale, samples, scenes)
+    return Subject(source, unet, *size, shapes.scale, samples, scenes)
 
 
 def _refuse_unprompted(source: SourceModel) -> None:

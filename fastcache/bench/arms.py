@@ -5,10 +5,10 @@ Plain values: knows nothing about torch, processes or bundles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, cast, get_args
 
+from fastcache.expect import one_of
 from fastcache_engines import BACKENDS, DType
 
 Kind = Literal["eager", "deepcache", "compile", "engine", "engine+cache", "engine+graph", "engine+cache+graph"]
@@ -18,7 +18,6 @@ TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "KIND[:BACKEND][:DTYPE]"
 _CACHING: tuple[Kind, ...] = ("deepcache", "engine+cache", "engine+cache+graph")
-_T = TypeVar("_T", bound=str)
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,9 @@ class BenchSettings:
         return self.guided_rows > 1
 
 
-def one_of(options: Sequence[_T], wanted: str) -> _T | None:
-    """The option that is `wanted`, where there is one."""
-    return next((option for option in options if option == wanted), None)
-
-
 def parse_dtype(name: str, where: str = "") -> DType:
-    """A dtype by its name.
-
-    Raises: `ValueError` naming those there are.
-    """
-    dtype = one_of(DTYPES, name)
-    if dtype is None:
-        raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}{where}, got {name!r}")
-    return dtype
+    """A dtype by its name. Raises: `ValueError` naming those there are."""
+    return cast("DType", one_of(f"a dtype{where}", name, DTYPES))
 
 
 def parse_arm(name: str, defaults: Defaults) -> Arm:
@@ -126,18 +114,12 @@ def parse_arm(name: str, defaults: Defaults) -> Arm:
     Raises: `ValueError` naming the part that is unknown and what was expected.
     """
     head, *parts = name.split(":")
-    kind = one_of(KINDS, head)
-    if kind is None:
-        raise ValueError(f"expected an arm {GRAMMAR} with KIND one of {', '.join(KINDS)}, got {name!r}")
+    kind = cast("Kind", one_of(f"KIND of an arm {GRAMMAR}", head, KINDS))
     backend, dtype = (defaults.backend, defaults.dtype) if kind.startswith("engine") else (TORCH, "fp32")
     if parts and parts[0] == "":  # eager::bf16
         parts.pop(0)
     elif kind.startswith("engine") and parts and parts[0] not in DTYPES:
-        backend = parts.pop(0)
-        if backend not in BACKENDS and backend != AUTO:
-            raise ValueError(
-                f"expected a backend out of {AUTO}, {', '.join(BACKENDS)} in arm {name!r}, got {backend!r}"
-            )
+        backend = one_of(f"a backend in arm {name!r}", parts.pop(0), (AUTO, *BACKENDS))
     if parts:
         dtype = parse_dtype(parts.pop(0), f" in arm {name!r}")
     if parts:
@@ -151,4 +133,4 @@ def parse_arms(names: str, defaults: Defaults) -> tuple[Arm, ...]:
 
     Raises: `ValueError` for a name that is none.
     """
-    return tuple(parse_arm(name.strip(), defaults) for name in dict.fromkeys(names.split(",")))
+    return tuple(parse_arm(name, defaults) for name in dict.fromkeys(name.strip() for name in names.split(",")))

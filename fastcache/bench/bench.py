@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastcache.bench.arms import TORCH, Arm, BenchSettings
-from fastcache.bench.eager import EagerParts
+from fastcache.bench.eager import EagerParts, control_pattern
 from fastcache.bench.lineup import BundleKey, Lineup
 from fastcache.bench.loops import Task, TimedRun
 from fastcache.bench.machine import environment, gpus
-from fastcache.bench.pattern import control_pattern
 from fastcache.bench.work import geometry
-from fastcache.bench.workers import ArmFailed, PlannedWorker, Workers
+from fastcache.bench.workers import ArmFailed, Workers
 from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.evaluate.quality import psnr_db
@@ -95,10 +95,10 @@ def run_bench(
     """Warm up and time every arm, one round after the other."""
     model = find_model(settings.model, random_weights=settings.random_weights)
     before = gpus() if settings.device == "cuda" else []
-    planned = _workers(settings, model, lineup, bundles)
+    tasks = _tasks(settings, model, lineup, bundles)
     # Arms of one process follow each other, so that a process is not ended and started again within a round.
-    order = [arm for key in planned for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
-    with Workers(planned, _worker_of) as workers:
+    order = [arm for key in tasks for arm in lineup.arms if _worker_of(arm) == key and arm not in lineup.skipped]
+    with Workers(tasks, _worker_of) as workers:
         runs, first, failed = _run_rounds(settings, order, workers, say)
     skipped = {**lineup.skipped, **failed}
     ran = {arm: own for arm, own in runs.items() if own and arm not in skipped}
@@ -219,22 +219,22 @@ def _worker_of(arm: Arm) -> str:
     return f"{arm.backend} {arm.dtype}" + (f" branch {arm.branch_id}{graph}" if arm.is_engine else "")
 
 
-def _workers(
+def _tasks(
     settings: BenchSettings, model: SourceModel, lineup: Lineup, bundles: Mapping[BundleKey, Bundle]
-) -> dict[str, PlannedWorker]:
-    """What each process loads, in the order in which their first arms come."""
-    inputs, planned = make_inputs(model, settings), dict[str, PlannedWorker]()
+) -> dict[str, Task]:
+    """What each process is for, in the order in which their first arms come."""
+    inputs, tasks = make_inputs(model, settings), dict[str, Task]()
     weights_bytes = geometry(model).weights_bytes
     for arm in lineup.arms:
-        if arm in lineup.skipped or _worker_of(arm) in planned:
+        if arm in lineup.skipped or _worker_of(arm) in tasks:
             continue
+        task = Task(settings, inputs, arm.dtype, weights_bytes=weights_bytes)
         if arm.is_engine:
             bundle = bundles[arm.bundle_key]
-            task = Task(settings, inputs, arm.dtype, str(bundle.path), arm.is_graph)
-            planned[_worker_of(arm)] = PlannedWorker(task, bundle.manifest.weights_bytes)
-        else:
-            planned[_worker_of(arm)] = PlannedWorker(Task(settings, inputs, arm.dtype, None), weights_bytes)
-    return planned
+            own = bundle.manifest.weights_bytes
+            task = replace(task, bundle=str(bundle.path), cuda_graph=arm.is_graph, weights_bytes=own)
+        tasks[_worker_of(arm)] = task
+    return tasks
 
 
 def _build_s(arm: Arm, first: TimedRun, bundles: Mapping[BundleKey, Bundle]) -> float | None:
@@ -257,18 +257,13 @@ def summary(arm: Arm, runs: Sequence[TimedRun], build_s: float | None = None) ->
         cache_interval=arm.cache_interval,
         branch_id=arm.branch_id,
         loop_ms_p50=round(statistics.median(loops), 3),
-        loop_ms_p90=round(_percentile(loops, 0.9), 3),
+        loop_ms_p90=round(float(np.quantile(loops, 0.9, method="inverted_cdf")), 3),  # of few rounds, one of them
         full_step_ms_p50=round(statistics.median(full), 3) if full else None,
         shallow_step_ms_p50=round(statistics.median(shallow), 3) if shallow else None,
         overhead_ms_per_step=round(statistics.median(overheads), 4) if overheads else None,
         peak_bytes=max(peaks, default=None),
         build_s=build_s,
     )
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def usual_reference(kind: str, arms: Iterable[Arm]) -> Arm | None:

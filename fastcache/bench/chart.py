@@ -47,7 +47,6 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
 
     Raises: `ValueError` where no arm has a speed-up.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -56,7 +55,6 @@ def draw_chart(document: Mapping[str, Any], file: Path) -> None:
         raise ValueError("expected arms with a speed-up over eager to chart, got none; run the eager arm as well")
     reference = document["settings"]["references"]["eager"]
     figure = Figure(figsize=(10, 1.9 + 0.36 * len(arms)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     speedups = [arm["speedup_vs_eager"] for arm in arms]
     colours = [_COLOURS[arm["name"].split(" ")[0].split(":")[0]] for arm in arms]

@@ -5,7 +5,6 @@ Times are medians over rounds in which every plan runs once, so that whatever el
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from fastcache.evaluate.quality import psnr_db
 from fastcache.files import write_whole
 from fastcache.loop.scheduler import own_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.pipeline.provenance import png_bytes
 
 PROMPTS = (
     "a large red circle at the left and a small blue square at the right on a white background",
@@ -56,7 +56,7 @@ def run_demo(
     for interval, drawn in pictures.items():
         name = "uncached" if interval == 1 else f"N{interval}"
         for k, picture in enumerate(drawn):
-            _save(_to_pil(picture), output / f"{name}-{k}.png")
+            write_whole(output / f"{name}-{k}.png", png_bytes(_to_pil(picture), {}))
     times: dict[int, list[float]] = {interval: [] for interval in every}
     for i in range(rounds):
         say(f"timing, round {i + 1} of {rounds}")
@@ -75,7 +75,8 @@ def run_demo(
         )
         for interval in every
     ]
-    _save(grid([(_label(row), list(pictures[row.interval])) for row in rows]), output / "grid.png")
+    sheet = grid([(_label(row), list(pictures[row.interval])) for row in rows])
+    write_whole(output / "grid.png", png_bytes(sheet, {}))
     return rows
 
 
@@ -130,9 +131,3 @@ def _label(row: DemoRow) -> str:
 
 def _to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())

@@ -68,3 +68,13 @@ class EagerParts:
     def decode(self, latents: Tensor) -> Tensor:
         """Shapes: (N, C, h, w) as the sampler leaves them, to (N, 3, H, W) in [0, 1]."""
         return self._decoder({"latents": latents.cpu()})
+
+
+def control_pattern(height: int, width: int) -> Tensor:
+    """A picture for networks that one steers: white rings on black, as an edge detector leaves of a target.
+
+    Shapes: returns (1, 3, height, width) in [0, 1].
+    """
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    rings = (torch.cos(8 * torch.pi * torch.hypot(x, y)) > 0.8).float()
+    return rings.expand(1, 3, height, width).clone()

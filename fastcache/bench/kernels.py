@@ -22,13 +22,14 @@ from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable
 from fastcache_engines import DType, torch_dtype
-from fastcache_kernels import launch, norm, reference
+from fastcache_kernels import launch, ops, reference
 from fastcache_kernels.guidance import GuidanceStep
 from fastcache_kernels.values import step_tables
 
 MODELS, SIZES = ("sd15", "sdxl"), (512, 1024)
 CALLS = 20  # in one captured graph: a replay costs microseconds, as does a call
 REPLAYS = 10  # of each arm, in a repeat
+EPS = 1e-5
 Shape = tuple[int, int, int, int]
 Call = Callable[[], Sequence[Tensor]]
 
@@ -63,9 +64,6 @@ class KernelResult:
     speedup_vs_compile: float | None
     compile_skipped: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def bench_kernels(
     batch: int, dtype: DType, repeats: int, branch_id: int, say: Callable[[str], None]
@@ -83,7 +81,7 @@ def bench_kernels(
         "environment": environment(torch.get_num_threads()) | {"gpus": {"before": before, "after": gpus()}},
         "settings": settings,
         "source": {"used": used, "reason": reason},
-        "kernels": [result.to_json() for result in results],
+        "kernels": [asdict(result) for result in results],
     }
     return document, results
 
@@ -95,9 +93,8 @@ def require_gpu() -> None:
             "expected a CUDA GPU that this build of PyTorch sees, for the kernels run on no other device, got none; "
             "run this on a machine with one"
         )
-    used, reason = launch.source()
-    if used == "reference":
-        raise BackendUnavailable(f"expected kernels to launch, got none: {reason}")
+    if not launch.has_triton(torch.device("cuda")):
+        raise BackendUnavailable("expected Triton, which compiles the kernels, got none; run: pip install triton")
 
 
 def kernel_cases(batch: int, dtype: DType, device: str, branch_id: int = 0, sizes: Sequence[int] = SIZES) -> list[Case]:
@@ -163,8 +160,7 @@ def _kernel_row(row: KernelResult) -> list[str]:
         row.kernel,
         ", ".join(row.models),
         "x".join(map(str, row.shape)),
-        told(row.num_bytes / 1e6),
-        *map(told, (row.kernel_us, row.eager_us, row.compile_us, row.copy_us)),
+        *map(told, (row.num_bytes / 1e6, row.kernel_us, row.eager_us, row.compile_us, row.copy_us)),
         f"{row.gb_per_s:.0f}",
         f"{row.share_of_copy:.0%}",
         told(row.speedup_vs_eager, "x"),
@@ -225,36 +221,36 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 def _concat_norm(shape: Shape, cached_channels: int, num_groups: int, dtype: DType, device: str) -> Case:
     """The norm of the plain cut, with the concat that the shortcut takes."""
-    out, joined = (torch.empty(shape, dtype=torch_dtype(dtype), device=device) for _ in range(2))
-    cached, skip = (half.contiguous() for half in _random(out).tensor_split([cached_channels], 1))
-    weight, bias = (_random(out[0, :, 0, 0]) for _ in range(2))
-    bound = norm.bind(cached, skip, weight, bias, num_groups, out=out, joined=joined)
+    both, parameters = _norm_inputs(shape, dtype, device)
+    cached, skip = (half.contiguous() for half in both.tensor_split([cached_channels], 1))
 
     def run() -> Sequence[Tensor]:
-        bound()
-        return out, joined
+        return ops.concat_groupnorm_silu_joined(cached, skip, *parameters, num_groups, EPS)
 
     def eager() -> Sequence[Tensor]:
-        both = torch.cat([cached, skip], 1)
-        return functional.silu(functional.group_norm(both, num_groups, weight, bias)), both
+        joined = torch.cat([cached, skip], 1)
+        return functional.silu(functional.group_norm(joined, num_groups, *parameters, EPS)), joined
 
-    return Case("concat_groupnorm_silu", shape, _bytes(cached, skip, weight, bias, out, joined), run, eager)
+    return Case("concat_groupnorm_silu", shape, _bytes(cached, skip, *parameters, both, both), run, eager)
 
 
 def _norm(shape: Shape, num_groups: int, dtype: DType, device: str) -> Case:
     """What is left of that norm in the projected cut: the skip connection's half."""
-    out = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
-    x, weight, bias = _random(out), _random(out[0, :, 0, 0]), _random(out[0, :, 0, 0])
-    bound = norm.bind(out[:, :0].contiguous(), x, weight, bias, num_groups, out=out)
+    x, parameters = _norm_inputs(shape, dtype, device)
 
     def run() -> Sequence[Tensor]:
-        bound()
-        return (out,)
+        return (ops.groupnorm_silu(x, *parameters, num_groups, EPS),)
 
     def eager() -> Sequence[Tensor]:
-        return (functional.silu(functional.group_norm(x, num_groups, weight, bias)),)
+        return (functional.silu(functional.group_norm(x, num_groups, *parameters, EPS)),)
 
-    return Case("groupnorm_silu", shape, _bytes(x, weight, bias, out), run, eager)
+    return Case("groupnorm_silu", shape, _bytes(x, *parameters, x), run, eager)
+
+
+def _norm_inputs(shape: Shape, dtype: DType, device: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What is normed; weight and bias."""
+    x = _random(torch.empty(shape, dtype=torch_dtype(dtype), device=device))
+    return x, (_random(x[0, :, 0, 0]), _random(x[0, :, 0, 0]))
 
 
 def _guidance(batch: int, side: int, dtype: DType, device: str) -> Case:

@@ -6,7 +6,7 @@ Knows what is worth comparing with what; knows nothing about how an arm is timed
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastcache.compile.describe import defaults_of
 from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
+from fastcache.expect import one_of
 from fastcache.loop.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
 
@@ -102,13 +103,9 @@ def of_model(
     model = find_model(name, random_weights=random_weights)
     model.require_pictures()
     shapes = geometry(model)
-    height, width = wishes.height or shapes.height, wishes.width or shapes.width
-    for what, pixels in (("height", height), ("width", width)):
-        if pixels % shapes.scale or pixels <= 0:
-            raise ValueError(f"expected a {what} divisible by {shapes.scale} for {name}, got {pixels}")
+    height, width = shapes.size(wishes.height, wishes.width)
     dtype = parse_dtype(wishes.dtype or "fp32")
-    if wishes.backend not in (AUTO, *BACKENDS):
-        raise ValueError(f"expected a backend out of {AUTO}, {', '.join(BACKENDS)}, got {wishes.backend!r}")
+    one_of("a backend", wishes.backend, (AUTO, *BACKENDS))
     if wishes.device not in (None, "cpu", "cuda"):
         raise ValueError(f"expected device cpu or cuda, got {wishes.device!r}")
     settings = BenchSettings(
@@ -272,8 +269,3 @@ def _without_package(arm: Arm) -> str | None:
     if arm.kind == "deepcache" and importlib.util.find_spec("DeepCache") is None:
         return "the DeepCache package is not installed; run: pip install 'fastcache[bench]'"
     return None
-
-
-def no_arm_ran(reasons: Sequence[str]) -> BackendUnavailable:
-    """What to raise where every arm was skipped."""
-    return BackendUnavailable(f"expected an arm that runs on this machine, got none; the first: {reasons[0]}")

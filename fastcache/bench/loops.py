@@ -10,7 +10,6 @@ import os
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -35,13 +34,17 @@ from fastcache_engines import Binding, DType, Engine, torch_dtype
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker is for: the torch arms of a dtype, or the arms of a bundle, with `cuda_graph` each one graph."""
+    """What one worker is for: the torch arms of a dtype, or the arms of a bundle, with `cuda_graph` each one graph.
+
+    `weights_bytes` is the size of what it will load.
+    """
 
     settings: BenchSettings
     inputs: dict[str, Tensor]
     dtype: DType
-    bundle: str | None
+    bundle: str | None = None
     cuda_graph: bool = False
+    weights_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TimedRun:
 
     `call_ms` and `full` are empty for a loop in one CUDA graph. `peak_bytes` is the run's: of the GPU's memory where it
     runs on one, else of the process. `process_bytes` is the most that the process has held of the machine's memory,
-    loading included. `earlier_runs` counts the arm's runs in its process before this one: a first run is slow.
+    loading included.
     """
 
     loop_ms: float
@@ -59,7 +62,6 @@ class TimedRun:
     latents: Tensor
     peak_bytes: int | None = None
     process_bytes: int | None = None
-    earlier_runs: int = 0
 
 
 def serve(pipe: Connection, task: Task) -> None:
@@ -67,7 +69,7 @@ def serve(pipe: Connection, task: Task) -> None:
     torch.set_num_threads(task.settings.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # the compiler's, on diffusers' code
     runner: Callable[[Arm], TimedRun] | None = None
-    peak, finished = Peak(task.settings.device), Counter[Arm]()
+    peak = Peak(task.settings.device)
     while True:
         try:
             arm = pipe.recv()
@@ -77,9 +79,7 @@ def serve(pipe: Connection, task: Task) -> None:
             runner = runner or (TorchArms(task) if task.bundle is None else EngineArms(task, task.bundle))
             peak.reset()
             times = runner(arm)
-            memory = {"peak_bytes": peak.bytes(), "process_bytes": peak.process_bytes()}
-            pipe.send(replace(times, **memory, earlier_runs=finished[arm]))
-            finished[arm] += 1
+            pipe.send(replace(times, peak_bytes=peak.bytes(), process_bytes=peak.process_bytes()))
         except Exception as error:  # whatever stops an arm is that arm's reason, not the end of the others
             if os.environ.get("FASTCACHE_DEBUG"):
                 traceback.print_exc()

@@ -38,6 +38,16 @@ class Geometry:
     time_ids: int | None
     guided_rows: int
 
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """A height and a width in pixels, the model's own where none is asked for.
+
+        Raises: `ValueError` for a side that is not a whole number of latents.
+        """
+        sides = self.height if height is None else height, self.width if width is None else width
+        if any(side % self.scale or side <= 0 for side in sides):
+            raise ValueError(f"expected a height and width divisible by {self.scale}, got {sides}; give others")
+        return sides
+
 
 def empty_unet(model: SourceModel) -> Any:
     """The model's U-Net with no memory behind its weights.
@@ -80,10 +90,8 @@ def unet_work(model: SourceModel, height: int | None = None, width: int | None =
     cut.
     """
     unet, shapes = empty_unet(model), geometry(model)
-    pixels = height or shapes.height, width or shapes.width
-    if any(side % shapes.scale or side <= 0 for side in pixels):
-        raise ValueError(f"expected a height and a width divisible by {shapes.scale} for {model.name}, got {pixels}")
-    latent = pixels[0] // shapes.scale, pixels[1] // shapes.scale
+    height, width = shapes.size(height, width)
+    latent = height // shapes.scale, width // shapes.scale
     if isinstance(unet, UNetSpatioTemporalConditionModel):
         inputs = _video_inputs(unet, shapes, latent)
     else:

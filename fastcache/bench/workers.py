@@ -25,14 +25,6 @@ class ArmFailed(RuntimeError):
     """An arm cannot run here; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class PlannedWorker:
-    """A worker still to be started: what it is for, and the size of the weights that it will load."""
-
-    task: Task
-    weights_bytes: int
-
-
 class Workers:
     """Runs arms, each in the process that `key_of` names; processes start when an arm first needs them.
 
@@ -41,11 +33,11 @@ class Workers:
 
     def __init__(
         self,
-        jobs: Mapping[str, PlannedWorker],
+        tasks: Mapping[str, Task],
         key_of: Callable[[Arm], str],
         available: Callable[[], int | None] = available_bytes,
     ) -> None:
-        self._jobs, self._key_of, self._available = jobs, key_of, available
+        self._tasks, self._key_of, self._available = tasks, key_of, available
         self._alive: dict[str, _Worker] = {}  # the one used longest ago comes first
         self._took: dict[str, int] = {}  # the most that each process has held so far
         self.reloads = 0
@@ -78,13 +70,13 @@ class Workers:
         return times
 
     def _start(self, key: str) -> _Worker:
-        job = self._jobs[key]
-        needed = self._took.get(key, _BYTES_PER_WEIGHT_BYTE * job.weights_bytes)
+        task = self._tasks[key]
+        needed = self._took.get(key, _BYTES_PER_WEIGHT_BYTE * task.weights_bytes)
         while self._alive and (free := self._available()) is not None and free < needed:
             self._alive.pop(next(iter(self._alive))).end()
         restarted = key in self._took
         self.reloads += restarted
-        return _Worker(job.task, restarted)
+        return _Worker(task, restarted)
 
 
 @dataclass

@@ -9,12 +9,13 @@ import typer
 
 from fastcache.commands.options import (
     Device,
+    Guidance,
     Height,
     Json,
     OutputFolder,
     RandomWeights,
+    Revision,
     Sampler,
-    UsualGuidance,
     Width,
     check_writable,
     read_prompts,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fastcache.analysis.measure import Analysis
 
 
-def analyze(
+def analyze(  # as long as its flags are many
     model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")],
     output: OutputFolder,
@@ -34,14 +35,14 @@ def analyze(
     num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
-    guidance_scale: UsualGuidance = None,
+    guidance_scale: Guidance = None,
     gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
     height: Height = None,
     width: Width = None,
     device: Device = None,
     random_weights: RandomWeights = False,
-    revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
+    revision: Revision = None,
     switch_prompt_at: Annotated[list[int] | None, typer.Option(help="Switch prompts at this step.")] = None,
     guidance_interval: Annotated[
         list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only.")

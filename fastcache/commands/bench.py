@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from fastcache.bench.lineup import Wishes
 
 
-def bench(
+def bench(  # as long as its flags are many
     engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.", callback=existing)] = None,
     model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
     random_weights: RandomWeights = False,
@@ -59,7 +58,8 @@ def bench(
         _bench_kernels(batch, dtype, repeats, branch_id or 0, json_file)
         return
     from fastcache.bench.chart import check_chartable, draw_chart
-    from fastcache.bench.lineup import Wishes, no_arm_ran
+    from fastcache.bench.lineup import Wishes
+    from fastcache.errors import BackendUnavailable
 
     if (engines is None) == (model is None):
         raise ValueError("expected either --engines or --model, got " + ("neither" if model is None else "both"))
@@ -80,7 +80,9 @@ def bench(
     if not _write_json(result, json_file):
         _show_bench(settings, results, result["doubts"])
     if all(arm.skipped is not None for arm in results):
-        raise no_arm_ran([arm.skipped or "" for arm in results])
+        raise BackendUnavailable(
+            f"expected an arm that runs on this machine, got none; the first: {results[0].skipped}"
+        )
     if chart is not None:
         chart.parent.mkdir(parents=True, exist_ok=True)
         draw_chart(result, chart)
@@ -113,14 +115,13 @@ def _measure(
 
 def _write_json(result: dict[str, Any], file: Path | None) -> bool:
     """Write a result where it was asked for. Returns whether that was stdout, which then takes nothing else."""
-    from fastcache.files import write_whole
+    from fastcache.files import write_json
 
     if str(file) == "-":
         print_json(result)
         return True
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(file, result)
     return False
 
 

@@ -15,6 +15,7 @@ from fastcache.commands.options import (
     Json,
     OutputFolder,
     RandomWeights,
+    Revision,
     Width,
     check_writable,
     existing,
@@ -47,13 +48,8 @@ def doctor(json_: Json = False) -> None:
         ["backend", "device", "builds", "runs", "version", "dtypes", "what to know"],
         [
             [
-                b["name"],
-                b["device"],
-                _yes(b["can_build"]),
-                _yes(b["can_run"]),
-                b["version"] or "-",
-                " ".join(b["dtypes"]),
-                b["reason"],
+                *(b["name"], b["device"], *("yes" if b[can] else "no" for can in ("can_build", "can_run"))),
+                *(b["version"] or "-", " ".join(b["dtypes"]), b["reason"]),
             ]
             for b in result["backends"]
         ],
@@ -63,16 +59,12 @@ def doctor(json_: Json = False) -> None:
     typer.echo(f"loop on the CPU: {result['cpu_loop']['reason']}")
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def build_engines(
     ctx: typer.Context,
     output: OutputFolder,
     model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")] = None,
+    revision: Revision = None,
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
     branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
@@ -151,17 +143,16 @@ def inspect(
     Example: fastcache inspect demo-output/engines, or fastcache inspect sd15 --branches
     """
     from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
-    from fastcache.commands.branches import branch_rows, show_branches, show_model_branches
+    from fastcache.commands.branches import count_work, show_branches
     from fastcache.health.verify import engine_facts
 
     if branches and not (folder / MANIFEST).is_file():
-        show_model_branches(str(folder), height, width, json_)
+        show_branches(str(folder), *count_work(str(folder), height, width), as_json=json_)
         return
     manifest = read_manifest(existing(folder) or folder)
-    size = f"{manifest.model.name} at {manifest.width}x{manifest.height}"
+    work = manifest.model.name, manifest.height, manifest.width, manifest.work
     if branches:
-        shown = {"model": manifest.model.name, "height": manifest.height, "width": manifest.width}
-        print_json(shown | {"work": branch_rows(manifest.work)}) if json_ else show_branches(size, manifest.work)
+        show_branches(*work, as_json=json_)
         return
     facts = engine_facts(folder, manifest)
     if json_:
@@ -179,7 +170,7 @@ def inspect(
         [[role, e.file, e.dtype, _facts_text(facts[role])] for role, e in manifest.engines.items()],
     )
     if manifest.work:
-        show_branches(size, manifest.work)
+        show_branches(*work)
     files = [[file.name, f"{file.bytes:,}", file.sha256[:16]] for file in manifest.files]
     print_table("Files", ["file", "bytes", "SHA-256"], files)
     typer.echo(

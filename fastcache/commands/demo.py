@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ def demo(
     """
     import fastcache
     from fastcache.bench.demo import report, run_demo
-    from fastcache.files import write_whole
+    from fastcache.files import write_json
     from fastcache.pipeline.pipeline import FastCachePipeline
 
     check_writable(output)
@@ -34,7 +33,7 @@ def demo(
         intervals = sorted({2, 3, 5, cache_interval} - {1})
         rows = run_demo(pipe, intervals, steps, output, say)
     result = report(pipe, rows, steps)
-    write_whole(output / "report.json", json.dumps(result, indent=1).encode())
+    write_json(output / "report.json", result)
     if json_:
         print_json(result)
         return

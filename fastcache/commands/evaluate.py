@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ import typer
 
 from fastcache.commands.options import (
     EnginesOption,
+    Guidance,
     Json,
     OutputFolder,
     Sampler,
-    UsualGuidance,
     check_writable,
     prompts_or_own,
     read_plan,
@@ -48,7 +47,7 @@ def evaluate(
     num_images: Annotated[int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32.")] = None,
     sampler: Sampler = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
-    guidance_scale: UsualGuidance = None,
+    guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,
     clip: Annotated[Path | None, typer.Option(help="A folder with a CLIP model, for the CLIP score.")] = None,
@@ -97,10 +96,9 @@ def _write(result: dict[str, Any], found: Evaluation, output: Path) -> str:
     """Write the results, the chart and the grid; returns what they are headed with."""
     from fastcache.bench.demo import grid
     from fastcache.evaluate.chart import draw_frontier
-    from fastcache.files import write_whole
+    from fastcache.files import write_json
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "results.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(output / "results.json", result)
     conditions = result["conditions"]
     title = (
         f"{conditions['model']} {conditions['size'][0]}x{conditions['size'][1]}, {found.images} pictures, "
@@ -144,7 +142,7 @@ def _judges(
     if lpips is not None:
         judges["lpips"] = known.lpips_judge(lpips)
     if clip is not None:
-        judges["clip_score"] = known.ClipJudge(clip).score
+        judges["clip_score"] = known.clip_judge(clip)
     if inception is not None and pictures is not None:
         look = known.inception_features(inception)
         truth = known.features_of_folder(pictures, look)

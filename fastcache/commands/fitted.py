@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +91,7 @@ def write_frontier(
     from fastcache.evaluate.chart import draw_frontier
     from fastcache.evaluate.evaluate import Candidate, evaluate
     from fastcache.evaluate.judges import psnr_db
-    from fastcache.files import write_whole
+    from fastcache.files import write_json, write_whole
     from fastcache.planning.frontier import QUALITIES, quality_plans, rivals
     from fastcache.planning.planning import kept_calibration
 
@@ -133,7 +132,7 @@ def write_frontier(
         "shallow_step_ms": {str(branch): round(ms, 3) for branch, ms in times.shallow_ms.items()},
         "rows": [row.to_json() for row in found.rows],
     }
-    write_whole(folder / "frontier.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(folder / "frontier.json", result)
     title = f"{manifest.model.name}, {len(left_out)} pictures, {manifest.backend} {manifest.dtype} on {manifest.device}"
     draw_frontier(found.rows, title, folder / "frontier.png")
     return plans["fine"], result

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -16,6 +17,7 @@ from fastcache.commands.options import (
     EnginesOption,
     Guidance,
     Json,
+    NegativePrompt,
     PlanFile,
     Sampler,
     check_writable,
@@ -26,19 +28,12 @@ from fastcache.console import notes, print_json
 if TYPE_CHECKING:
     from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
 
-_BEGIN, _STEER, _TOLD = "Begin with a picture", "Steer by a picture", "SDXL"
-# Flags that are the pipeline's arguments of the same name: for base and refiner, and for the base alone.
-_FOR_BOTH = (
-    *("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "clip_skip", "sampler", "eta"),
-    *("guidance_scale", "guidance_rescale", "original_size", "crops_coords_top_left", "target_size"),
-    *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
-    *("aesthetic_score", "negative_aesthetic_score"),
-)
-_FOR_BASE = (
+# Flags of the pipeline's arguments that a refiner is not given.
+_FOR_BASE = {
     *("height", "width", "strength", "image_guidance_scale"),
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
     *("adapter_conditioning_scale", "ip_adapter_scale"),
-)
+}
 _PICTURES = {
     "init_image": "image",
     "mask": "mask_image",
@@ -53,25 +48,24 @@ _EMBEDS = (
 )
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # which no folder is called after
 _HAND_OVER = 0.8  # arXiv 2307.01952, section 2.5: the refiner is for the last fifth of the noise levels
-_Count = Annotated[
-    float | None, typer.Option(help="How much that picture counts; 1 if left out.", rich_help_panel=_STEER)
-]
+
+_begin = partial(typer.Option, rich_help_panel="Begin with a picture")
+_steer = partial(typer.Option, rich_help_panel="Steer by a picture")
+_told = partial(typer.Option, rich_help_panel="SDXL")
+_Count = Annotated[float | None, _steer(help="How much that picture counts; 1 if left out.")]
 _Pair = Annotated[
     tuple[int, int] | None,
-    typer.Option(metavar="HEIGHT WIDTH", help="Told to the model; the size drawn if left out.", rich_help_panel=_TOLD),
+    _told(metavar="HEIGHT WIDTH", help="Told to the model; the size drawn if left out."),
 ]
-_Corner = Annotated[
-    tuple[int, int] | None,
-    typer.Option(metavar="TOP LEFT", help="Told to the model; 0 0 if left out.", rich_help_panel=_TOLD),
-]
+_Corner = Annotated[tuple[int, int] | None, _told(metavar="TOP LEFT", help="Told to the model; 0 0 if left out.")]
 
 
-def generate(
+def generate(  # as long as its flags are many
     ctx: typer.Context,
     engines: EnginesOption,
     output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
     prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    negative_prompt: NegativePrompt = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the plan's or the model's own.")] = None,
     sampler: Sampler = None,
@@ -81,67 +75,44 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
-    quality: Annotated[
-        str | None, typer.Option(help="draft, standard or fine, a plan that `plan --frontier` made.")
-    ] = None,
+    quality: Annotated[str | None, typer.Option(help="draft, standard or fine: `plan --frontier` made it.")] = None,
     plans: Annotated[Path | None, typer.Option(help="The folder that it made them in.")] = None,
     height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
-    embeds: Annotated[
-        Path | None,
-        typer.Option(help="A .safetensors file of prompt_embeds, negative_prompt_embeds, ..., one row each."),
-    ] = None,
-    init_image: Annotated[
-        Path | None, typer.Option(help="A picture to begin with, or to edit.", rich_help_panel=_BEGIN)
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How much of --init-image to draw anew, 0 to 1.", rich_help_panel=_BEGIN)
-    ] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="A picture, white where to draw on --init-image.", rich_help_panel=_BEGIN)
-    ] = None,
-    image_guidance_scale: Annotated[
-        float | None, typer.Option(help="InstructPix2Pix's, towards --init-image.", rich_help_panel=_BEGIN)
-    ] = None,
+    embeds: Annotated[Path | None, typer.Option(help="A .safetensors file of prompt_embeds, ..., a row each.")] = None,
+    init_image: Annotated[Path | None, _begin(help="A picture to begin with, or to edit.")] = None,
+    strength: Annotated[float | None, _begin(help="How much of --init-image to draw anew, 0 to 1.")] = None,
+    mask: Annotated[Path | None, _begin(help="A picture, white where to draw on --init-image.")] = None,
+    image_guidance_scale: Annotated[float | None, _begin(help="InstructPix2Pix's, towards --init-image.")] = None,
     control_image: Annotated[
-        list[Path] | None,
-        typer.Option(help="A picture for the bundle's ControlNet; of several, once for each.", rich_help_panel=_STEER),
+        list[Path] | None, _steer(help="A picture for the bundle's ControlNet; of several, once for each.")
     ] = None,
     controlnet_conditioning_scale: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="How much that picture counts; 1 if left out. Once for all, or each.", rich_help_panel=_STEER
-        ),
+        list[float] | None, _steer(help="How much that picture counts; 1 if left out. Once for all, or each.")
     ] = None,
     control_guidance_start: Annotated[
-        list[float] | None, typer.Option(help="The share of steps before the ControlNet.", rich_help_panel=_STEER)
+        list[float] | None, _steer(help="The share of steps before the ControlNet.")
     ] = None,
     control_guidance_end: Annotated[
-        list[float] | None, typer.Option(help="The share of steps at which it ends, 0 to 1.", rich_help_panel=_STEER)
+        list[float] | None, _steer(help="The share of steps at which it ends, 0 to 1.")
     ] = None,
-    adapter_image: Annotated[
-        Path | None, typer.Option(help="A picture for the bundle's T2I-Adapter.", rich_help_panel=_STEER)
-    ] = None,
+    adapter_image: Annotated[Path | None, _steer(help="A picture for the bundle's T2I-Adapter.")] = None,
     adapter_conditioning_scale: _Count = None,
-    ip_adapter_image: Annotated[
-        Path | None, typer.Option(help="A picture for the bundle's IP-Adapter.", rich_help_panel=_STEER)
-    ] = None,
+    ip_adapter_image: Annotated[Path | None, _steer(help="A picture for the bundle's IP-Adapter.")] = None,
     ip_adapter_scale: _Count = None,
-    prompt_2: Annotated[str | None, typer.Option(help="For the second encoder.", rich_help_panel=_TOLD)] = None,
-    negative_prompt_2: Annotated[str | None, typer.Option(help="For the second.", rich_help_panel=_TOLD)] = None,
+    prompt_2: Annotated[str | None, _told(help="For the second encoder.")] = None,
+    negative_prompt_2: Annotated[str | None, _told(help="For the second.")] = None,
     original_size: _Pair = None,
     target_size: _Pair = None,
     crops_coords_top_left: _Corner = None,
     negative_original_size: _Pair = None,
     negative_target_size: _Pair = None,
     negative_crops_coords_top_left: _Corner = None,
-    refiner: Annotated[Path | None, typer.Option(help="A refiner's bundle, to finish.", rich_help_panel=_TOLD)] = None,
-    denoising_end: Annotated[
-        float | None, typer.Option(help="Where the refiner takes over, 0 to 1; 0.8.", rich_help_panel=_TOLD)
-    ] = None,
-    aesthetic_score: Annotated[float | None, typer.Option(help="The refiner's; 6.", rich_help_panel=_TOLD)] = None,
-    negative_aesthetic_score: Annotated[float | None, typer.Option(help="2.5.", rich_help_panel=_TOLD)] = None,
+    refiner: Annotated[Path | None, _told(help="A refiner's bundle, to finish.")] = None,
+    denoising_end: Annotated[float | None, _told(help="Where the refiner takes over, 0 to 1; 0.8.")] = None,
+    aesthetic_score: Annotated[float | None, _told(help="The refiner's; 6.")] = None,
+    negative_aesthetic_score: Annotated[float | None, _told(help="2.5.")] = None,
     json_: Json = False,
 ) -> None:
     """Draw images with a bundle's engines.
@@ -175,22 +146,27 @@ def _draw_all(
 
     from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
+    from fastcache.pipeline.images import read_image
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.pipeline.provenance import png_bytes
 
-    arguments, pictures = _arguments(given), _read_pictures(given)
+    arguments = _arguments(given)
+    pictures = {name: _each(read_image, given[flag]) for flag, name in _PICTURES.items() if flag in given}
+    said = {flag: _each(lambda file: file.name, given[flag]) for flag in (*_PICTURES, "embeds") if flag in given}
     base = FastCachePipeline(open_bundle(engines))
     _check_controls(base, pictures.get("control_image"))
     last = None if refiner is None else FastCachePipeline(open_bundle(refiner))
-    said = _said(given) | ({} if last is None else {"refiner": last.bundle.manifest.bundle_sha256})
+    if last is not None:
+        said["refiner"] = last.bundle.manifest.bundle_sha256
     images, used = list[dict[str, Any]](), dict[str, object]()
     most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("drawing", total=None)
+        arguments["callback_on_step_end"] = lambda *_: bar.advance(task)
         for first in range(0, len(seeds), most):
             batch = seeds[first : first + most]
-            every = arguments | _batch(list(batch), lambda *_: bar.advance(task))
-            result = _draw(base, last, every, pictures, given.get("denoising_end", _HAND_OVER))
+            own_batch = arguments | {"num_images_per_prompt": len(batch), "seed": list(batch)}
+            result = _draw(base, last, own_batch, pictures, given.get("denoising_end", _HAND_OVER))
             used = result.made | said
             for own, image in zip(batch, result.images, strict=True):
                 path = output if _is_file(output) else output / f"{own:05d}.png"
@@ -244,15 +220,23 @@ def _check_controls(pipe: FastCachePipeline, images: Any) -> None:
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline's arguments but for pictures and what counts by them."""
-    arguments = {name: given[name] for name in (*_FOR_BOTH, *_FOR_BASE) if name in given}
-    renamed = {"num_inference_steps": "steps", "cache_interval": "cache_interval"}
-    arguments |= {name: given[flag] for name, flag in renamed.items() if flag in given}
+    """The pipeline's arguments but for pictures, and for what each batch has of its own."""
+    from fastcache.pipeline.request import Request
+
+    apart = {"seed", "plan", "denoising_end", *_PICTURES}
+    arguments = {field.name: given[field.name] for field in fields(Request) if field.name in given.keys() - apart}
+    if "steps" in given:
+        arguments["num_inference_steps"] = given["steps"]
     if "plan" in given:
         arguments["plan"] = read_plan(Path(given["plan"]))
     if "embeds" in given:
         arguments |= _read_embeds(given["embeds"])
     return arguments
+
+
+def _each(act: Callable[[Path], Any], files: Any) -> Any:
+    """What is made of a flag's file, or a list of what is made of each of its files."""
+    return [act(Path(file)) for file in files] if isinstance(files, list | tuple) else act(Path(files))
 
 
 def _read_embeds(file: str) -> dict[str, Any]:
@@ -270,33 +254,6 @@ def _read_embeds(file: str) -> dict[str, Any]:
         if len(found[name]) != 1:
             raise ValueError(f"expected one row in {name} of {file}, got {len(found[name])}; draw them one by one")
     return found | shown
-
-
-def _read_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The pictures in those of the files that are given, by the pipeline's names."""
-    from fastcache.pipeline.images import read_image
-
-    pictures: dict[str, Any] = {}
-    for flag, name in _PICTURES.items():
-        if flag in given:
-            files = given[flag]
-            pictures[name] = (
-                [read_image(f) for f in files] if isinstance(files, list | tuple) else read_image(Path(files))
-            )
-    return pictures
-
-
-def _said(given: Mapping[str, Any]) -> dict[str, object]:
-    """What a picture's file says of the files that went into it: their names."""
-    return {name: _named(value) for name, value in given.items() if name in (*_PICTURES, "embeds")}
-
-
-def _named(files: Any) -> object:
-    return [Path(file).name for file in files] if isinstance(files, list | tuple) else Path(files).name
-
-
-def _batch(seeds: Sequence[int], on_step: Callable[..., None]) -> dict[str, Any]:
-    return {"num_images_per_prompt": len(seeds), "seed": seeds, "callback_on_step_end": on_step}
 
 
 def _draw(

@@ -33,11 +33,12 @@ Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance; 1 or less switches it off; the model's own.")
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
+Revision = Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
-UsualGuidance = Annotated[float | None, typer.Option(help="The model's own if left out.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
 CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
 PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]

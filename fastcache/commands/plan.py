@@ -26,7 +26,7 @@ _CHOICES = ("--budget", "--max-latency-ms", "--frontier")
 _WISHES = (*_FORMULAS, "--refreshes", *_CHOICES, "--threshold")
 
 
-def plan(
+def plan(  # as long as its flags are many
     ctx: typer.Context,
     engines: EnginesOption,
     steps: Steps,

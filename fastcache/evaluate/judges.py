@@ -22,6 +22,7 @@ from fastcache.demo import reader
 from fastcache.demo.features import scene_features
 from fastcache.demo.scenes import Object, Scene, held_out_scenes, render, training_scenes
 from fastcache.errors import BackendUnavailable
+from fastcache.evaluate.evaluate import Judge
 from fastcache.evaluate.quality import psnr_db_each
 
 Array = npt.NDArray[np.floating]
@@ -79,11 +80,15 @@ def attribute_accuracy(images: Tensor, _: Tensor, prompts: Sequence[str]) -> Arr
 
 
 def _read(images: Tensor, prompts: Sequence[str]) -> list[tuple[Scene, Scene]]:
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     wanted = [scene_of(prompt) for prompt in prompts]
     if None in wanted:
         raise ValueError(f"expected full captions of scenes, got {prompts[wanted.index(None)]!r}")
-    return [(reader.read_scene(own), scene) for own, scene in zip(pixels, wanted, strict=True) if scene is not None]
+    return [(seen, scene) for seen, scene in zip(read_scenes(images), wanted, strict=True) if scene is not None]
+
+
+def read_scenes(images: Tensor) -> list[Scene]:
+    """What the bundled model's reader sees in its pictures. Shapes: (N, 3, 64, 64) in [0, 1]."""
+    return [reader.read_scene(pixels) for pixels in _uint8(images).permute(0, 2, 3, 1).numpy()]
 
 
 def _share(seen: Scene, wanted: Scene) -> float:
@@ -109,7 +114,7 @@ def true_features(prompts: Sequence[str]) -> Array:
     return demo_features(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
 
 
-def lpips_judge(weights: Path) -> Callable[[Tensor, Tensor, Sequence[str]], Array]:
+def lpips_judge(weights: Path) -> Judge:
     """LPIPS on AlexNet: `weights` holds torchvision's alexnet in safetensors (`features.0.weight`, ...).
 
     The linear heads are those that torchmetrics carries.
@@ -163,41 +168,28 @@ def _alexnet(weights: Path) -> nn.Sequential:
     return layers.eval().requires_grad_(False)
 
 
-class ClipJudge:
-    """A CLIP model from a local folder: its score of picture and prompt, and its image features.
+def clip_judge(folder: Path) -> Judge:
+    """The CLIP score by a model in a local folder: a hundred times the cosine of picture and prompt, at least 0.
 
     Raises: `ValueError` for a folder that holds no CLIP model.
     Source: Hessel et al., arXiv 2104.08718, without its factor 2.5, which tables of CLIP scores leave out.
     """
+    from transformers import CLIPModel, CLIPProcessor
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import CLIPModel, CLIPProcessor
+    try:
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a folder with a CLIP model, got {folder} ({str(error).split('.')[0]})") from None
 
-        try:
-            self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-            self._processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"expected a folder with a CLIP model, got {folder} ({str(error).split('.')[0]})"
-            ) from None
-
+    # not by torchmetrics: 1.9 expects tensors where transformers 5 gives structures
     @torch.inference_mode()
-    def score(self, images: Tensor, _: Tensor, prompts: Sequence[str]) -> Array:
-        """A hundred times the cosine of picture and prompt, 0 where it is negative."""
-        # not by torchmetrics: 1.9 expects tensors where transformers 5 gives structures
-        tokens = self._processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True)
-        texts = torch.from_numpy(self._pooled(self._model.get_text_features(**tokens)))
-        pictures = torch.from_numpy(self.features(images))
-        return torch.cosine_similarity(pictures, texts).mul(100).clamp(min=0).numpy()
+    def judge(images: Tensor, _: Tensor, prompts: Sequence[str]) -> Array:
+        given = {"text": list(prompts), "images": list(_uint8(images))}
+        found = model(**processor(**given, return_tensors="pt", padding=True, truncation=True))
+        return torch.cosine_similarity(found.image_embeds, found.text_embeds).double().mul(100).clamp(min=0).numpy()
 
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> Array:
-        inputs = self._processor(images=list(_uint8(images)), return_tensors="pt")
-        return self._pooled(self._model.get_image_features(inputs["pixel_values"]))
-
-    @staticmethod
-    def _pooled(output: Any) -> Array:
-        return output.pooler_output.double().numpy()
+    return judge
 
 
 def inception_features(weights: Path) -> Callable[[Tensor], Array]:

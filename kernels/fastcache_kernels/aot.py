@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache_kernels.manifest import ALIGNMENT, KERNELS, LIBRARY, MANIFEST, source_hash
+from fastcache_kernels.manifest import ALIGNMENT, KERNELS, LIBRARY, MANIFEST, SOURCE, source_hash
 
 WARP_SIZE = 32
 EXACT_FROM = 90  # from here on Triton compiles for one architecture only: sm_90a, sm_100a, ...
@@ -102,8 +102,7 @@ def compile_kernel(specification: Specification, architecture: int) -> CompiledI
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module(f"fastcache_kernels.{KERNELS[specification.kernel]}")
-    function: Any = getattr(module, specification.kernel)
+    function: Any = getattr(importlib.import_module(f"fastcache_kernels.{SOURCE}"), specification.kernel)
     constants = dict(specification.constants)
     listed = [parameter.name for parameter in specification.parameters] + list(constants)
     if listed != function.arg_names:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcache_kernels.launch import KernelError
+from fastcache_kernels.manifest import folder_of
 from fastcache_kernels.values import expect
 
 LIBRARY, SOURCE = "libfastcache_cpu.so", "cpu_step.c"
@@ -69,11 +69,9 @@ def source_hash() -> str:
 
 @cache
 def found_library() -> Library | KernelError:
-    """The library beside this file; an editable install keeps it in another folder of the same package."""
-    package = importlib.import_module("fastcache_kernels")
-    folders = [Path(folder) for folder in package.__path__]
+    """The library that was built where fastcache was installed, or why there is none."""
     try:
-        return Library(next((folder for folder in folders if (folder / LIBRARY).is_file()), folders[0]))
+        return Library(folder_of(LIBRARY))
     except KernelError as error:
         return error
 

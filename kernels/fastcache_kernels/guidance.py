@@ -6,6 +6,8 @@ launched it computes the plain PyTorch meaning. Knows tensors and nothing else.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,13 @@ class GuidanceStep:
         self._model_input, self._timestep = model_input, timestep
         self._noise, self._rescale = noise, float(rescale)
         self._check()
-        self._samples, self._channels = ring.shape[2], ring.shape[3]
-        self._halves = noise_pred.shape[0] // self._samples
-        self._launch = self._launches() or self._compute
-
-    def run(self) -> None:
-        self._launch()
+        self._halves = len(noise_pred) // ring.shape[2]
+        self.run: Launch = self._launches() or partial(
+            reference.guidance_step,
+            *(noise_pred, ring, tables, step, model_input, timestep),
+            rescale=self._rescale,
+            noise=noise,
+        )
 
     def _check(self) -> None:
         ring, tables, device = self._ring, self._tables, self._ring.device
@@ -91,26 +94,40 @@ class GuidanceStep:
 
     def _launches(self) -> Launch | None:
         """The kernels, the standard deviations' only where they are needed; None where they cannot be launched."""
-        plane = self._ring.shape[4] * self._ring.shape[5]
-        size = self._channels * plane
-        sizes: dict[str, Argument] = {"size": size, "chunk": -(-size // CHUNKS)}
-        if self._rescale == 0 or self._halves == 1:
-            return self._step_launch(self._ring, sizes, plane, 0.0)
-        partials = torch.empty(self._samples, CHUNKS, 4, device=self._ring.device)
-        statistics = prepare(
-            "guidance_statistics",
-            (CHUNKS, self._samples, 1),
-            {
-                "noise_pred": self._noise_pred,
-                "guidance": self._tables.guidance,
-                "step": self._step,
-                "partials": partials,
-                **sizes,
-            },
-            num_warps=NUM_WARPS,
-            BLOCK=STATISTICS_BLOCK,
-        )
-        step = self._step_launch(partials, sizes, plane, self._rescale)
+        ring, tables, noise = self._ring, self._tables, self._noise
+        samples, channels, height, width = ring.shape[2:]
+        plane, size = height * width, channels * height * width
+        rescaled = self._rescale > 0 and self._halves == 2
+        arguments: dict[str, Argument] = {
+            "noise_pred": self._noise_pred,
+            "ring": ring,
+            "noise": ring if noise is None else noise,
+            "model_input": self._model_input,
+            "timestep": self._timestep,
+            "weights": tables.weights,
+            "guidance": tables.guidance,
+            "input_scales": tables.input_scales,
+            "timesteps": tables.timesteps,
+            "step": self._step,
+            "partials": torch.empty(samples, CHUNKS, 4, device=ring.device) if rescaled else ring,
+            "size": size,
+            "chunk": -(-size // CHUNKS),
+            "ring_calls": tables.ring_calls,
+            "num_steps": tables.num_steps,
+            "noise_rows": 0 if noise is None else tables.num_steps,
+            "noise_stride": 0 if noise is None else samples * size,
+            "input_stride": self._model_input.shape[1] * plane,
+            "halves": self._halves,
+            "rescale": self._rescale if rescaled else 0.0,
+        }
+        rows = max(16, 1 << (3 * tables.ring_calls - 1).bit_length())  # five calls, as the named samplers need
+        grid = (-(-size // BLOCK), samples, 1)
+        step = prepare("guidance_step", grid, arguments, num_warps=NUM_WARPS, ROWS=rows, CHUNKS=CHUNKS, BLOCK=BLOCK)
+        if not rescaled:
+            return step
+        read = {name: arguments[name] for name in ("noise_pred", "guidance", "step", "partials", "size", "chunk")}
+        grid = (CHUNKS, samples, 1)
+        statistics = prepare("guidance_statistics", grid, read, num_warps=NUM_WARPS, BLOCK=STATISTICS_BLOCK)
         if statistics is None or step is None:
             return None
 
@@ -119,42 +136,3 @@ class GuidanceStep:
             step()
 
         return launch
-
-    def _step_launch(self, partials: Tensor, sizes: dict[str, Argument], plane: int, rescale: float) -> Launch | None:
-        tables, noise, size = self._tables, self._noise, self._channels * plane
-        arguments: dict[str, Argument] = {
-            "noise_pred": self._noise_pred,
-            "ring": self._ring,
-            "noise": self._ring if noise is None else noise,
-            "model_input": self._model_input,
-            "timestep": self._timestep,
-            "weights": tables.weights,
-            "guidance": tables.guidance,
-            "input_scales": tables.input_scales,
-            "timesteps": tables.timesteps,
-            "step": self._step,
-            "partials": partials,
-            **sizes,
-            "ring_calls": tables.ring_calls,
-            "num_steps": tables.num_steps,
-            "noise_rows": 0 if noise is None else tables.num_steps,
-            "noise_stride": 0 if noise is None else self._samples * size,
-            "input_stride": self._model_input.shape[1] * plane,
-            "halves": self._halves,
-            "rescale": rescale,
-        }
-        rows = max(16, 1 << (3 * tables.ring_calls - 1).bit_length())  # five calls, as the named samplers need
-        grid = (-(-size // BLOCK), self._samples, 1)
-        return prepare("guidance_step", grid, arguments, num_warps=NUM_WARPS, ROWS=rows, CHUNKS=CHUNKS, BLOCK=BLOCK)
-
-    def _compute(self) -> None:
-        reference.guidance_step(
-            self._noise_pred,
-            self._ring,
-            self._tables,
-            self._step,
-            self._model_input,
-            self._timestep,
-            rescale=self._rescale,
-            noise=self._noise,
-        )

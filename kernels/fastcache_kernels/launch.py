@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache_kernels.manifest import ALIGNMENT, KERNELS, MANIFEST, source_hash
+from fastcache_kernels.manifest import ALIGNMENT, MANIFEST, SOURCE, folder_of, source_hash
 
 Argument = Tensor | int | float
 Launch = Callable[[], None]
@@ -122,12 +122,8 @@ class GpuLibrary:
 
 @cache
 def _found_library() -> GpuLibrary | KernelError:
-    """The library beside this file; an editable install keeps it in another folder of the same package."""
-    package = importlib.import_module("fastcache_kernels")
-    folders = [Path(folder) for folder in package.__path__]
-    folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), folders[0])
     try:
-        return GpuLibrary(folder)
+        return GpuLibrary(folder_of(MANIFEST))
     except KernelError as error:
         return error
 
@@ -167,11 +163,9 @@ def prepare(
             variant = found.find(kernel, arguments, num_warps, constants)
             if variant is not None:
                 return found.bind(variant, grid, arguments)
-        if _triton_version() is None:
-            return None
-    elif not (device.type == "cpu" and _interpreted()):
+    if not has_triton(device):
         return None
-    function: Any = getattr(importlib.import_module(f"fastcache_kernels.{KERNELS[kernel]}"), kernel)
+    function: Any = getattr(importlib.import_module(f"fastcache_kernels.{SOURCE}"), kernel)
     # fused multiply-adds by name: Triton 3.10 changes what it does unasked
     run = partial(function[grid], **arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
     if device.type == "cpu":
@@ -195,6 +189,11 @@ def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("triton").__version__
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton can launch kernels on a device: a GPU, or the CPU where it interprets."""
+    return _triton_version() is not None if device.type == "cuda" else device.type == "cpu" and _interpreted()
 
 
 def _interpreted() -> bool:

@@ -6,24 +6,24 @@ Needs neither torch nor Triton, so that the library can be built without torch.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from functools import cache
 from pathlib import Path
 
-KERNELS = {
-    "channel_statistics": "triton_norm",
-    "normalise": "triton_norm",
-    "guidance_statistics": "triton_guidance",
-    "guidance_step": "triton_guidance",
-}
+KERNELS = ("guidance_statistics", "guidance_step")
+SOURCE = "triton_guidance"  # the module that they are in
 MANIFEST = "aot.json"
 LIBRARY = "libfastcache_kernels.so"
 ALIGNMENT = 16  # of addresses in bytes, and of sizes in elements: what a load of 16 bytes a thread rests on
 
 
+def folder_of(name: str) -> Path:
+    """Where in this package a file lies; an editable install keeps what was built apart from the sources."""
+    folders = [Path(folder) for folder in importlib.import_module("fastcache_kernels").__path__]
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
 @cache
 def source_hash() -> str:
-    """What the kernels' sources are, in one hash: ahead-of-time kernels of other sources are not used."""
-    digest = hashlib.sha256()
-    for name in sorted(set(KERNELS.values())):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return digest.hexdigest()
+    """Of the kernels' source: ahead-of-time kernels of another one are not used."""
+    return hashlib.sha256(Path(__file__).with_name(f"{SOURCE}.py").read_bytes()).hexdigest()

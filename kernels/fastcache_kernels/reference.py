@@ -79,20 +79,7 @@ def guidance_step(
         timestep.copy_(tables.timesteps[i + 1].expand_as(timestep))
 
 
-def concat_groupnorm_silu(
-    cached: Tensor,
-    skip: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    *,
-    out: Tensor,
-    joined: Tensor | None = None,
-) -> None:
-    """SiLU(GroupNorm(concat)) in float32, rounded once at the end to the dtype of `out`; the concat to `joined`."""
-    both = torch.cat([cached, skip], 1)
-    normed = functional.group_norm(both.float(), num_groups, weight.float(), bias.float(), eps)
-    out.copy_(functional.silu(normed))
-    if joined is not None:
-        joined.copy_(both)
+def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    """SiLU(GroupNorm(x)) in float32, rounded once at the end to the dtype of `x`."""
+    normed = functional.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)
+    return functional.silu(normed).to(x.dtype)

@@ -87,7 +87,7 @@ def squared_deviations(partials, counts, size):
         "halves",
     ]
 )
-def guidance_step(  # noqa: PLR0915 - one pass over the history: its parts share masks and registers
+def guidance_step(  # noqa: PLR0915 (as its docstring says)
     noise_pred,
     ring,
     noise,
@@ -116,6 +116,7 @@ def guidance_step(  # noqa: PLR0915 - one pass over the history: its parts share
 
     `ring` (ring_calls, 3, samples, size) holds x, e and z of the last calls, `weights` (num_steps, ring_calls, 3) what
     each row counts. A row of weight 0 is not read: what lies there may be anything, and memory is spared.
+    One long function, for its parts share masks and registers.
     """
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1)

@@ -1,7 +1,7 @@
 """Triton kernels: a cached feature beside a skip connection -> SiLU(GroupNorm(concat)), the concat never in memory.
 
 One program works on one channel of one sample, so each lies wholly on one side of the joint, and a group that straddles
-it is no special case: groups are put together from the channels' statistics. `norm.py` launches these and says what
+it is no special case: groups are put together from the channels' statistics. `ops.py` launches these and says what
 they take.
 """
 

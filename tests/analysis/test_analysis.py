@@ -225,7 +225,7 @@ def test_random_weights_are_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["--guidance-interval", "2:9"], "expected --guidance-interval A:B, 0 <= A < B <= 4, got 2:9"),
         (["--probes"], "expected --model demo for --probes"),
         (["--dit"], "expected --model demo for --dit"),
-        (["--height", "33"], "expected a height and width in multiples of 4 pixels, got 33"),
+        (["--height", "33"], "expected a height and width divisible by 4, got (33, 32)"),
         (["--prompts", "/nowhere"], "expected a file of prompts"),
         (["--num-prompts", "99"], "expected at most 8 prompts"),
         (["--device", "tpu"], "expected --device cpu or cuda"),

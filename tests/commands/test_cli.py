@@ -21,46 +21,23 @@ from fastcache_engines import BACKENDS, choose
 from fastcache_kernels import cpu_step
 
 
-class Result:
-    """What a command left: exit code, standard output, and standard error with its lines joined."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def fastcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
-
-
 @pytest.mark.parametrize(
-    "command", ["", "demo", "doctor", "build-engines", "inspect", "verify", "generate", "bench", "plan", "evaluate"]
+    "name", ["", "demo", "doctor", "build-engines", "inspect", "verify", "generate", "bench", "plan", "evaluate"]
 )
-def test_every_command_has_help_with_an_example(fastcache: Any, command: str) -> None:
-    result = fastcache(*([command] if command else []), "--help")
+def test_every_command_has_help_with_an_example(command: Any, name: str) -> None:
+    result = command(*([name] if name else []), "--help")
     assert result.code == 0
     assert "Usage" in result.out
-    assert not command or "Example: fastcache" in result.out
+    assert not name or "Example: fastcache" in result.out
 
 
-def test_version(fastcache: Any) -> None:
-    assert fastcache("--version").out.strip() == __version__
+def test_version(command: Any) -> None:
+    assert command("--version").out.strip() == __version__
 
 
 @pytest.mark.parametrize("flags", [("-h",), ("plan", "-h")])
-def test_help_has_a_short_flag(fastcache: Any, flags: tuple[str, ...]) -> None:
-    assert "Usage" in fastcache(*flags).out
+def test_help_has_a_short_flag(command: Any, flags: tuple[str, ...]) -> None:
+    assert "Usage" in command(*flags).out
 
 
 def test_the_package_runs_as_a_program() -> None:
@@ -68,12 +45,12 @@ def test_the_package_runs_as_a_program() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == __version__
 
 
-def test_an_interrupted_command_says_so(fastcache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_says_so(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastcache.health.doctor.examine", interrupted)
-    result = fastcache("doctor")
+    result = command("doctor")
     assert (result.code, result.out, result.err.strip()) == (130, "", "error: stopped")
 
 
@@ -91,8 +68,8 @@ def test_figures_stand_right_and_words_left(capsys: pytest.CaptureFixture[str]) 
     assert [cell.rstrip() == cell[:-1] for cell in row.split("│")[2:4]] == [True, False]
 
 
-def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
-    report = fastcache("doctor", "--json").json
+def test_doctor_names_every_backend_and_what_auto_picks(command: Any) -> None:
+    report = command("doctor", "--json").json
     rows = {(row["name"], row["device"]): row for row in report["backends"]}
     assert {name for name, _ in rows} == set(BACKENDS)
     assert rows["onnxruntime", "cpu"]["can_build"]
@@ -103,38 +80,38 @@ def test_doctor_names_every_backend_and_what_auto_picks(fastcache: Any) -> None:
     assert (report["cpu_loop"]["source"], report["cpu_loop"]["reason"]) == cpu_step.source()
 
 
-def test_inspect_shows_the_manifest(fastcache: Any, tiny_bundle: Bundle) -> None:
-    shown = fastcache("inspect", tiny_bundle.path, "--json").json
+def test_inspect_shows_the_manifest(command: Any, tiny_bundle: Bundle) -> None:
+    shown = command("inspect", tiny_bundle.path, "--json").json
     facts = shown.pop("engine_facts")
     assert shown == json.loads((tiny_bundle.path / "manifest.json").read_text())
     assert set(facts) == set(shown["engines"])
     assert facts["full"]["nodes"] > facts["shallow-0"]["nodes"] > 10
     assert facts["full"]["operators"]["Conv"] > 0
-    text = fastcache("inspect", tiny_bundle.path)
+    text = command("inspect", tiny_bundle.path)
     assert "cached_feature" in text.out
     assert shown["bundle_sha256"] in text.out
 
 
-def test_inspect_shows_what_each_branch_costs(fastcache: Any, tiny_bundle: Bundle, tiny_model: Path) -> None:
-    built = fastcache("inspect", tiny_bundle.path, "--branches", "--json").json["work"]
+def test_inspect_shows_what_each_branch_costs(command: Any, tiny_bundle: Bundle, tiny_model: Path) -> None:
+    built = command("inspect", tiny_bundle.path, "--branches", "--json").json["work"]
     manifest = tiny_bundle.manifest
     size = ("--height", manifest.height, "--width", manifest.width)
-    assert fastcache("inspect", tiny_model, "--branches", "--json", *size).json["work"] == built
+    assert command("inspect", tiny_model, "--branches", "--json", *size).json["work"] == built
     assert [row["branch_id"] for row in built] == [None, *range(manifest.num_branches)]
-    assert "Multiply-adds of one U-Net call" in fastcache("inspect", tiny_bundle.path).out
+    assert "Multiply-adds of one U-Net call" in command("inspect", tiny_bundle.path).out
 
-    preset = fastcache("inspect", "ldm4g", "--branches", "--json").json
+    preset = command("inspect", "ldm4g", "--branches", "--json").json
     assert (preset["model"], preset["height"], preset["width"]) == ("ldm4g", 256, 256)
     assert preset["work"][0]["multiply_adds_without_attention"] == pytest.approx(99.8e9, rel=1e-3)
     assert preset["work"][1]["multiply_adds"] == pytest.approx(4.42e9, rel=1e-3)
-    assert "shallow 11" in fastcache("inspect", "ldm4g", "--branches").out
-    refused = fastcache("inspect", "ldm4g", "--branches", "--height", 130)
+    assert "shallow 11" in command("inspect", "ldm4g", "--branches").out
+    refused = command("inspect", "ldm4g", "--branches", "--height", 130)
     assert refused.code == 2
     assert "divisible by 4" in refused.err
 
 
-def test_verify_passes_and_fails_with_its_exit_code(fastcache: Any, tiny_bundle: Bundle, bundle_copy: Path) -> None:
-    good = fastcache("verify", tiny_bundle.path, "--json")
+def test_verify_passes_and_fails_with_its_exit_code(command: Any, tiny_bundle: Bundle, bundle_copy: Path) -> None:
+    good = command("verify", tiny_bundle.path, "--json")
     assert good.code == 0
     assert good.json["ok"]
     assert good.json["full_vs_model"] <= good.json["tolerance"]
@@ -144,7 +121,7 @@ def test_verify_passes_and_fails_with_its_exit_code(fastcache: Any, tiny_bundle:
     content = bytearray(weights.read_bytes())
     content[100] ^= 1
     weights.write_bytes(content)
-    bad = fastcache("verify", bundle_copy, "--json")
+    bad = command("verify", bundle_copy, "--json")
     assert bad.code == 4
     assert not bad.json["ok"]
     assert [f["name"] for f in bad.json["files"] if not f["ok"]] == ["unet.weights"]
@@ -153,11 +130,11 @@ def test_verify_passes_and_fails_with_its_exit_code(fastcache: Any, tiny_bundle:
 
 
 def test_generate_writes_pictures_that_say_how_they_were_made(
-    fastcache: Any, tiny_bundle: Bundle, tmp_path: Path
+    command: Any, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     one = tmp_path / "one.png"
     common = ("generate", "--engines", tiny_bundle.path, "--prompt", "a red circle", "--steps", 4)
-    assert fastcache(*common, "--cache-interval", 2, "--seed", 3, "--output", one).out.strip() == str(one)
+    assert command(*common, "--cache-interval", 2, "--seed", 3, "--output", one).out.strip() == str(one)
     with Image.open(one) as image:
         image.load()
         text = image.text
@@ -167,11 +144,11 @@ def test_generate_writes_pictures_that_say_how_they_were_made(
     assert CachePlan.from_json(text["plan"]).refresh_steps == (0, 2)
 
     dotted = tmp_path / "guidance7.5"  # a folder, for all its dot
-    assert fastcache(*common, "--output", dotted).out.strip() == str(dotted / "00000.png")
+    assert command(*common, "--output", dotted).out.strip() == str(dotted / "00000.png")
 
     # More images than fit at once: the fourth seed's picture is the one that this seed gives alone.
     most = tiny_bundle.manifest.profiles["batch"].max
-    many = fastcache(
+    many = command(
         *common, "--cache-interval", 2, "--num-images", most + 2, "--seed", 0, "--output", tmp_path / "many", "--json"
     ).json
     assert [image["seed"] for image in many["images"]] == list(range(most + 2))
@@ -181,11 +158,11 @@ def test_generate_writes_pictures_that_say_how_they_were_made(
 
 
 def test_a_plan_file_drives_generate_and_is_refused_elsewhere(
-    fastcache: Any, tiny_bundle: Bundle, tmp_path: Path
+    command: Any, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     plan = tmp_path / "plan.json"
     made = ("plan", "--engines", tiny_bundle.path, "--steps", 8, "--sampler", "heun", "--nonuniform", 4)
-    shown = fastcache(*made, "--output", plan, "--json").json
+    shown = command(*made, "--output", plan, "--json").json
     assert shown["num_steps"] == 15  # Heun calls the U-Net twice for all but the last timestep
     assert shown["sampler"] == "heun"
     common = (
@@ -199,10 +176,10 @@ def test_a_plan_file_drives_generate_and_is_refused_elsewhere(
         "--output",
         tmp_path / "x.png",
     )
-    drawn = fastcache(*common, "--steps", 8, "--sampler", "heun", "--json")
+    drawn = command(*common, "--steps", 8, "--sampler", "heun", "--json")
     assert drawn.json["plan"] == shown
-    assert fastcache(*common, "--steps", 9, "--sampler", "heun").code == 2
-    other = fastcache(*common, "--steps", 15, "--sampler", "ddim")
+    assert command(*common, "--steps", 9, "--sampler", "heun").code == 2
+    other = command(*common, "--steps", 15, "--sampler", "ddim")
     assert other.code == 2
     assert "heun" in other.err
 
@@ -243,7 +220,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "code", "says"), BAD, ids=[" ".join(map(str, a[0])) for a in BAD])
 def test_bad_input_is_one_line_and_an_exit_code(
-    fastcache: Any,
+    command: Any,
     tiny_bundle: Bundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,7 +229,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = fastcache(*(tiny_bundle.path if a == "BUNDLE" else a for a in arguments))
+    result = command(*(tiny_bundle.path if a == "BUNDLE" else a for a in arguments))
     errors = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert (result.code, len(errors)) == (code, 1), result.err
     assert says in errors[0]
@@ -266,11 +243,11 @@ def test_a_traceback_only_with_debug(tmp_path: Path, monkeypatch: pytest.MonkeyP
         main()
 
 
-def test_bench_times_all_arms_side_by_side(fastcache: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_bench_times_all_arms_side_by_side(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     arms = "eager,deepcache,engine,engine+cache"
     flags = ("--arms", arms, "--steps", 4, "--cache-interval", 2, "--repeats", 2, "--warmup", 0, "--json", file)
-    result = fastcache("bench", "--engines", tiny_bundle.path, *flags)
+    result = command("bench", "--engines", tiny_bundle.path, *flags)
     assert result.code == 0, result.err
     document = json.loads(file.read_text())
     by_name = {arm["name"]: arm for arm in document["arms"]}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,6 @@ from safetensors.torch import save_file
 
 import fastcache
 from fastcache.bundle.bundle import Bundle
-from fastcache.cli import main
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, Any, str]:
-    """A command's exit code, its JSON document if there is one, and what it said beside."""
-    monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    said = capsys.readouterr()
-    return int(stop.value.code or 0), json.loads(said.out) if said.out else None, said.err
 
 
 @pytest.fixture
@@ -50,18 +36,14 @@ def pixels(path: str | Path) -> np.ndarray[Any, Any]:
 
 
 def test_pictures_begin_with_a_picture(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_bundle: Bundle,
-    tmp_path: Path,
-    files: dict[str, Path],
+    command: Any, tiny_bundle: Bundle, tmp_path: Path, files: dict[str, Path]
 ) -> None:
     common = ("generate", "--engines", tiny_bundle.path, "--prompt", "a cat", "--steps", 5, "--json")
 
     def drawn(*flags: object, output: Path) -> list[str]:
-        code, document, err = run(capsys, monkeypatch, *common, *flags, "--output", output)
-        assert code == 0, err
-        return [image["path"] for image in document["images"]]
+        result = command(*common, *flags, "--output", output)
+        assert result.code == 0, result.err
+        return [image["path"] for image in result.json["images"]]
 
     begun = ("--init-image", files["photo"], "--strength", 0.5, "--seed", 3)
     (one,) = drawn(*begun, output=tmp_path / "one.png")
@@ -103,7 +85,7 @@ def test_pictures_begin_with_a_picture(
 def test_what_does_not_fit_is_one_line(
     flags: tuple[object, ...],
     says: str,
-    capsys: pytest.CaptureFixture[str],
+    command: Any,
     monkeypatch: pytest.MonkeyPatch,
     tiny_bundle: Bundle,
     tmp_path: Path,
@@ -112,15 +94,13 @@ def test_what_does_not_fit_is_one_line(
     monkeypatch.chdir(tmp_path)
     named = [files.get(str(flag), flag) for flag in flags]
     common = ("generate", "--engines", tiny_bundle.path, "--prompt", "a cat", "--output", tmp_path / "out.png")
-    code, document, err = run(capsys, monkeypatch, *common, *named)
-    errors = [line for line in err.splitlines() if line.startswith("error:")]
-    assert (code, document, len(errors)) == (2, None, 1), err
+    result = command(*common, *named)
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert (result.code, result.out, len(errors)) == (2, "", 1), result.err
     assert re.search(says, errors[0]), errors[0]
 
 
-def test_embeddings_in_a_file_take_the_place_of_a_prompt(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_embeddings_in_a_file_take_the_place_of_a_prompt(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     pipe = fastcache.load(tiny_bundle.path)
     names = {"prompt_embeds": "a cat", "negative_prompt_embeds": "blue"}
     save_file({name: pipe.encode_prompt([text]) for name, text in names.items()}, tmp_path / "embeds.safetensors")
@@ -130,9 +110,9 @@ def test_embeddings_in_a_file_take_the_place_of_a_prompt(
     texts = ("--prompt", "a cat", "--negative-prompt", "blue")
     drawn: list[Any] = []
     for name, flags in (("texts", texts), ("embeds", ("--embeds", tmp_path / "embeds.safetensors"))):
-        code, document, err = run(capsys, monkeypatch, *common, *flags, "--num-images", 2, "--output", tmp_path / name)
-        assert code == 0, err
-        drawn.append([pixels(image["path"]) for image in document["images"]])
+        result = command(*common, *flags, "--num-images", 2, "--output", tmp_path / name)
+        assert result.code == 0, result.err
+        drawn.append([pixels(image["path"]) for image in result.json["images"]])
     for one, other in zip(*drawn, strict=True):
         assert np.abs(one - other).max() <= 1
     assert not np.array_equal(*drawn[0])
@@ -142,14 +122,12 @@ def test_embeddings_in_a_file_take_the_place_of_a_prompt(
         (("--embeds", tmp_path / "other.safetensors"), "negative_pooled_prompt_embeds, ip_adapter_image_embeds in"),
         (("--embeds", tmp_path / "two.safetensors"), "expected one row in prompt_embeds of"),
     ):
-        code, _, err = run(capsys, monkeypatch, *common, *flags, "--output", tmp_path / "none")
-        assert code == 2
-        assert says in " ".join(err.split())
+        refused = command(*common, *flags, "--output", tmp_path / "none")
+        assert refused.code == 2
+        assert says in " ".join(refused.err.split())
 
 
-def test_flags_of_build_engines_reach_the_recipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_flags_of_build_engines_reach_the_recipe(command: Any, tiny_model: Path, tmp_path: Path) -> None:
     common = ("build-engines", "--model", tiny_model, "--output", tmp_path / "out")
     for flags, says in (
         (("--sizes", "32x32,33x32"), "expected a width divisible by 8 for"),
@@ -157,6 +135,6 @@ def test_flags_of_build_engines_reach_the_recipe(
         (("--max-tokens", 4), "expected max_tokens of 8 or more for"),
         (("--lora", "none.safetensors:0.5"), "expected a LoRA as PATH[:WEIGHT]"),
     ):
-        code, _, err = run(capsys, monkeypatch, *common, *flags)
-        assert code == 2
-        assert says in " ".join(err.split())
+        refused = command(*common, *flags)
+        assert refused.code == 2
+        assert says in " ".join(refused.err.split())

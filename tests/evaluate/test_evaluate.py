@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from fastcache.bundle.bundle import Bundle
-from fastcache.cli import main
 from fastcache.commands.evaluate import _cell
 from fastcache.demo.scenes import COLOURS, held_out_scenes, render
 from fastcache.evaluate import judges
@@ -35,24 +33,10 @@ from tiny_model import TOKENS
 PROMPTS = ("abc", "d e", "fgh")
 
 
-class Run:
-    """A command's exit code, standard output, and standard error."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def run(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The command line, with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def command(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Run(int(stop.value.code or 0), captured.out, captured.err)
-
     return command
 
 
@@ -359,7 +343,6 @@ def test_clip_score_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None
     for part in (model, processor):
         part.save_pretrained(tmp_path)
     images, prompts = pictures(3), ["abc", "a very long text", "xyz"]
-    judge = judges.ClipJudge(tmp_path)
     inputs = processor(
         text=prompts,
         images=list((images * 255).to(torch.uint8)),
@@ -369,9 +352,8 @@ def test_clip_score_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None
     )
     with torch.no_grad():
         cosines = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
-    found = judge.score(images, images, prompts)
+    found = judges.clip_judge(tmp_path)(images, images, prompts)
     assert found == pytest.approx((cosines * 100).clamp(min=0).numpy(), abs=1e-3)
-    assert judge.features(images).shape == (3, 8)
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastcache_kernels import aot, cpu_step, guidance, norm
+from fastcache_kernels import aot, cpu_step, guidance
 from fastcache_kernels.launch import GpuLibrary
-from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, source_hash
+from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, SOURCE, source_hash
 from fastcache_kernels.values import step_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,30 +75,35 @@ def recorded(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> lis
     def prepare(kernel: str, grid: Any, arguments: Mapping[str, Any], *, num_warps: int, **constants: int) -> None:
         launches.append((kernel, arguments, num_warps, constants))
 
-    for module in (norm, guidance):
-        monkeypatch.setattr(module, "prepare", prepare)
+    monkeypatch.setattr(guidance, "prepare", prepare)
     work()
     return launches
 
 
+def step_on(
+    noise_pred: torch.Tensor, ring: torch.Tensor, noise: torch.Tensor | None = None, rescale: float = 0.7
+) -> guidance.GuidanceStep:
+    """One step of six of a sampler that looks back as far as its ring goes."""
+    calls = len(ring)
+    tables = step_tables(
+        [(max(0, i + 1 - calls), [1.0] * 3 * min(i + 1, calls)) for i in range(6)],
+        input_scales=[1] * 6,
+        timesteps=[1] * 6,
+        guidance=2.0,
+        device=ring.device,
+    )
+    step = torch.zeros(1, dtype=torch.int32, device=ring.device)
+    timestep = torch.zeros(2, device=ring.device)
+    return guidance.GuidanceStep(
+        noise_pred, ring, tables, step, torch.zeros_like(noise_pred), timestep, rescale=rescale, noise=noise
+    )
+
+
 def everything(dtype: torch.dtype) -> None:
-    """Every kind of launch there is, at the sizes of SD 1.5's latents and of its smallest features."""
-    weight = torch.ones(640, dtype=dtype)
-    for plane in ((8, 8), (64, 64)):
-        cached, skip = torch.zeros(2, 320, *plane, dtype=dtype), torch.zeros(2, 320, *plane, dtype=dtype)
-        norm.concat_groupnorm_silu(cached, skip, weight, weight, 32, joined=torch.empty(2, 640, *plane, dtype=dtype))
+    """Every kind of launch there is, at the size of SD 1.5's latents."""
     for calls in (1, 5):
-        tables = step_tables(
-            [(max(0, i + 1 - calls), [1.0] * 3 * min(i + 1, calls)) for i in range(6)],
-            input_scales=[1] * 6,
-            timesteps=[1] * 6,
-        )
-        noise_pred = torch.zeros(2, 4, 64, 64, dtype=dtype)
-        ring, step = torch.zeros(calls, 3, 1, 4, 64, 64), torch.zeros(1, dtype=torch.int32)
         for noise in (None, torch.zeros(6, 1, 4, 64, 64)):
-            guidance.GuidanceStep(
-                noise_pred, ring, tables, step, noise_pred.clone(), torch.zeros(2), rescale=0.7, noise=noise
-            )
+            step_on(torch.zeros(2, 4, 64, 64, dtype=dtype), torch.zeros(calls, 3, 1, 4, 64, 64), noise)
 
 
 @pytest.mark.slow
@@ -145,7 +150,7 @@ def test_launch_parameters_are_those_of_the_sources(build: Path, manifest: dict[
     assert manifest["source_sha256"] == source_hash()
     assert {entry["kernel"] for entry in manifest["kernels"]} == set(KERNELS)
     for entry in manifest["kernels"]:
-        function = getattr(importlib.import_module(f"fastcache_kernels.{KERNELS[entry['kernel']]}"), entry["kernel"])
+        function = getattr(importlib.import_module(f"fastcache_kernels.{SOURCE}"), entry["kernel"])
         names = [parameter["name"] for parameter in entry["parameters"]]
         assert names + list(entry["constants"]) == function.arg_names
         ptx = (build / "aot" / "images" / f"{entry['symbol']}.compute_89.ptx").read_text(encoding="utf-8")
@@ -173,12 +178,11 @@ def test_what_is_not_there_is_not_found(installed: Path, monkeypatch: pytest.Mon
     library = GpuLibrary(installed)
 
     def odd() -> None:
-        weight = torch.ones(8)
-        for cached in (torch.zeros(1, 4, 5, 7), torch.zeros(257)[1:].view(1, 4, 8, 8)):
-            norm.concat_groupnorm_silu(cached, cached, weight, weight, 2)
+        for noise_pred in (torch.zeros(2, 4, 5, 7), torch.zeros(2 * 4 * 64 + 1)[1:].view(2, 4, 8, 8)):
+            step_on(noise_pred, torch.zeros(1, 3, 1, *noise_pred.shape[1:]), rescale=0.0)
 
     launches = recorded(monkeypatch, odd)
-    assert len(launches) == 4
+    assert len(launches) == 2
     assert [kernel for kernel, *rest in launches if library.find(kernel, *rest) is not None] == []
 
 
@@ -264,12 +268,13 @@ def test_ahead_of_time_kernels_give_what_triton_gives(installed: Path, monkeypat
 
     device = torch.device("cuda:0")
     generator = torch.Generator().manual_seed(0)
-    cached, skip = (torch.randn(2, 320, 64, 64, generator=generator).half().to(device) for _ in range(2))
-    weight = torch.randn(640, generator=generator).half().to(device)
-    results = []
+    noise_pred = torch.randn(2, 4, 64, 64, generator=generator).half().to(device)
+    start, results = torch.randn(1, 3, 1, 4, 64, 64, generator=generator).to(device), []
     for found in (GpuLibrary(installed), launch.KernelError("not to be used")):
         monkeypatch.setattr(launch, "_found_library", lambda found=found: found)
-        results.append(norm.concat_groupnorm_silu(cached, skip, weight, weight, 32))
+        ring = start.clone()
+        step_on(noise_pred, ring).run()
+        results.append(ring)
     torch.testing.assert_close(*results)
 
 
@@ -312,7 +317,7 @@ def test_a_plain_wheel_is_built_with_a_compiler_and_without(compiler: str, tmp_p
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"name": "none"}, "expected a kernel out of channel_statistics, .* got 'none'"),
+        ({"name": "none"}, "expected a kernel out of guidance_statistics, .* got 'none'"),
         ({"parameters": {"size": "i64"}}, "expected size to be an address .* got 'i64'"),
         ({"parameters": {"size": "i32:8"}}, "got 'i32:8'"),
     ],
@@ -325,9 +330,9 @@ def test_a_config_that_does_not_fit(change: dict[str, Any], expected: str) -> No
 @needs_tools
 def test_parameters_that_are_not_the_kernels_are_refused() -> None:
     table = CONFIG["kernel"][0]
-    wrong = table | {"parameters": {"cached": "*fp32"}}
+    wrong = table | {"parameters": {"ring": "*fp32"}}
     with pytest.raises(
-        ValueError, match=r"expected the parameters of channel_statistics, cached, skip, .* got cached, BLOCK"
+        ValueError, match=r"expected the parameters of guidance_statistics, noise_pred, .* got ring, BLOCK"
     ):
         aot.compile_kernel(next(aot.specifications({"kernel": [wrong]})), 80)
 

@@ -25,9 +25,9 @@ assert not {"torch", "numpy"} & set(sys.modules)
 from fastcache_kernels import manifest, aot
 assert not {"torch", "numpy"} & set(sys.modules)
 import torch
-from fastcache_kernels import guidance, launch, norm, ops, reference, values
-x = torch.ones(1, 2, 3, 3)
-print(norm.concat_groupnorm_silu(x, x, torch.ones(4), torch.ones(4), 2).sum().item(), *launch.source())
+from fastcache_kernels import guidance, launch, ops, reference, values
+x = torch.ones(1, 4, 3, 3)
+print(ops.groupnorm_silu(x, torch.ones(4), torch.ones(4), 2, 1e-5).sum().item(), *launch.source())
 """
 
 
@@ -99,7 +99,7 @@ def test_folders_without_kernels_of_these_sources(manifest: object, expected: st
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there are kernels for the CPU then")
 def test_on_the_cpu_there_is_nothing_to_launch() -> None:
-    assert launch.prepare("normalise", (1, 1, 1), {"cached": torch.zeros(1)}, num_warps=4) is None
+    assert launch.prepare("guidance_step", (1, 1, 1), {"noise_pred": torch.zeros(1)}, num_warps=4) is None
 
 
 class FirstNorm(nn.Module):
@@ -111,7 +111,7 @@ class FirstNorm(nn.Module):
         normed, joined = torch.ops.fastcache.concat_groupnorm_silu_joined(
             cached, skip, self.norm.weight, self.norm.bias, 2, 1e-5
         )
-        alone = torch.ops.fastcache.concat_groupnorm_silu(cached, skip, self.norm.weight, self.norm.bias, 2, 1e-5)
+        alone = torch.ops.fastcache.groupnorm_silu(joined, self.norm.weight, self.norm.bias, 2, 1e-5)
         return normed + alone, self.shortcut(joined)
 
 
@@ -124,12 +124,12 @@ def test_export_keeps_the_operators() -> None:
         others = torch.randn(3, 5, 4, 6), torch.randn(3, 3, 4, 6)
         for got, expected in zip(program.module()(*others), module(*others), strict=True):
             torch.testing.assert_close(got, expected)
-    assert {"fastcache.concat_groupnorm_silu.default", "fastcache.concat_groupnorm_silu_joined.default"} <= targets
+    assert {"fastcache.groupnorm_silu.default", "fastcache.concat_groupnorm_silu_joined.default"} <= targets
 
 
 @pytest.mark.parametrize(
     "operator",
-    [ops.concat_groupnorm_silu, ops.concat_groupnorm_silu_joined, ops.groupnorm_silu],
+    [ops.concat_groupnorm_silu_joined, ops.groupnorm_silu],
     ids=lambda op: op._name,
 )
 def test_operators_as_torch_wants_them(operator: torch.library.CustomOpDef) -> None:
