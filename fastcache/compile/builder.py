@@ -31,6 +31,7 @@ from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, p
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
+from fastcache.expect import expected, flag, path_text
 from fastcache_engines import Device
 
 Progress = Callable[[str], None]
@@ -152,8 +153,11 @@ def build_engines(
     build itself fails (nothing is left behind). Another bundle at `output` is a `ValueError` without `force`, a
     folder of other files always.
     """
-    given: dict[str, Any] = model.model_dump() if isinstance(model, Recipe) else {"model": os.fspath(model)}
-    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(Path(output).resolve())
+    given: dict[str, Any] = model.model_dump() if isinstance(model, Recipe) else {"model": path_text("model", model)}
+    place, force = Path(path_text("output", output)).resolve(), flag("force", force)
+    if not callable(progress):
+        raise expected("progress to be a function of a text", progress, "leave it out")
+    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(place)
     with _alone(folder):
         _clear_remains(folder)
         if not force and (bundle := _same_bundle(folder, job)) is not None:
