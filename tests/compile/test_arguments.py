@@ -49,10 +49,12 @@ def asked(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_value_is_taken_or_refused_in_one_line_that_names_it(name: str, asked: dict[str, Any]) -> None:
     for value in (*ODD, *MORE.get(name, ())):
+        if name == "progress" and callable(value):
+            continue  # what is called may raise what it likes
         said = refusal(fastcache.build_engines, **{**asked, name: value})
         # A value that is taken begins a build; what it is told of comes before.
-        assert said is not None or callable(value)
-        assert said in (None, BEGINS) or names(said, name, value), said
+        assert said is not None
+        assert said == BEGINS or names(said, name, value), said
         assert not list(Path().rglob("*")), said
 
 
