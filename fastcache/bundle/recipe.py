@@ -181,7 +181,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _has_each_branch_once(self) -> Self:
         if len(set(self.branches)) < len(self.branches):
-            raise ValueError(f"expected each branch id once, got {', '.join(map(str, self.branches))}")
+            given = ", ".join(map(str, self.branches))
+            raise ValueError(f"expected branch_id and further_branch_ids to name each branch once, got {given}")
         return self
 
     @property
@@ -210,7 +211,7 @@ class Recipe(BaseModel):
         if self.sizes and (self.height or self.width):
             raise ValueError("expected either sizes or height and width, got both")
         if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(f"expected each size once, got {', '.join(map(str, self.sizes))}")
+            raise ValueError(f"expected sizes to name each once, got {', '.join(map(str, self.sizes))}")
         return self
 
 

@@ -19,6 +19,7 @@ from fastcache.commands.options import (
     PlanFile,
     Sampler,
     check_writable,
+    existing_of,
     read_plan,
 )
 from fastcache.console import notes, print_json
@@ -72,8 +73,10 @@ def generate(
     output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
     prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the plan's or the model's own.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, max=10**6, help="How many images; seeds count up from --seed.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; the plan's or the model's own.")
+    ] = None,
     sampler: Sampler = None,
     eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
     guidance_scale: Guidance = None,
@@ -136,7 +139,9 @@ def generate(
     negative_original_size: _Pair = None,
     negative_target_size: _Pair = None,
     negative_crops_coords_top_left: _Corner = None,
-    refiner: Annotated[Path | None, typer.Option(help="A refiner's bundle, to finish.", rich_help_panel=_TOLD)] = None,
+    refiner: Annotated[
+        Path | None, typer.Option(help="A refiner's bundle, to finish.", rich_help_panel=_TOLD, callback=existing_of)
+    ] = None,
     denoising_end: Annotated[
         float | None, typer.Option(help="Where the refiner takes over, 0 to 1; 0.8.", rich_help_panel=_TOLD)
     ] = None,
@@ -223,6 +228,10 @@ def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
         raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
     if _is_file(output) and num_images > 1:
         raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
+    if given["seed"] + num_images > 2**63:
+        raise ValueError(
+            f"expected --seed below 2**63 for each of {num_images} images, got {given['seed']} for the first"
+        )
     if {"plan", "cache_interval"} <= given.keys():
         raise ValueError("expected --cache-interval or --plan, got both")
     if {"plan", "refiner"} <= given.keys():
@@ -262,7 +271,7 @@ def _read_embeds(file: str) -> dict[str, Any]:
     try:
         found = load_file(file)
     except Exception as error:  # safetensors' own, which says too little
-        raise ValueError(f"expected a .safetensors file of embeddings, got {file}: {error}") from None
+        raise ValueError(f"expected --embeds to be a .safetensors file of embeddings, got {file}: {error}") from None
     if others := sorted(found.keys() - _EMBEDS):
         raise ValueError(f"expected {', '.join(_EMBEDS)} in {file}, got {', '.join(others)}")
     shown = {name: [rows] for name, rows in found.items() if name.startswith("ip_adapter")}
@@ -280,9 +289,11 @@ def _read_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
     for flag, name in _PICTURES.items():
         if flag in given:
             files = given[flag]
-            pictures[name] = (
-                [read_image(f) for f in files] if isinstance(files, list | tuple) else read_image(Path(files))
-            )
+            try:
+                several = isinstance(files, list | tuple)
+                pictures[name] = [read_image(file) for file in files] if several else read_image(Path(files))
+            except ValueError as error:
+                raise ValueError(f"--{flag.replace('_', '-')}: {error}") from None
     return pictures
 
 
