@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 OTHER_PROMPT = "a small green cross at the top on a gray background"
 WIDER = PIXELS + 32
+IP_SCALE = 0.8
 _OF_SAMPLERS = ("SD, text to image, epsilon", "SD, PNDM", "SD, Heun", "LDM-4-G, a class's embedding")
 
 
@@ -92,6 +93,8 @@ def bundle_arguments(name: str, subject: Subject) -> dict[str, Any]:
     """The arguments of a pipeline's call by the names that they have with a bundle; a LoRA's scale is built in."""
     names = subject.bundle or ({"image": "control_image"} if "ControlNet" in name else {})
     given = {names.get(key, key): value for key, value in subject.arguments.items()}
+    if "IP-Adapter" in name:
+        given["ip_adapter_scale"] = IP_SCALE
     return {key: value for key, value in given.items() if not (name == "LoRA" and key == "cross_attention_kwargs")}
 
 

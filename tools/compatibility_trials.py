@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from compatibility_cases import SD, SHARED, SUBJECTS, bundle_arguments, bundle_fields
+from compatibility_cases import IP_SCALE, SD, SHARED, SUBJECTS, bundle_arguments, bundle_fields
+from diffusers import DiffusionPipeline
 from parity import agreement_db
 from parity_subjects import STEPS, Subject, seeded
 from torch import Tensor
@@ -111,6 +112,8 @@ def drawn(pipe: Any, **arguments: Any) -> Tensor:
     given = {key: _anew(value) for key, value in given.items()}
     if given.keys() & {"timesteps", "sigmas"}:
         del given["num_inference_steps"]
+    if "ip_adapter_image_embeds" in given and isinstance(pipe, DiffusionPipeline):
+        pipe.set_ip_adapter_scale(IP_SCALE)  # which a callback may have changed in the run before
     torch.manual_seed(0)  # a few schedulers draw their noise without a generator
     result = pipe(**given)
     images = getattr(result, "images", None)
