@@ -21,16 +21,8 @@ from typing import Annotated
 
 import diffusers
 import typer
-from compatibility_cases import (
-    ARGUMENTS,
-    CALLED,
-    FUNCTIONS,
-    IMG2IMG,
-    OFFICIAL,
-    SD,
-    SUBJECTS,
-    Called,
-)
+from compatibility_cases import ARGUMENTS, CALLED, FUNCTIONS, OFFICIAL, Called
+from compatibility_subjects import IMG2IMG, SD, SUBJECTS
 from compatibility_trials import WORKS, Trials, outcome_of
 from diffusers import callbacks
 from diffusers.utils import logging

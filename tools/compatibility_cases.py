@@ -1,101 +1,18 @@
-"""What `compatibility.py` tries: pipelines of diffusers, the arguments of their calls, and callbacks.
+"""The arguments and callbacks that `compatibility.py` tries, each with a value and the pipeline that it is tried on.
 
-Says nothing of what comes out. Where diffusers gets an argument or a callback that is not here, it is listed as not
-tried.
+Says nothing of what comes out. What diffusers has and is not here is listed as not tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-import torch
+from compatibility_subjects import ADAPTER, CONTROL, EDIT, IMG2IMG, INPAINT, IP, REFINER, SD, SDXL, TEXTS, WIDER
 from diffusers import callbacks
-from parity_pipelines import PIPELINES, sdxl
-from parity_subjects import PIXELS, PROMPT, Subject, bundled, image, ip_adapter_weights, mask, randn, seeded, vary
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from parity_subjects import PIXELS, image, mask, randn, seeded
 
 OTHER_PROMPT = "a small green cross at the top on a gray background"
-WIDER = PIXELS + 32
-IP_SCALE = 0.8
-_OF_SAMPLERS = ("SD, text to image, epsilon", "SD, PNDM", "SD, Heun", "LDM-4-G, a class's embedding")
-
-
-def sdxl_with_text(kind: str, **arguments: Any) -> Subject:
-    """An SDXL of random weights with both text encoders: the bundled one, and one of random weights."""
-    demo, (pipe, _) = bundled(), sdxl(kind, width=2 * bundled().text_encoder.config.hidden_size)
-    torch.manual_seed(4)
-    config = CLIPTextConfig.from_dict(demo.text_encoder.config.to_dict() | {"projection_dim": 20})
-    second = vary(CLIPTextModelWithProjection(config))
-    pipe.register_modules(text_encoder=demo.text_encoder, text_encoder_2=second)
-    pipe.register_modules(tokenizer=demo.tokenizer, tokenizer_2=demo.tokenizer)
-    return Subject(pipe, {"prompt": PROMPT, **arguments})
-
-
-_MASKED = {"image": image(), "mask_image": mask(), "height": PIXELS, "width": PIXELS}
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    **{name: make for name, make in PIPELINES.items() if name not in _OF_SAMPLERS},
-    "SDXL, text to image": partial(sdxl_with_text, "StableDiffusionXLPipeline"),
-    "SDXL, image to image": partial(sdxl_with_text, "StableDiffusionXLImg2ImgPipeline", image=image(), strength=0.8),
-    "SDXL, inpaint": partial(sdxl_with_text, "StableDiffusionXLInpaintPipeline", strength=0.9, **_MASKED),
-}
-
-SD, IMG2IMG, INPAINT, EDIT = (
-    *("SD, text to image, v-prediction", "SD, image to image", "SD, inpaint, 4 channels"),
-    "InstructPix2Pix, 8 channels",
-)
-SDXL, REFINER, CONTROL, ADAPTER, IP = (
-    *("SDXL, text to image", "SDXL, refiner", "ControlNet", "T2I-Adapter"),
-    "IP-Adapter",
-)
-# Of rows with one U-Net and one set of weights, the row whose bundle serves them all.
-SHARED = {
-    **dict.fromkeys((IMG2IMG, INPAINT), SD),
-    **dict.fromkeys(("SDXL, image to image", "SDXL, inpaint"), SDXL),
-    "Two ControlNets, guess mode": "Two ControlNets",
-}
-
-
-def bundle_fields(name: str, subject: Subject, folder: Path) -> dict[str, Any]:
-    """Save what a bundle of a pipeline is made from into a folder; returns the recipe's fields."""
-    pipe, model, fields = subject.pipe, folder / "model", dict[str, Any]()
-    if name == SD:
-        fields["sizes"] = f"{PIXELS}x{PIXELS}", f"{WIDER}x{PIXELS}"
-    if "ControlNet" in name:
-        nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
-        for index, net in enumerate(nets):
-            net.save_pretrained(folder / f"controlnet-{index}")
-        fields["controlnet"] = tuple(str(folder / f"controlnet-{index}") for index in range(len(nets)))
-    if name == ADAPTER:
-        pipe.adapter.save_pretrained(folder / "adapter")
-        fields["t2i_adapter"] = str(folder / "adapter")
-    if "IP-Adapter" in name:
-        weights = ip_adapter_weights(pipe.unet)
-        flat = {f"{part}.{key}": value for part, own in weights.items() for key, value in own.items()}
-        save_file(flat, folder / "ip-adapter.safetensors")
-        fields["ip_adapter"] = str(folder / "ip-adapter.safetensors")
-    if name == "LoRA":
-        from peft import get_peft_model_state_dict
-
-        diffusers.StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet))
-        fields["lora"] = (f"{folder / 'pytorch_lora_weights.safetensors'}:0.7",)
-    if fields.keys() & {"controlnet", "t2i_adapter", "ip_adapter", "lora"}:  # the model itself without them
-        pipe = sdxl("StableDiffusionXLPipeline")[0] if name.startswith("SDXL") else bundled()
-    pipe.save_pretrained(model)
-    return {"model": str(model), "backend": "onnxruntime", **fields}
-
-
-def bundle_arguments(name: str, subject: Subject) -> dict[str, Any]:
-    """The arguments of a pipeline's call by the names that they have with a bundle; a LoRA's scale is built in."""
-    names = subject.bundle or ({"image": "control_image"} if "ControlNet" in name else {})
-    given = {names.get(key, key): value for key, value in subject.arguments.items()}
-    if "IP-Adapter" in name:
-        given["ip_adapter_scale"] = IP_SCALE
-    return {key: value for key, value in given.items() if not (name == "LoRA" and key == "cross_attention_kwargs")}
 
 
 class Trial(NamedTuple):
@@ -107,7 +24,6 @@ class Trial(NamedTuple):
     scheduler: str | None = None
 
 
-_EMBEDS = {"prompt_embeds": randn(1, 32, 128), "negative_prompt_embeds": randn(1, 32, 128, seed=1)}
 _XL_EMBEDS = {
     "prompt_embeds": randn(1, 32, 256),
     "negative_prompt_embeds": randn(1, 32, 256, seed=1),
@@ -134,8 +50,8 @@ ARGUMENTS: dict[str, Trial] = {
     "eta": Trial(SD, 0.5),
     "generator": Trial(SD, seeded(7)),
     "latents": Trial(SD, randn(1, 4, 16, 16)),
-    "prompt_embeds": Trial(SD, _EMBEDS["prompt_embeds"], {"prompt": None}),
-    "negative_prompt_embeds": Trial(SD, _EMBEDS["negative_prompt_embeds"], _EMBEDS | {"prompt": None}),
+    "prompt_embeds": Trial(SD, TEXTS["prompt_embeds"], {"prompt": None}),
+    "negative_prompt_embeds": Trial(SD, TEXTS["negative_prompt_embeds"], TEXTS | {"prompt": None}),
     "output_type": Trial(SD, "np"),
     "return_dict": Trial(SD, False),
     "cross_attention_kwargs": Trial(SD, {"scale": 0.5}),
@@ -233,16 +149,18 @@ FUNCTIONS: dict[str, Called] = {
     "writes to the prompt_embeds": Called(_writes_embeds, ("prompt_embeds",)),
     "sets pipe._guidance_scale": Called(_sets_guidance),
 }
-_TEXT = ("prompt_embeds",)
-_XL = (*_TEXT, "add_text_embeds", "add_time_ids")
+_SHOWN = ("prompt_embeds",)
+_SHOWN_XL = (*_SHOWN, "add_text_embeds", "add_time_ids")
 # diffusers' own; a new class of diffusers that is not here is listed as not tried.
 OFFICIAL: dict[str, Called] = {
-    "SDCFGCutoffCallback": Called(callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5), _TEXT),
-    "SDXLCFGCutoffCallback": Called(callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=0.5), _XL, SDXL),
+    "SDCFGCutoffCallback": Called(callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5), _SHOWN),
+    "SDXLCFGCutoffCallback": Called(
+        callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=0.5), (*_SHOWN, "add_text_embeds", "add_time_ids"), SDXL
+    ),
     "IPAdapterScaleCutoffCallback": Called(
         callbacks.IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5), ("latents",), IP
     ),
     "MultiPipelineCallbacks": Called(
-        callbacks.MultiPipelineCallbacks([callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)]), _TEXT
+        callbacks.MultiPipelineCallbacks([callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)]), _SHOWN
     ),
 }

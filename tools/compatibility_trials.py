@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compatibility_cases import IP_SCALE, SD, SHARED, SUBJECTS, bundle_arguments, bundle_fields
+from compatibility_subjects import IP_SCALE, SD, SHARED, SUBJECTS, bundle_arguments, bundle_fields
 from diffusers import DiffusionPipeline
 from parity import agreement_db
 from parity_subjects import STEPS, Subject, seeded

@@ -37,7 +37,7 @@ from parity_subjects import (
 from fastcache.loop.scheduler import make_scheduler
 
 
-def sdxl(kind: str, *, refiner: bool = False, scores: int = 6, width: int = 24) -> tuple[Any, dict[str, Any]]:
+def sdxl(kind: str, *, refiner: bool = False, scores: int = 6) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(1 + refiner)
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
@@ -46,7 +46,7 @@ def sdxl(kind: str, *, refiner: bool = False, scores: int = 6, width: int = 24) 
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 3),
         attention_head_dim=(2, 4, 8),
-        cross_attention_dim=width,
+        cross_attention_dim=24,
         norm_num_groups=8,
         use_linear_projection=True,
         addition_embed_type="text_time",

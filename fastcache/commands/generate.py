@@ -227,7 +227,7 @@ def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
     if output.suffix.lower() in _OTHER_PICTURES and not output.is_dir():
         raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
     if _is_file(output) and num_images > 1:
-        raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
+        raise ValueError(f"expected --output to be a folder for --num-images {num_images}, got {output}")
     if given["seed"] + num_images > 2**63:
         raise ValueError(
             f"expected --seed below 2**63 for each of {num_images} images, got {given['seed']} for the first"
