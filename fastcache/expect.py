@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
@@ -72,6 +73,21 @@ def encodable(name: str, value: object) -> str:
         except UnicodeEncodeError:
             pass
     raise expected(f"{name} to be text", value, "give a string of whole characters")
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False. Raises: `ValueError` for what only counts as one of them."""
+    if not isinstance(value, bool):
+        raise expected(f"{name} to be True or False", value, f"give another {name}")
+    return value
+
+
+def path_text(name: str, value: object) -> str:
+    """A path, as text. Raises: `ValueError` for what is none, or one that no file can have."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(text, str) and text.strip() and "\0" not in text:
+        return encodable(name, text)
+    raise expected(f"{name} to be a path", value, f"give another {name}")
 
 
 def several(name: str, value: object, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:

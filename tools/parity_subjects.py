@@ -93,8 +93,8 @@ def control(unet: Any, seed: int = 3) -> Any:
     return vary(diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels))
 
 
-def load_ip_adapter(unet: Any) -> None:
-    """An IP-Adapter of random weights, for image embeddings of width 8."""
+def ip_adapter_weights(unet: Any) -> dict[str, dict[str, Tensor]]:
+    """An IP-Adapter of random weights, for image embeddings of width 8, in the published files' layout."""
     torch.manual_seed(0)
     width, state, key_id = unet.config.cross_attention_dim, dict[str, Tensor](), 1
     for name in unet.attn_processors:
@@ -105,4 +105,8 @@ def load_ip_adapter(unet: Any) -> None:
             key_id += 2
     projection = diffusers.models.embeddings.ImageProjection(8, width, 4).state_dict()
     renamed = {name.replace("image_embeds", "proj"): value for name, value in projection.items()}
-    unet._load_ip_adapter_weights([{"image_proj": renamed, "ip_adapter": state}])
+    return {"image_proj": renamed, "ip_adapter": state}
+
+
+def load_ip_adapter(unet: Any) -> None:
+    unet._load_ip_adapter_weights([ip_adapter_weights(unet)])

@@ -16,11 +16,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
+    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from fastcache.expect import shown
 from fastcache_engines import BACKENDS, Device, DType
 
 CutKind = Literal["auto", "plain", "projected"]
@@ -117,7 +120,14 @@ class Lora(BaseModel):
         return f"{self.path}:{self.weight:g}"
 
 
+def _no_switch(value: object) -> object:
+    if isinstance(value, bool):  # which pydantic would take for 0 or 1
+        raise ValueError(f"expected a number, got {value}")
+    return value
+
+
 _Path = Annotated[str, Field(min_length=1)]
+_Id = Annotated[int, BeforeValidator(_no_switch), Field(ge=0)]
 
 
 class Recipe(BaseModel):
@@ -127,26 +137,26 @@ class Recipe(BaseModel):
 
     model: str = Field("demo", min_length=1)
     revision: str | None = None
-    random_weights: bool = False
-    branch_id: int = Field(0, ge=0)
-    further_branch_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    random_weights: StrictBool = False
+    branch_id: _Id = 0
+    further_branch_ids: tuple[_Id, ...] = ()
     cut: CutKind = "auto"
     backend: Backend = "auto"
     device: Device | None = None
     dtype: DType = "fp32"
-    height: int | None = Field(None, ge=8, le=8192)
-    width: int | None = Field(None, ge=8, le=8192)
+    height: StrictInt | None = Field(None, ge=8, le=8192)
+    width: StrictInt | None = Field(None, ge=8, le=8192)
     sizes: tuple[Annotated[Size, BeforeValidator(Size.parse)], ...] = ()
     batch: Annotated[Profile, BeforeValidator(Profile.parse)] = Profile(min=1, opt=1, max=4)
-    max_tokens: int | None = Field(None, ge=1, le=4096)
+    max_tokens: StrictInt | None = Field(None, ge=1, le=4096)
     lora: tuple[Annotated[Lora, BeforeValidator(Lora.parse)], ...] = ()
     controlnet: _Path | tuple[_Path, ...] | None = None
     t2i_adapter: str | None = Field(None, min_length=1)
     ip_adapter: str | None = Field(None, min_length=1)
     components: tuple[Component, ...] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
-    onnx_only: bool = False
-    kernels: bool = False
+    onnx_only: StrictBool = False
+    kernels: StrictBool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +181,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _has_each_branch_once(self) -> Self:
         if len(set(self.branches)) < len(self.branches):
-            raise ValueError(f"expected each branch id once, got {', '.join(map(str, self.branches))}")
+            given = ", ".join(map(str, self.branches))
+            raise ValueError(f"expected branch_id and further_branch_ids to name each branch once, got {given}")
         return self
 
     @property
@@ -200,7 +211,7 @@ class Recipe(BaseModel):
         if self.sizes and (self.height or self.width):
             raise ValueError("expected either sizes or height and width, got both")
         if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(f"expected each size once, got {', '.join(map(str, self.sizes))}")
+            raise ValueError(f"expected sizes to name each once, got {', '.join(map(str, self.sizes))}")
         return self
 
 
@@ -216,7 +227,7 @@ def recipe_from(values: dict[str, object]) -> Recipe:
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         if first["type"] == "value_error":  # raised above, and complete
             raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
-        raise ValueError(f"{where}: {first['msg']}, got {first['input']!r}") from None
+        raise ValueError(f"{where}: {first['msg']}, got {shown(first['input'])}") from None
 
 
 def recipe_names() -> list[str]:

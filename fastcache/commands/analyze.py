@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 def analyze(  # as long as its flags are many
     model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")],
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")],
     output: OutputFolder,
     sampler: Sampler = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Without --prompts, how many of our own.")] = 8,
-    seeds: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="Without --prompts, how many of our own.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Samples of each prompt.")] = 1,
     branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
     guidance_scale: Guidance = None,
     gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
@@ -48,7 +48,7 @@ def analyze(  # as long as its flags are many
         list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only.")
     ] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Linear probes for what demo's pictures show.")] = False,
-    probe_images: Annotated[int, typer.Option(min=20, help="Pictures that probes learn from.")] = 512,
+    probe_images: Annotated[int, typer.Option(min=20, max=10**6, help="Pictures that probes learn from.")] = 512,
     dit: Annotated[bool, typer.Option("--dit", help="The same measures on a small diffusion transformer.")] = False,
     dit_weights: Annotated[Path | None, typer.Option(help="From tools/train_dit.py; else random.")] = None,
     json_: Json = False,

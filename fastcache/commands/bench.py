@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import Device, Height, RandomWeights, Sampler, Steps, Width, check_writable, existing
+from fastcache.commands.options import Device, Height, RandomWeights, Sampler, Steps, Width, check_writable, existing_of
 from fastcache.console import figure, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def bench(  # as long as its flags are many
-    engines: Annotated[Path | None, typer.Option(help="A bundle to time, or else --model.", callback=existing)] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="A bundle to time, or else --model.", callback=existing_of)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
     random_weights: RandomWeights = False,
     arms: Annotated[

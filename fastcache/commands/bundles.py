@@ -19,6 +19,7 @@ from fastcache.commands.options import (
     Width,
     check_writable,
     existing,
+    existing_of,
 )
 from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fastcache.health.verify import Verification
 
 _BY_COMMAS = ("sizes", "components", "compute_capability")
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.", callback=existing)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.", callback=existing_of)]
 
 
 def doctor(json_: Json = False) -> None:
@@ -96,10 +97,20 @@ def build_engines(
     if (model is None) == (recipe is None):
         raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
     check_writable(output)
+    if recipe is not None and (told := _told(ctx)):
+        raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
     chosen = _recipe(ctx.params)
     with progress() as say:
         bundle = fastcache.build_engines(chosen, output, force=force, progress=say)
     _show_bundle(bundle, json_)
+
+
+def _told(ctx: typer.Context) -> list[str]:
+    """The flags of a recipe's fields that say something."""
+    from fastcache.bundle.recipe import Recipe
+
+    fields = [flag for flag in ctx.command.params if flag.name in Recipe.model_fields]
+    return [flag.opts[0] for flag in fields if ctx.params[str(flag.name)] not in (flag.default, (), [])]
 
 
 def _recipe(flags: Mapping[str, Any]) -> Recipe:

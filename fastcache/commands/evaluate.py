@@ -44,9 +44,13 @@ def evaluate(
     plan: Annotated[list[Path], typer.Option(help="A plan file; give the flag again for more.")],
     output: OutputFolder,
     prompts: Annotated[Path | None, typer.Option(help="One a line; demo has held-out ones.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=2, help="Pictures in all; one a prompt, or 32.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=2, max=10**6, help="Pictures in all; one a prompt, or 32.")
+    ] = None,
     sampler: Sampler = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the uncached run; the plans' if left out.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Of the uncached run; the plans' if left out.")
+    ] = None,
     guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's alexnet in safetensors, for LPIPS.")] = None,

@@ -21,6 +21,7 @@ from fastcache.commands.options import (
     PlanFile,
     Sampler,
     check_writable,
+    existing_of,
     read_plan,
 )
 from fastcache.console import notes, print_json
@@ -66,8 +67,10 @@ def generate(  # as long as its flags are many
     output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
     prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
     negative_prompt: NegativePrompt = None,
-    num_images: Annotated[int, typer.Option(min=1, help="How many images; seeds count up from --seed.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the plan's or the model's own.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, max=10**6, help="How many images; seeds count up from --seed.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; the plan's or the model's own.")
+    ] = None,
     sampler: Sampler = None,
     eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
     guidance_scale: Guidance = None,
@@ -109,7 +112,7 @@ def generate(  # as long as its flags are many
     negative_original_size: _Pair = None,
     negative_target_size: _Pair = None,
     negative_crops_coords_top_left: _Corner = None,
-    refiner: Annotated[Path | None, _told(help="A refiner's bundle, to finish.")] = None,
+    refiner: Annotated[Path | None, _told(help="A refiner's bundle, to finish.", callback=existing_of)] = None,
     denoising_end: Annotated[float | None, _told(help="Where the refiner takes over, 0 to 1; 0.8.")] = None,
     aesthetic_score: Annotated[float | None, _told(help="The refiner's; 6.")] = None,
     negative_aesthetic_score: Annotated[float | None, _told(help="2.5.")] = None,
@@ -146,12 +149,11 @@ def _draw_all(
 
     from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
-    from fastcache.pipeline.images import read_image
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.pipeline.provenance import png_bytes
 
     arguments = _arguments(given)
-    pictures = {name: _each(read_image, given[flag]) for flag, name in _PICTURES.items() if flag in given}
+    pictures = {name: _pictures(flag, given[flag]) for flag, name in _PICTURES.items() if flag in given}
     said = {flag: _each(lambda file: file.name, given[flag]) for flag in (*_PICTURES, "embeds") if flag in given}
     base = FastCachePipeline(open_bundle(engines))
     _check_controls(base, pictures.get("control_image"))
@@ -198,7 +200,11 @@ def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
     if output.suffix.lower() in _OTHER_PICTURES and not output.is_dir():
         raise ValueError(f"expected --output to be a .png file or a folder, got {output}")
     if _is_file(output) and num_images > 1:
-        raise ValueError(f"expected --output to be a folder for {num_images} images, got {output}")
+        raise ValueError(f"expected --output to be a folder for --num-images {num_images}, got {output}")
+    if given["seed"] + num_images > 2**63:
+        raise ValueError(
+            f"expected --seed below 2**63 for each of {num_images} images, got {given['seed']} for the first"
+        )
     if {"plan", "cache_interval"} <= given.keys():
         raise ValueError("expected --cache-interval or --plan, got both")
     if {"plan", "refiner"} <= given.keys():
@@ -239,6 +245,15 @@ def _each(act: Callable[[Path], Any], files: Any) -> Any:
     return [act(Path(file)) for file in files] if isinstance(files, list | tuple) else act(Path(files))
 
 
+def _pictures(flag: str, files: Any) -> Any:
+    from fastcache.pipeline.images import read_image
+
+    try:
+        return _each(read_image, files)
+    except ValueError as error:
+        raise ValueError(f"--{flag.replace('_', '-')}: {error}") from None
+
+
 def _read_embeds(file: str) -> dict[str, Any]:
     """Embeddings, by the pipeline's names. Raises: `ValueError` for a file of something else, or of several prompts."""
     from safetensors.torch import load_file
@@ -246,7 +261,7 @@ def _read_embeds(file: str) -> dict[str, Any]:
     try:
         found = load_file(file)
     except Exception as error:  # safetensors' own, which says too little
-        raise ValueError(f"expected a .safetensors file of embeddings, got {file}: {error}") from None
+        raise ValueError(f"expected --embeds to be a .safetensors file of embeddings, got {file}: {error}") from None
     if others := sorted(found.keys() - _EMBEDS):
         raise ValueError(f"expected {', '.join(_EMBEDS)} in {file}, got {', '.join(others)}")
     shown = {name: [rows] for name, rows in found.items() if name.startswith("ip_adapter")}

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
 
 
-def existing(folder: Path | None) -> Path | None:
+def existing(folder: Path | None, flag: str = "DIR") -> Path | None:
     """Raises: `ValueError` for a folder that is not there; what is wrong with one that is, its reader says."""
     if folder is not None and not folder.exists():
-        raise ValueError(f"expected a bundle's folder, got {folder}, which is not there; make one with build-engines")
+        raise ValueError(
+            f"expected {flag} to be a bundle's folder, got {folder}, which is not there; make one with build-engines"
+        )
     return folder
+
+
+def existing_of(param: typer.CallbackParam, folder: Path | None) -> Path | None:
+    """As `existing`, of the flag at hand."""
+    return existing(folder, param.metavar or param.opts[0])
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 EnginesOption = Annotated[
-    Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing)
+    Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing_of)
 ]
 Sampler = Annotated[
     str | None,
@@ -34,7 +41,7 @@ Guidance = Annotated[
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
 Revision = Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]

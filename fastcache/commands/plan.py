@@ -12,6 +12,7 @@ import typer
 
 from fastcache.commands.options import EnginesOption, Json, Sampler, Steps, check_writable, prompts_or_own
 from fastcache.console import print_json, progress
+from fastcache.expect import number
 
 if TYPE_CHECKING:
     from fastcache.bundle.manifest import Manifest
@@ -42,9 +43,13 @@ def plan(  # as long as its flags are many
     max_latency_ms: Annotated[float | None, typer.Option(help="The same for a loop's time here.")] = None,
     frontier: Annotated[Path | None, typer.Option(help="A folder for draft, standard, fine, and a chart.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Fit any other plan's rows, too.")] = False,
-    reference_steps: Annotated[int | None, typer.Option(min=1, help="To stay near; --steps if left out.")] = None,
+    reference_steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="To stay near; --steps if left out.")
+    ] = None,
     reference_sampler: Annotated[str | None, typer.Option(help="To stay near; --sampler if left out.")] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="To fit on, a third of them left out.")] = 12,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, max=10**6, help="To fit on, a third of them left out.")
+    ] = 12,
     choose_guidance: Annotated[
         bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
     ] = False,
@@ -64,7 +69,7 @@ def plan(  # as long as its flags are many
     forecast_by: Annotated[str, typer.Option(help="Over the step, or the noise level (sigma).")] = "step",
     damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to calibrate on, at most.")] = 8,
+    num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="How many prompts to calibrate on, at most.")] = 8,
     guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; the model's own.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
     json_: Json = False,
@@ -127,6 +132,8 @@ def _wish(flags: Mapping[str, Any]) -> str:
 def _check(wish: str, flags: Mapping[str, Any]) -> None:
     """Raises: `ValueError` for flags that do not go together."""
     given = {name for name, value in flags.items() if value not in (None, False)}
+    for name in given & {"threshold", "budget", "max_latency_ms"}:
+        number(f"--{name.replace('_', '-')}", flags[name], 0)
     if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
@@ -211,7 +218,7 @@ def _by_formula(
     if uniform is not None:
         return CachePlan.uniform(calls, uniform, branch_id)
     middle = 0.3 * calls if center is None else center
-    return CachePlan.nonuniform(calls, nonuniform or 1, middle, power or 1.4, branch_id, as_shipped)
+    return CachePlan.nonuniform(calls, nonuniform or 1, middle, 1.4 if power is None else power, branch_id, as_shipped)
 
 
 def _extended(
@@ -229,7 +236,10 @@ def _extended(
     first, colon, end = guidance_steps.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal()):
         raise ValueError(f"expected --guidance-steps as A:B, two steps, got {guidance_steps!r}")
-    return made.guided_within(int(first), int(end))
+    try:
+        return made.guided_within(int(first), int(end))
+    except ValueError as error:
+        raise ValueError(f"--guidance-steps: {error}") from None
 
 
 def _conditions(

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, p
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
+from fastcache.expect import expected, flag, path_text
 from fastcache_engines import Device
 
 Progress = Callable[[str], None]
@@ -152,9 +153,12 @@ def build_engines(
     build itself fails (nothing is left behind). Another bundle at `output` is a `ValueError` without `force`, a
     folder of other files always.
     """
-    given: dict[str, Any] = model.model_dump() if isinstance(model, Recipe) else {"model": os.fspath(model)}
-    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(Path(output).resolve())
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    given: dict[str, Any] = model.model_dump() if isinstance(model, Recipe) else {"model": path_text("model", model)}
+    place, force = Path(path_text("output", output)).resolve(), flag("force", force)
+    if not callable(progress):
+        raise expected("progress to be a function of a text", progress, "leave it out")
+    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(place)
+    with _alone(folder):
         _clear_remains(folder)
         if not force and (bundle := _same_bundle(folder, job)) is not None:
             progress(f"{folder} is up to date")
@@ -171,22 +175,42 @@ def build_engines(
     return open_bundle(folder)
 
 
-def _free_or_bundle(folder: Path) -> Path:
-    """The folder, its parents made. Nothing but a bundle is ever replaced, also where the build is forced.
+@contextlib.contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """The only build of a folder, its parents made. Of what this makes beside a bundle nothing stays.
 
-    Raises: `ValueError` for a file, a folder of other files, or one that cannot be made.
+    Raises: `ValueError` for parents that cannot be made.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"expected a folder to build in, got {folder}, but {place} is a file; name another output")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"expected a folder to build in, got {folder}: {error.strerror}; name another output"
         ) from None
+    lock = folder.parent / f".{folder.name}.lock"
+    try:
+        with FileLock(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # whoever waits for it sees that its file is gone, and makes another
+    finally:
+        with contextlib.suppress(OSError):  # the first that holds something, and all above it
+            for parent in made:
+                parent.rmdir()
+
+
+def _free_or_bundle(folder: Path) -> Path:
+    """The folder. Nothing but a bundle is ever replaced, also where the build is forced.
+
+    Raises: `ValueError` for a file, or a folder of other files.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(f"expected {folder} to be free or a bundle, got a folder of other files; name another output")
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"expected a folder to build in, got {folder}, but {place} is a file; name another output")
     return folder
 
 

@@ -62,11 +62,11 @@ def find_control(kind: ControlKind, name: str) -> Control:
     path = Path(name)
     if kind == "ip_adapter":
         if path.suffix != ".safetensors" or not path.is_file():
-            raise ValueError(f"expected an IP-Adapter as a .safetensors file, got {name!r}")
+            raise ValueError(f"expected ip_adapter to be a .safetensors file, got {name!r}")
         files = [path, *(_files(_encoder_folder(path)) if _encoder_folder(path).is_dir() else ())]
     else:
         if not path.is_dir():
-            raise ValueError(f"expected a folder with a {_CLASSES[kind]}, got {name!r}")
+            raise ValueError(f"expected {kind} to be a folder with a {_CLASSES[kind]}, got {name!r}")
         files = _files(path)
         found = read_json(path / "config.json").get("_class_name")
         if found != _CLASSES[kind]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
 import torch
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
@@ -45,8 +46,8 @@ class _Pass(nn.Module):
     def _embed(
         self, sample: Tensor, timestep: Tensor, text: Tensor | None, conditioning: Conditioning
     ) -> tuple[Tensor, Signals]:
-        """The embeddings, in the layers' dtype; their own may be wider (`compile.lower`)."""
-        dtype = next(self.conv_in.parameters()).dtype
+        """The embeddings, in the dtype that the layers compute in; their own may be wider (`compile.lower`)."""
+        dtype = get_parameter_dtype(self.conv_in)  # which weights may only be stored apart from (layerwise casting)
         sample, signals = self.embeddings(sample, timestep, text, **conditioning)
         return sample.to(dtype), signals.to(dtype)
 

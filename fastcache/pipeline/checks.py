@@ -41,12 +41,6 @@ def choice(*known: str) -> Check:
     return lambda name, value: one_of(name, value, known)
 
 
-def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise expected(f"{name} to be True or False", value, f"give another {name}")
-    return value
-
-
 def texts(name: str, value: Any) -> str | tuple[str, ...]:
     """A string, or a list of some."""
     if not isinstance(value, str | list | tuple) or value in ([], ()):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastcache.expect import encodable
+from fastcache.expect import encodable, flag
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import Scheduler
@@ -89,7 +89,7 @@ class ControlArguments:
     controlnet_conditioning_scale: Annotated[Numbers | None, checks.one_or_several(checks.numbers())] = None
     control_guidance_start: _Shares = None
     control_guidance_end: _Shares = None
-    guess_mode: Annotated[bool, checks.flag] = False
+    guess_mode: Annotated[bool, flag] = False
     adapter_image: _Images = None
     adapter_conditioning_scale: _Finite = None
     ip_adapter_image: Annotated[Any, checks.pictures] = None
@@ -150,7 +150,7 @@ class Request(Sizes, ControlArguments):
     denoising_start: _Fraction = None
     denoising_end: _Fraction = None
     output_type: Annotated[OutputType, checks.choice(*get_args(OutputType))] = "pil"
-    return_dict: Annotated[bool, checks.flag] = True
+    return_dict: Annotated[bool, flag] = True
     callback_on_step_end: Annotated[Callable[[Any, int, Any, dict[str, Any]], Any] | None, checks.callback] = None
     callback_on_step_end_tensor_inputs: Annotated[Sequence[str] | None, checks.list_of(encodable)] = None
 

@@ -203,10 +203,10 @@ def test_files_that_are_none_of_them_are_refused(tmp_path: Path, tiny_model: Pat
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
     save_file({"something.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     cases: list[tuple[ControlKind, str, str]] = [
-        ("controlnet", "missing", "expected a folder with a ControlNetModel, got "),
+        ("controlnet", "missing", "expected controlnet to be a folder with a ControlNetModel, got "),
         ("controlnet", "pickled", "expected safetensors weights in .*pickled weights"),
         ("t2i_adapter", "controlnet", "expected a T2IAdapter in .*, got ControlNetModel"),
-        ("ip_adapter", "pickled.bin", "expected an IP-Adapter as a .safetensors file, got"),
+        ("ip_adapter", "pickled.bin", "expected ip_adapter to be a .safetensors file, got"),
         ("ip_adapter", "broken.safetensors", "cannot read the IP-Adapter"),
         ("ip_adapter", "other.safetensors", "expected image_proj and ip_adapter weights in .*got .*something"),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,70 +11,15 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from fastcache import BundleError, CachePlan, FastCacheHelper, Forecast, PartitionError
+from fastcache import FastCacheHelper
 from live_pipelines import draw, helped
+from odd_values import ANYTHING, refusal
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 
-PLAIN = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.complex_numbers(),
-    st.text(),
-    st.binary(max_size=8),
-    st.dates(),
-    st.decimals(allow_nan=False),
-)
-STRANGE = st.sampled_from(
-    [
-        torch.zeros(2, 2),
-        torch.tensor(3),
-        torch.tensor(True),
-        np.zeros(3),
-        np.array(2),
-        np.bool_(True),
-        np.float32(2),
-        np.nan,
-        range(3),
-        object(),
-        object,
-        len,
-        nn.Identity(),
-        SimpleNamespace(unet=None),
-        SimpleNamespace(unet="unet"),
-        Forecast(),
-        CachePlan,
-        "\n",
-        "two\nlines",
-        "\ud800",
-        1 << 200,
-    ]
-)
-ANYTHING = st.one_of(
-    PLAIN,
-    STRANGE,
-    st.lists(PLAIN, max_size=3),
-    st.tuples(PLAIN),
-    st.sets(st.integers()),
-    st.dictionaries(st.text(), PLAIN),
-)
-OWN = (ValueError, TypeError, PartitionError, BundleError)
 MANY = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def refusal(call: Any, **arguments: Any) -> str | None:
-    """The one line that a call is refused with, if it is."""
-    try:
-        call(**arguments)
-    except OWN as error:
-        (line,) = str(error).splitlines()
-        return line
-    return None
 
 
 @MANY

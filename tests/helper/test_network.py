@@ -177,6 +177,22 @@ def test_weights_that_come_and_go_are_no_change(own_pipe: StableDiffusionPipelin
         assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
 
 
+@pytest.mark.parametrize(
+    ("stored", "computed"), [(torch.bfloat16, torch.float32), (torch.float8_e4m3fn, torch.bfloat16)]
+)
+def test_weights_that_are_cast_for_each_call_are_no_change(
+    stored: torch.dtype, computed: torch.dtype, own_pipe: StableDiffusionPipeline
+) -> None:
+    """Layers compute in another dtype than the one that their weights are stored in."""
+    own_pipe.to(computed)
+    own_pipe.unet.enable_layerwise_casting(storage_dtype=stored, compute_dtype=computed)
+    plain = draw(own_pipe)
+    with helped(own_pipe, interval=1):
+        assert torch.equal(draw(own_pipe), plain)
+    with helped(own_pipe):
+        assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
+
+
 @pytest.mark.parametrize(("change", "word"), [*AT_ONCE, *((change, "weights or classes") for change in AT_A_RUN)])
 def test_engines_refuse_a_changed_network(
     change: Change, word: str, demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline

@@ -137,7 +137,7 @@ def test_a_recipe_takes_one_branch_id_or_several(given: object, branches: tuple[
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("0,0", "each branch id once, got 0, 0"),
+        ("0,0", "each branch once, got 0, 0"),
         ("0,x", "further_branch_ids.*'x'"),
         ("0,-1", "further_branch_ids.*-1"),
         ("", "branch_id.*''"),

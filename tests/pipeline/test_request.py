@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import pickle
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import fastcache
-from fastcache import Bundle, BundleError, CachePlan, FastCachePipeline, Forecast
+from fastcache import Bundle, CachePlan, FastCachePipeline, Forecast
 from fastcache.pipeline.request import Request
+from odd_values import ODD, refusal
 
 STEPS = 3
 
@@ -123,43 +122,8 @@ def test_an_eta_is_passed_on_also_where_it_is_0(eta: float | None, pipe: FastCac
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-# Anything that somebody may pass by mistake, and what each argument does take, at the edges of its range and beyond.
-def _odd() -> list[Any]:
-    class Rude:
-        def __repr__(self) -> str:
-            return "first line\nsecond line" * 9
-
-    tensors = [torch.zeros(0), torch.full((1, 4, 8, 8), torch.nan), torch.zeros(1, 4, 8, 8), torch.zeros(2, 8, 16)]
-    tensors += [
-        torch.zeros(1, 3, 32, 32),
-        torch.ones(1, 8, 16, dtype=torch.int64),
-        torch.tensor(3.0),
-        torch.zeros(1, 16),
-    ]
-    arrays = [np.zeros((32, 32, 3)), np.zeros(3), np.full((32, 32, 3), np.nan), np.zeros((1, 1), dtype=object)]
-    numbers = [-1, 0, 1, 2, 10**30, -0.5, 0.0, 0.3, 1.0, 1e308, math.nan, math.inf, True, 2 + 1j, np.int64(2)]
-    texts = ["", "a", "7.5", "\ud800", "pil", "euler", "ddim", "a\nb", b"bytes"]
-    pictures = [Image.new("RGB", (32, 32)), Image.new("I", (32, 32)), Image.new("L", (0, 0)), Image.new("1", (8, 8))]
-    others = [None, [], (), {}, {"a": 1}, [None], ["a", 3], [1, 2], (64, 64), [0.5, 2.0], [[1]], {1, 2}, range(3)]
-    others += [object(), Rude(), int, print, lambda *_: None, CachePlan.uniform(STEPS, 2), CachePlan.all_full(9)]
-    others += [torch.Generator(), [torch.Generator()] * 2, diffusers.DDIMScheduler(), diffusers.DDIMScheduler]
-    others += [diffusers.IPNDMScheduler(), [tensors[3]], [torch.zeros(1, 1, 16)], np.float32(0.5), 2**63]
-    return [*tensors, *arrays, *numbers, *texts, *pictures, *others]
-
-
-ODD = _odd()
 NAMES = list(inspect.signature(Request).parameters)
 USUAL: dict[str, Any] = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
-
-
-def refusal(call: Callable[..., Any], **arguments: Any) -> str | None:
-    """What a call says that refuses its arguments: one line, of an error that is meant for people."""
-    try:
-        call(**arguments)
-    except (ValueError, TypeError, BundleError) as error:
-        said = str(error)
-        return said if "\n" not in said and len(said) < 600 else f"more than a line: {said!r}"
-    return None
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -124,7 +124,7 @@ def test_a_clip_skip_that_is_not_there(pipe: FastCachePipeline) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"sizes": ("32x32", "32x32")}, "recipe: expected each size once, got 32x32, 32x32"),
+        ({"sizes": ("32x32", "32x32")}, "recipe: expected sizes to name each once, got 32x32, 32x32"),
         ({"sizes": ("32x32",), "height": 32}, "recipe: expected either sizes or height and width, got both"),
         ({"sizes": ("32",)}, "sizes.0: expected WIDTHxHEIGHT, got '32'"),
         ({"sizes": ("4x32",)}, "sizes.0.width: .* 8, got 4"),

@@ -45,14 +45,18 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         mode = path.stat().st_mode if os.name == "posix" else 0
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a file of API keys, got {path}: {type(error).__name__}") from None
+        raise ValueError(
+            f"expected --api-key-file to be a file of API keys, got {path}: {type(error).__name__}"
+        ) from None
     if mode & stat.S_IWOTH:
-        raise ValueError(f"expected a file of API keys that others cannot write, got {path}; run: chmod 600 {path}")
+        raise ValueError(
+            f"expected --api-key-file to be a file that others cannot write, got {path}; run: chmod 600 {path}"
+        )
     if mode & stat.S_IROTH:
         _log.warning("every user of this machine can read the API keys in %s; run: chmod 600 %s", path, path)
     if not lines or any(len(line) < _SHORTEST_KEY for line in lines):
         raise ValueError(
-            f"expected {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
+            f"expected --api-key-file {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
             "make one with: openssl rand -hex 32"
         )
     return tuple(hashlib.sha256(line.encode()).digest() for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -34,5 +35,5 @@ class Limits:
         if self.queue < 0:
             raise ValueError(f"expected a queue of 0 or more images, got {self.queue}")
         timeouts = self.timeout_s, self.body_timeout_s, self.write_timeout_s
-        if not min(timeouts) > 0:
-            raise ValueError(f"expected timeouts above 0 s, got {', '.join(map(str, timeouts))}")
+        if not all(0 < timeout < math.inf for timeout in timeouts):
+            raise ValueError(f"expected finite timeouts above 0 s, got {', '.join(map(str, timeouts))}")

@@ -52,7 +52,7 @@ def serve(
     the bundle raises; `BackendUnavailable` where the device broke, for a supervisor to start again.
     """
     if api_key_file is None and not is_loopback(host):
-        raise ValueError(f"expected --api-key-file to serve on {host}, got none; or serve on 127.0.0.1")
+        raise ValueError(f"expected --api-key-file to serve on host {host}, got none; or serve on 127.0.0.1")
     keys = read_keys(api_key_file) if api_key_file is not None else ()
     names = [host, *allowed_hosts, *(("localhost", "127.0.0.1", "[::1]") if is_loopback(host) else ())]
     hosts = names if is_loopback(host) or allowed_hosts else None
