@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastcache_engines.protocol import BuildOptions
+
+
+def keep_graphs(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
+    """`build` of a backend whose engines are the ONNX files as they are."""
+    return {role: path.name for role, path in graphs.items()}
 
 
 @dataclass(frozen=True)

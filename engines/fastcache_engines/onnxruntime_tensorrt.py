@@ -74,7 +74,7 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> plain.OnnxRuntimeE
 
     Raises: `BackendUnavailable`; `ValueError` for weights outside the graph's folder or a graph that does not load.
     """
-    plain.require(support(options.device))
+    support(options.device).require()
     stream = torch.cuda.Stream(torch_device(options.device))
     own, rest = plain.on_gpu(options.device, stream), plain.cuda_settings(options, stream)
     return plain.OnnxRuntimeEngine(

@@ -107,9 +107,9 @@ def test_what_the_builder_is_asked_for(dtype: Any, tf32: bool, tmp_path: Path) -
 
     package = Package("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
     graph = save_graph(tmp_path, dtype=dtype)
-    plan = builder.engine_from_onnx_path(package, graph, cuda(dtype=dtype), look)
+    content, _ = builder.engine_from_onnx_path(package, graph, cuda(dtype=dtype), ("8.9",), look)
     assert configs == [(True, tf32)]
-    assert f"tf32={int(tf32)}".encode() in bytes(plan.content)
+    assert f"tf32={int(tf32)}".encode() in bytes(content)
 
 
 @built
