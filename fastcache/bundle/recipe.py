@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from fastcache.cut.names import CutWish
 from fastcache_engines import BACKENDS, Device, DType
 
-CutKind = Literal["auto", "plain", "projected"]
 Component = Literal["unet", "vae", "text"]
 ControlKind = Literal["controlnet", "t2i_adapter", "ip_adapter"]  # networks beside the U-Net that a picture steers
 
@@ -130,7 +130,7 @@ class Recipe(BaseModel):
     random_weights: bool = False
     branch_id: int = Field(0, ge=0)
     further_branch_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    cut: CutKind = "auto"
+    cut: CutWish = "auto"
     backend: Backend = "auto"
     device: Device | None = None
     dtype: DType = "fp32"

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
-from fastcache.bundle.parity import measure_parity, module_parity
+from fastcache.bundle.parity import measure_parity
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
-from fastcache.cut.names import FULL, branch_of, shallow_pass
+from fastcache.cut.names import FULL, CutKind, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
@@ -44,7 +44,7 @@ class Workshop:
     info: ModelInfo
     shapes: describe.Shapes
     engines: dict[Role, EngineEntry] = field(default_factory=dict)
-    cut: str = "plain"
+    cut: CutKind = "plain"
     weights_bytes: int = 0
     duplicated_bytes: int = 0
     work: tuple[WorkEntry, ...] = ()
@@ -225,7 +225,7 @@ class Workshop:
         """
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
-            self._keep(module_parity(parts, self.folder / REFERENCE, self.dtype))
+            self._keep(passes.module_parity(parts, load_file(self.folder / REFERENCE), self.dtype))
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             _release(parts)
