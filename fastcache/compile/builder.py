@@ -37,10 +37,6 @@ Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
 
 
-def _silent(message: str) -> None:
-    del message
-
-
 @dataclass(frozen=True)
 class Job:
     """A recipe with nothing left to choose, for a model that was found."""
@@ -141,7 +137,7 @@ def build_engines(
     output: str | os.PathLike[str] = "engines",
     *,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda message: None,
     **fields: Any,
 ) -> Bundle:
     """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.

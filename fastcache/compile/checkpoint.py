@@ -103,9 +103,6 @@ def _named(keys: Collection[str]) -> str:
 
 def _variant(folder: Path) -> str | None:
     """The `fp16` of `model.fp16.safetensors`, where only that variant is there."""
-    stems = {file.name.split("-00")[0].removesuffix(".safetensors").split(".")[-1] for file in _weights(folder)}
+    names = (file.name for file in weight_files(folder) if file.suffix == ".safetensors")
+    stems = {name.split("-00")[0].removesuffix(".safetensors").split(".")[-1] for name in names}
     return "fp16" if stems == {"fp16"} else None
-
-
-def _weights(folder: Path) -> list[Path]:
-    return [file for file in weight_files(folder) if file.suffix == ".safetensors"]

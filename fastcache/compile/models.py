@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,5 @@ def _download(name: str, revision: str | None) -> Path:
 
 def state_bytes(module: torch.nn.Module) -> int:
     """The size of a module's parameters and buffers, shared ones once."""
-    return sum(t.untyped_storage().nbytes() for t in _distinct(module))
-
-
-def _distinct(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    return iter({t.untyped_storage().data_ptr(): t for t in module.state_dict().values()}.values())
+    storages = (tensor.untyped_storage() for tensor in module.state_dict().values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -58,11 +58,7 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
 
 
-def _manifest_fields(
-    job: Job,
-    num_branches: int,
-    made: Workshop,
-) -> dict[str, Any]:
+def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, Any]:
     """Everything that the manifest says but the files, their hashes and the time it took."""
     recipe = job.recipe
     return {

@@ -83,7 +83,7 @@ class Workshop:
         each = self.info.guided_rows
         rows = (images.min, each * images.opt, each * images.max)
         del unet, cut, cuts
-        self._make(parts, "unet", self.dtype, rows, self._translations(self.dtype), checked=True)
+        self._make(parts, "unet", self.dtype, rows, graph_passes.translations(self.can, self.dtype), checked=True)
         for part in controls.parts:  # once a picture, in float32 as the text encoders
             self.say(f"exporting the {part.role.replace('_', ' ')}")
             self._make([part], part.role, "fp32", (1, images.opt, images.max), {})
@@ -117,7 +117,7 @@ class Workshop:
             images = self.recipe.batch
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
-            self._make([part], part.role, dtype, rows, self._translations(dtype))
+            self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
 
     @property
     def passes(self) -> dict[str, PassEntry]:
@@ -133,9 +133,6 @@ class Workshop:
             )
             for name in (FULL, *map(shallow_pass, self.recipe.branches))
         }
-
-    def _translations(self, dtype: DType) -> graph_passes.Translations:
-        return graph_passes.translations(self.can, dtype)
 
     def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
         """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
