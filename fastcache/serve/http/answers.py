@@ -55,10 +55,10 @@ async def answer(service: Service, asked: ImageRequest, request: Request) -> Res
     arrived, owner = getattr(request.state, ARRIVED, None), getattr(request.state, OWNER, None)
     async with AsyncExitStack() as stack:
         drawing = service.drawing(asked, arrived=arrived, owner=owner)
-        ticket = await _unless_gone(request, stack.enter_async_context(drawing))
+        ticket = await unless_gone(request.receive, stack.enter_async_context(drawing))
         if asked.stream:
             return _EventStream(_events(ticket, asked), ticket, stack.pop_all())
-        pictures = await _unless_gone(request, _pictures(ticket))
+        pictures = await unless_gone(request.receive, _pictures(ticket))
         files = await asyncio.to_thread(_files, ticket, asked, pictures)
     if png:
         seed = str(ticket.order.drawing.seed)
@@ -78,11 +78,19 @@ async def _pictures(ticket: Ticket) -> list[Pillow.Image]:
     return [drawn[image] for image in sorted(drawn)]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. Raises: `ApiError` where the client leaves, or sends no more, first; `work` is cancelled."""
+class ClientLeft(ApiError):
+    """A client that did not wait for its answer."""
+
+    def __init__(self) -> None:
+        message = "expected the connection open in both directions until the answer; do not close the sending side"
+        super().__init__(499, message, code="client_left")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises: `ClientLeft` where the client leaves, or sends no more, first; `work` is cancelled."""
 
     async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
@@ -90,8 +98,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        message = "expected the connection open in both directions until the answer; do not close the sending side"
-        raise ApiError(499, message, code="client_left")
+        raise ClientLeft
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -15,9 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fastcache.loop.scheduler import SAMPLERS
+from fastcache.serve.engine.requests import Served
 from fastcache.serve.http.answers import answer
-from fastcache.serve.http.errors import ApiError, internal
+from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import OWNER, PROBES, Guard
 from fastcache.serve.http.metrics import CONTENT_TYPE
 from fastcache.serve.http.page import PAGE_PATHS, add_page
@@ -137,32 +137,22 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    def the_model() -> Model:
-        served = service.served
-        if served is None:
+    def served() -> Served:
+        if service.served is None:
             raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
-        return Model(
-            id=served.model,
-            created=served.since,
-            sizes=served.sizes,
-            samplers=list(SAMPLERS),
-            defaults=served.usual(service.limits),
-            bundle_sha256=served.manifest.bundle_sha256,
-        )
+        return service.served
 
     @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
     async def models() -> Models:
         """The model that is served."""
-        return Models(data=[the_model()])
+        return Models(data=[served().described(service.limits)])
 
     @app.get("/v1/models/{model_id:path}", responses=_errors(*_ALWAYS, 404, 503))
     async def model(model_id: str) -> Model:
         """One model by its id."""
-        found = the_model()
-        if model_id != found.id:
-            message = f"expected the model {found.id}, got another; /v1/models lists what is served"
-            raise ApiError(404, message, code="model_not_found", param="model")
-        return found
+        found = served()
+        found.require_model(model_id)
+        return found.described(service.limits)
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -234,15 +224,12 @@ def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> Non
     app.openapi = openapi
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    known = error if isinstance(error, ApiError) else internal()
-    return Response(known.body.model_dump_json(), known.status, known.headers, media_type="application/json")
+async def _api_error(_: Request, error: Any) -> Response:
+    return Response(error.body.model_dump_json(), error.status, error.headers, media_type="application/json")
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
-    if not isinstance(error, RequestValidationError):
-        raise error
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     if first["loc"] == ("body",):
         return await _api_error(request, _no_object(request, empty=first["type"] == "missing"))
@@ -263,12 +250,8 @@ def _no_object(request: Request, *, empty: bool) -> ApiError:
     return ApiError(400, f'expected a JSON object as {{"prompt": "a red circle"}}, got {got}', code="invalid_value")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    answer = await _api_error(
-        request, ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code, "invalid_request"))
-    )
+async def _http_error(request: Request, error: Any) -> Response:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    answer = await _api_error(request, ApiError(error.status_code, str(error.detail), code=code))
     answer.headers.update(error.headers or {})
     return answer
