@@ -17,10 +17,11 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image as Pillow
 from starlette.types import Receive, Scope, Send
 
+from fastcache.pipeline.provenance import record
 from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import ARRIVED, OWNER
-from fastcache.serve.http.pictures import encoded, provenance, server_sent
+from fastcache.serve.http.pictures import encoded, server_sent
 from fastcache.serve.http.schema import ImageData, ImageRequest, ImagesResponse
 from fastcache.serve.http.service import Service, Ticket
 
@@ -106,9 +107,13 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) -> list[bytes]:
-    made = (provenance(ticket.job, ticket.served, image) for image in range(len(pictures)))
+    """The bytes of each picture; a PNG says how it was made. The prompt goes back to who sent it and nowhere else."""
+    drawing, manifest = ticket.order.drawing, ticket.served.manifest
+    made = record(manifest, drawing.request, drawing.terms, drawing.plan)
     kind, quality = asked.output_format or "png", asked.output_compression
-    return [encoded(picture, kind, quality, how) for picture, how in zip(pictures, made, strict=True)]
+    return [
+        encoded(picture, kind, quality, made | {"seed": drawing.seed + image}) for image, picture in enumerate(pictures)
+    ]
 
 
 def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResponse:

@@ -51,6 +51,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     503: "Loading, draining or broken; see Retry-After",
     504: "Not done in time",
 }
+_OPEN_PATHS: Final = PROBES | PAGE_PATHS  # need no key
 _ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
 _PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
 
@@ -59,17 +60,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in sorted(statuses)}
 
 
-def create_app(
-    service: Service,
-    *,
-    keys: Sequence[bytes] = (),
-    hosts: Iterable[str] | None = None,
-    open_paths: Iterable[str] = PROBES | PAGE_PATHS,
-) -> FastAPI:
+def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[str] | None = None) -> FastAPI:
     """The application around a service, which it starts in the background and closes at its end.
 
-    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any;
-    `open_paths` need no key.
+    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -90,7 +84,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.add_middleware(
-        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=open_paths
+        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=_OPEN_PATHS
     )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -98,7 +92,7 @@ def create_app(
     _add_images(app, service)
     _add_probes(app, service)
     add_page(app)
-    _describe(app, secured=bool(keys), open_paths=frozenset(open_paths))
+    _describe(app, secured=bool(keys))
     return app
 
 
@@ -199,7 +193,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
-def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> None:
+def _describe(app: FastAPI, *, secured: bool) -> None:
     """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
     made = app.openapi
 
@@ -210,7 +204,7 @@ def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> Non
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if secured and path not in open_paths:
+                if secured and path not in _OPEN_PATHS:
                     operation["security"] = [{"key": []}]
                 elif "401" in operation["responses"] and not secured:
                     del operation["responses"]["401"]

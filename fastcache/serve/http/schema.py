@@ -14,6 +14,7 @@ from fastcache.loop.scheduler import SAMPLERS
 JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+State = Literal["loading", "ready", "draining", "broken"]  # of a server
 
 
 def _whole(value: object) -> object:
@@ -121,7 +122,7 @@ class Cancelled(BaseModel):
 class Health(BaseModel):
     """The answer to `GET /health` and the probes."""
 
-    status: Literal["loading", "ready", "draining", "broken"]
+    status: State
 
 
 class HealthInDetail(Health):
