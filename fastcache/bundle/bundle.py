@@ -26,6 +26,7 @@ from fastcache.bundle.contents import check_contents
 from fastcache.bundle.manifest import SCHEMA, FileEntry, Manifest, Role
 from fastcache.bundle.recipe import Recipe
 from fastcache.errors import BundleError
+from fastcache.expect import first_problem
 from fastcache.files import sha256_of, sync, write_whole
 
 MANIFEST = "manifest.json"
@@ -110,11 +111,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"expected to read {file}, got: {error.strerror}; look at the folder's permissions") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(
-            f"{file} is damaged or of another version ({where}: {first['msg']}); build the bundle again"
-        ) from None
+        problem = first_problem(error, "the file")
+        raise BundleError(f"{file} is damaged or of another version ({problem}); build the bundle again") from None
     if manifest.bundle_sha256 != manifest.digest():
         raise BundleError(f"{file} was changed after the build; build the bundle again")
     try:

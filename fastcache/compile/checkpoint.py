@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.compile.sources import first_line, read_json
+from fastcache.compile.sources import read_json
+from fastcache.expect import first_line
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
 from fastcache.compile.fold import fold_shapes
-from fastcache.compile.sources import first_line
 from fastcache.errors import BuildError
+from fastcache.expect import first_line
 from fastcache_engines import Program, TensorSpec
 
 OPSET = 20

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastcache.bundle.manifest import Family, LoraEntry
 from fastcache.bundle.recipe import Lora
 from fastcache.compile.checkpoint import require_finite, require_keys
-from fastcache.compile.sources import first_line
 from fastcache.errors import BackendUnavailable
+from fastcache.expect import first_line
 from fastcache.files import sha256_of
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]

@@ -1,4 +1,4 @@
-"""JSON files of a model -> values, and other libraries' errors -> one line. Knows nothing about weights."""
+"""JSON files of a model -> values. Knows nothing about weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(value).__name__}")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

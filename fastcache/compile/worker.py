@@ -28,6 +28,7 @@ from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
 from fastcache.errors import BackendUnavailable, BuildError, BundleError
+from fastcache.expect import first_line
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 
@@ -133,8 +134,7 @@ def _explain(error: Exception, place: Path) -> tuple[str, str]:
         file = getattr(error, "filename", None)
         named = f"{file} could not be written" if file else "the build could not be written"
         return "BuildError", f"{named}: no space left in {place}"
-    lines = str(error).strip().splitlines()
-    return "BuildError", f"the build failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return "BuildError", f"the build failed: {type(error).__name__}: {first_line(error)}"
 
 
 def _system_error(error: Exception) -> int | None:
