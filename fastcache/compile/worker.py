@@ -134,7 +134,8 @@ def _explain(error: Exception, place: Path) -> tuple[str, str]:
         file = getattr(error, "filename", None)
         named = f"{file} could not be written" if file else "the build could not be written"
         return "BuildError", f"{named}: no space left in {place}"
-    return "BuildError", f"the build failed: {type(error).__name__}: {first_line(error)}"
+    said = first_line(error) if str(error).strip() else "no message"
+    return "BuildError", f"the build failed: {type(error).__name__}: {said}"
 
 
 def _system_error(error: Exception) -> int | None:
