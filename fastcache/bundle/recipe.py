@@ -169,9 +169,15 @@ class Recipe(BaseModel):
         return tuple(paths) if paths[1:] else next(iter(paths), None)
 
     @model_validator(mode="after")
-    def _has_each_branch_once(self) -> Self:
+    def _goes_together(self) -> Self:
         if len(set(self.branches)) < len(self.branches):
             raise ValueError(f"expected each branch id once, got {', '.join(map(str, self.branches))}")
+        if self.components is not None and "unet" not in self.components:
+            raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
+        if self.sizes and (self.height or self.width):
+            raise ValueError("expected either sizes or height and width, got both")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"expected each size once, got {', '.join(map(str, self.sizes))}")
         return self
 
     @property
@@ -188,20 +194,6 @@ class Recipe(BaseModel):
             "ip_adapter": self.ip_adapter,
         }
         return {kind: (paths,) if isinstance(paths, str) else paths for kind, paths in given.items() if paths}
-
-    @model_validator(mode="after")
-    def _has_a_unet(self) -> Self:
-        if self.components is not None and "unet" not in self.components:
-            raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_one_list_of_sizes(self) -> Self:
-        if self.sizes and (self.height or self.width):
-            raise ValueError("expected either sizes or height and width, got both")
-        if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(f"expected each size once, got {', '.join(map(str, self.sizes))}")
-        return self
 
 
 def recipe_from(values: dict[str, object]) -> Recipe:
