@@ -118,8 +118,11 @@ class SourceModel:
         if self.folder is None:
             # UNet2DModel rounds its timesteps to its own dtype, and a LoRA is added to weights as they were trained.
             narrows = PRESETS[self.name].unet_class is UNet2DConditionModel and not self.loras
-            return self._merged(_random_unet(self.name, dtype if narrows else torch.float32), "unet")
-        unet = load(UNet2DConditionModel, self.folder / "unet")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                unet = PRESETS[self.name].make(dtype if narrows else torch.float32)
+        else:
+            unet = load(UNet2DConditionModel, self.folder / "unet")
         return self._merged(unet, "unet")
 
     def load_vae(self) -> AutoencoderKL:
@@ -221,7 +224,7 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
         raise ValueError(f"expected a unet folder in {folder}, got {', '.join(p.name for p in folder.iterdir())}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
-    scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
+    scheduler = {key: value for key, value in scheduler.items() if not isinstance(value, float) or math.isfinite(value)}
     if family == "sd":
         scheduler |= {"steps_offset": 1, "clip_sample": False}  # diffusers' pipelines set these, whatever the file says
     settings = {key: index[key] for key in _SETTINGS if key in index}
@@ -250,16 +253,6 @@ def _hash_sources(folder: Path, parts: tuple[str, ...], settings: dict[str, Any]
     for file in sorted(files):
         digest.update(f"{file.parent.name}/{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _is_infinite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _random_unet(preset: str, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return PRESETS[preset].make(dtype)
 
 
 def _download(name: str, revision: str | None) -> Path:
