@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.compile.sources import read_json
 from fastcache.expect import first_line
+from fastcache.files import read_json
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -29,11 +29,10 @@ from fastcache.bundle.recipe import ControlKind
 from fastcache.compile.checkpoint import load, require_finite, require_keys, weight_files
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import split_gates
-from fastcache.compile.sources import read_json
 from fastcache.compile.steering import CONDITIONING_SCALE, EMBEDDING, IP_ADAPTER_INPUTS, RESIDUAL, Controls
 from fastcache.cut.unet import take_apart
 from fastcache.expect import first_line
-from fastcache.files import sha256_of
+from fastcache.files import read_json, sha256_of
 
 _CLASSES: dict[ControlKind, str] = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
 # What a ControlNet must have as its U-Net has it, for its residuals to fit.

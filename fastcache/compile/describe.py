@@ -21,9 +21,9 @@ from fastcache.compile.export import Free, Inputs
 from fastcache.compile.models import DEFAULTS, SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
-from fastcache.compile.sources import read_json
 from fastcache.cut.work import count_work, empty_unet
 from fastcache.expect import first_problem
+from fastcache.files import read_json
 
 CLIP_TOKENS = 77
 

@@ -24,10 +24,9 @@ from fastcache.compile import lora
 from fastcache.compile.checkpoint import load, weight_files
 from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
-from fastcache.compile.sources import read_json
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.expect import first_line
-from fastcache.files import sha256_of
+from fastcache.files import read_json, sha256_of
 
 _PIPELINES: dict[str, Family] = {
     "StableDiffusionPipeline": "sd",
