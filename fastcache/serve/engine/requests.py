@@ -96,11 +96,11 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or "")):
         if len(text) > limits.max_prompt_chars:
             raise _bad(name, f"expected at most {limits.max_prompt_chars} characters, got {len(text)}")
-    if asked.stream and (asked.n or 1) > 1:
+    if asked.stream and asked.count > 1:
         raise _bad("n", f"expected 1 with stream, got {asked.n}; ask for one image at a time")
     if not asked.stream and (asked.partial_images or asked.stream_steps):
         raise _bad("stream", "expected stream with partial_images or stream_steps; set it true or leave these out")
-    if asked.output_compression is not None and asked.output_format in (None, "png"):
+    if asked.output_compression is not None and asked.file_format == "png":
         raise _bad("output_compression", "expected it with output_format jpeg or webp only; a png has none")
     if asked.plan is not None and asked.cache_interval is not None:
         raise _bad("plan", "expected plan or cache_interval, got both")
@@ -163,7 +163,7 @@ def prepare(
         size=str(terms.size),
         plan=plan,
         guided=terms.guided,
-        count=asked.n or 1,
+        count=asked.count,
         deadline=deadline,
         content=order,
     )

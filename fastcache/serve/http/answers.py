@@ -40,9 +40,9 @@ def wants_png(accept: str, asked: ImageRequest) -> bool:
         return False
     if not png and ranges.isdisjoint(_JSON_RANGES):
         raise _not_acceptable("application/json or image/png")
-    if png and ((asked.n or 1) > 1 or asked.output_format not in (None, "png")):
+    if png and (asked.count > 1 or asked.file_format != "png"):
         message = "expected one image and output_format png with Accept: image/png; accept application/json for others"
-        raise ApiError(400, message, code="invalid_value", param="n" if (asked.n or 1) > 1 else "output_format")
+        raise ApiError(400, message, code="invalid_value", param="n" if asked.count > 1 else "output_format")
     return png
 
 
@@ -110,7 +110,7 @@ def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) ->
     """The bytes of each picture; a PNG says how it was made. The prompt goes back to who sent it and nowhere else."""
     drawing, manifest = ticket.order.drawing, ticket.served.manifest
     made = record(manifest, drawing.request, drawing.terms, drawing.plan)
-    kind, quality = asked.output_format or "png", asked.output_compression
+    kind, quality = asked.file_format, asked.output_compression
     return [
         encoded(picture, kind, quality, made | {"seed": drawing.seed + image}) for image, picture in enumerate(pictures)
     ]
@@ -123,7 +123,7 @@ def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResp
         created=int(time.time()),
         model=ticket.served.model,
         size=ticket.job.size,
-        output_format=asked.output_format or "png",
+        output_format=asked.file_format,
         data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],
     )
 
@@ -148,7 +148,7 @@ class _EventStream(StreamingResponse):
 async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
     """OpenAI's `image_generation.*` events, and `fastcache.step` for each U-Net step where asked for."""
     common = {"id": ticket.job.id, "created_at": int(time.time()), "size": ticket.job.size}
-    common |= {"output_format": asked.output_format or "png", "seed": ticket.order.drawing.seed}
+    common |= {"output_format": asked.file_format, "seed": ticket.order.drawing.seed}
     async for event in ticket.events():
         match event:
             case Stepped():

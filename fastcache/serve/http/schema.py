@@ -65,6 +65,14 @@ class ImageRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = Field(None, description="OpenAI's: nothing is moderated here.")
     user: str | None = Field(None, max_length=256, description="OpenAI's: not used, kept or logged.")
 
+    @property
+    def count(self) -> int:
+        return self.n or 1
+
+    @property
+    def file_format(self) -> OutputFormat:
+        return self.output_format or "png"
+
 
 class ImageData(BaseModel):
     """One image of an answer."""

@@ -159,7 +159,7 @@ class Service:
             self.worker.cancel(ticket.job.id)
 
     async def _accept(self, asked: ImageRequest, arrived: float, owner: bytes | None) -> Ticket:
-        served, count = self._ready(), asked.n or 1
+        served, count = self._ready(), asked.count
         check(asked, served, self.limits)
         name = asked.job_id or f"img-{secrets.token_hex(12)}"
         if name in self._known:
