@@ -7,6 +7,7 @@ step needs them all, so its full pass is the ControlNet itself; a shallow step c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ class ShallowControlNets(nn.Module):
             controlnet(sample, timestep, encoder_hidden_states, image, scale, guess_mode, **conditioning)
             for controlnet, image, scale in zip(self.controlnets, controlnet_cond, conditioning_scale, strict=True)
         ]
-        return tuple(sum(residuals[1:], residuals[0]) for residuals in zip(*every, strict=True))
+        return tuple(functools.reduce(torch.add, residuals) for residuals in zip(*every, strict=True))
 
 
 def shallow_controlnet(controlnet: nn.Module, branch_id: int) -> ShallowControlNet | ShallowControlNets:
