@@ -45,7 +45,7 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
 )
 
-_PACKAGE = Package(CAPABILITIES.name, "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
+_PACKAGE = Package(CAPABILITIES.name, "tensorrt_rtx", "TensorRT-RTX")
 _TURING = "7.5"
 
 version, evaluate = _PACKAGE.version, refuse_evaluate

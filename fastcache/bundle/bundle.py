@@ -8,7 +8,6 @@ place meanwhile. Knows files and hashes; knows nothing about what the engines co
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -23,8 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastcache.bundle.contents import check_contents
-from fastcache.bundle.manifest import SCHEMA, FileEntry, Manifest, Role
-from fastcache.bundle.recipe import Recipe
+from fastcache.bundle.manifest import FileEntry, Manifest, Role
 from fastcache.errors import BundleError
 from fastcache.expect import first_problem
 from fastcache.files import sha256_of, sync, write_whole
@@ -85,12 +83,6 @@ class Bundle:
                 f"expected a {role} engine in {self.path}, got a bundle of {built}; build it with that component"
             )
         return self.path / self.manifest.engines[role].file
-
-
-def bundle_key(recipe: Recipe, weights_sha256: str, versions: dict[str, str], device: str) -> str:
-    """The hash of everything that decides what a bundle contains."""
-    content = [SCHEMA, recipe.model_dump(mode="json"), weights_sha256, versions, device]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:

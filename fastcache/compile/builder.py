@@ -7,6 +7,7 @@ side finds the model, decides what `auto` means, watches the child and moves the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,8 @@ from filelock import FileLock
 
 import fastcache
 import fastcache_engines
-from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
+from fastcache.bundle.bundle import MANIFEST, Bundle, open_bundle, publish, read_manifest
+from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
@@ -49,7 +51,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        return bundle_key(self.recipe, self.model.weights_sha256, self.versions, self.device)
+        """The hash of everything that decides what the bundle contains."""
+        recipe = self.recipe.model_dump(mode="json")
+        content = [SCHEMA, recipe, self.model.weights_sha256, self.versions, self.device]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(recipe: Recipe) -> Job:

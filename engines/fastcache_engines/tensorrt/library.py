@@ -29,19 +29,18 @@ Validity = Literal["valid", "suboptimal", "invalid", "unchecked"]
 
 @dataclass(frozen=True)
 class Package:
-    """A library of the family: its backend, its Python module, its name to readers and the extra that installs it."""
+    """A library of the family: its backend, also the extra that installs it, its Python module, its name to readers."""
 
     backend: str
     module: str
     title: str
-    extra: str
 
     def library(self) -> Any:
         """The module.
 
         Raises: `BackendUnavailable` where it is not installed, or installed without its libraries.
         """
-        install = f"run: pip install 'fastcache[{self.extra}]'"
+        install = f"run: pip install 'fastcache[{self.backend}]'"
         if importlib.util.find_spec(self.module) is None:
             raise BackendUnavailable(f"{self.title} is not installed; {install}")
         try:

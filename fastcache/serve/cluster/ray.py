@@ -264,8 +264,7 @@ class OnlyFromHere:
         client = scope.get("client")
         if scope["type"] == "http" and not (client and is_loopback(client[0])):
             error = ApiError(403, "expected a request from this machine, or a server with keys", code="no_api_key")
-            response = Response(error.body.model_dump_json(), error.status, media_type="application/json")
-            return await response(scope, receive, send)
+            return await error.response()(scope, receive, send)
         return await self._app(scope, receive, send)
 
 

@@ -219,19 +219,19 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
 
 
 async def _api_error(_: Request, error: Any) -> Response:
-    return Response(error.body.model_dump_json(), error.status, error.headers, media_type="application/json")
+    return error.response()
 
 
 async def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     if first["loc"] == ("body",):
-        return await _api_error(request, _no_object(request, empty=first["type"] == "missing"))
+        return _no_object(request, empty=first["type"] == "missing").response()
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
     said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
     message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
     text = message if where is None else f"{where}: {message}"
-    return await _api_error(request, ApiError(400, text, code="invalid_value", param=where))
+    return ApiError(400, text, code="invalid_value", param=where).response()
 
 
 def _no_object(request: Request, *, empty: bool) -> ApiError:
@@ -244,8 +244,8 @@ def _no_object(request: Request, *, empty: bool) -> ApiError:
     return ApiError(400, f'expected a JSON object as {{"prompt": "a red circle"}}, got {got}', code="invalid_value")
 
 
-async def _http_error(request: Request, error: Any) -> Response:
+async def _http_error(_: Request, error: Any) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    answer = await _api_error(request, ApiError(error.status_code, str(error.detail), code=code))
+    answer = ApiError(error.status_code, str(error.detail), code=code).response()
     answer.headers.update(error.headers or {})
     return answer
