@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastcache_engines.onnx_files import external_locations, refuse_outside_weights
+from fastcache_engines.onnx_files import refuse_outside_weights
 from fastcache_engines.protocol import BuildOptions
 from fastcache_engines.tensorrt.library import EngineFacts, Package, log_of, one_line, spec, write_facts
 
@@ -38,10 +38,7 @@ def build_engines(
     Raises: `BackendUnavailable` for another device than a GPU; `ValueError` for a graph that does not build.
     """
     package.require(options.device)
-    weights: set[Path] = set()
-    for path in graphs.values():
-        refuse_outside_weights(path)
-        weights |= _weights(path)
+    weights = {file for path in graphs.values() for file in refuse_outside_weights(path)}
     for role, path in graphs.items():
         engine = folder / f"{role}.engine"
         options.progress(
@@ -53,12 +50,6 @@ def build_engines(
     for path in weights | set(graphs.values()):
         path.unlink()
     return {role: f"{role}.engine" for role in graphs}
-
-
-def _weights(path: Path) -> set[Path]:
-    import onnx
-
-    return {path.parent / location for location in external_locations(onnx.load(str(path), load_external_data=False))}
 
 
 def engine_from_onnx_path(
