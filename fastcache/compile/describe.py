@@ -41,17 +41,9 @@ class Shapes:
     tokens: Profile | None
 
     @property
-    def height(self) -> int:
-        return self.sizes[0].height
-
-    @property
-    def width(self) -> int:
-        return self.sizes[0].width
-
-    @property
     def latent(self) -> tuple[int, int]:
         """The usual size's rows and columns of latents."""
-        return self.height // self.scale, self.width // self.scale
+        return self.sizes[0].height // self.scale, self.sizes[0].width // self.scale
 
     @property
     def profiles(self) -> dict[str, Profile]:
