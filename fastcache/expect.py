@@ -8,7 +8,10 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
@@ -119,3 +122,14 @@ def suggested(value: object, known: Collection[str]) -> str:
     """`did you mean NAME?` for what is spelt nearly like something known, else nothing."""
     close = get_close_matches(str(value), known, 1)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """The first value that pydantic refuses, and why; `whole` names it where it is everything."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"

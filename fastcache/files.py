@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, their hashes, and what JSON holds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises: `ValueError` naming the file."""
+    try:
+        value: object = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a JSON file {file}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(value).__name__}")
+    return cast("dict[str, Any]", value)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -111,5 +111,5 @@ def rewrite_package(file: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 def constants_of(engine: InductorEngine) -> TENSORS:
     """The constants that an engine's first package reads, in its memory."""
-    loaded = next(iter(engine._loaded.values()))
-    return loaded.weights.constants(loaded.package)
+    name, loaded = next(iter(engine._loaded.items()))
+    return loaded.weights.constants(engine._packages[name])

@@ -12,22 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache_engines import onnx_files
 from fastcache_engines.machine import NO_GPU, BackendUnavailable, device_index, device_kind, gpu, torch_device
-from fastcache_engines.onnx_files import describe, refuse_outside_weights
-from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.onnx_files import refuse_outside_weights
+from fastcache_engines.protocol import Capabilities, LoadOptions, Support
 from fastcache_engines.registry import refuse_targets
 from fastcache_engines.tensors import TensorSpec, agreed, check_tensors
-
-__all__ = [
-    "CAPABILITIES",
-    "build",
-    "check_targets",
-    "describe",
-    "evaluate",
-    "load",
-    "support",
-    "version",
-]
 
 CAPABILITIES = Capabilities(
     name="onnxruntime",
@@ -39,14 +29,7 @@ CAPABILITIES = Capabilities(
     layers=True,
 )
 
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(bool)": "bool",
-}
+build, describe, check_targets = onnx_files.keep_graphs, onnx_files.describe, refuse_targets
 
 Providers = Sequence[tuple[str, dict[str, Any]]]
 
@@ -87,9 +70,6 @@ def _clash() -> str:
     )
 
 
-check_targets = refuse_targets
-
-
 def support(device: str) -> Support:
     if device_kind(device) == "cuda":
         return provider_support("CUDAExecutionProvider", device)
@@ -116,11 +96,6 @@ def provider_support(provider: str, device: str) -> Support:
     return Support(found, False, False, reason)
 
 
-def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
-    """Nothing to do: the ONNX files are the engines."""
-    return {role: path.name for role, path in graphs.items()}
-
-
 def load(path: Path, options: LoadOptions = LoadOptions()) -> OnnxRuntimeEngine:
     """An engine from an ONNX file.
 
@@ -128,7 +103,7 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> OnnxRuntimeEngine:
     """
     if device_kind(options.device) == "cpu":
         return OnnxRuntimeEngine(path, options, [("CPUExecutionProvider", {})])
-    require(support(options.device))
+    support(options.device).require()
     stream = torch.cuda.Stream(torch_device(options.device))
     # One graph launch replaces a thousand kernel launches.
     cuda = cuda_settings(options, stream) | {"enable_cuda_graph": "1"}
@@ -163,12 +138,6 @@ def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = Lo
     names = [value.name for value in session.get_outputs()]
     results = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
     return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
-
-
-def require(found: Support) -> None:
-    """Raise `BackendUnavailable` where a backend cannot run."""
-    if not found.can_run:
-        raise BackendUnavailable(found.reason)
 
 
 # What computes the sizes of tensors: the CUDA provider leaves it to the CPU on purpose, where sizes are.
@@ -212,55 +181,44 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3
         # Full and shallow are two sessions with a pool each: one's idle threads must not spin while the other runs.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        self._device, self._stream, self._bindings = torch_device(options.device), stream, 0
+        self.stream, self._device, self._bindings = stream, torch_device(options.device), 0
         if self._device.type == "cuda":
             settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if (self._device.type, options.dtype) == ("cpu", "fp16"):
             # A CPU only checks such graphs: SDXL takes 15 GB as it stands, over 18 with its weights widened beforehand.
             settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session = runtime.InferenceSession(str(path), settings, providers=list(providers))
+            self.session = runtime.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise ValueError(f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}") from error
         if self._device.type == "cuda":
-            refuse_cpu_work(path.name, self._session.get_provider_graph_assignment_info())
-        self.inputs = agreed(path.name, [_spec(value) for value in self._session.get_inputs()], options.inputs)
-        self.outputs = agreed(path.name, [_spec(value) for value in self._session.get_outputs()], options.outputs)
+            refuse_cpu_work(path.name, self.session.get_provider_graph_assignment_info())
+        self.inputs = agreed(path.name, [_spec(value) for value in self.session.get_inputs()], options.inputs)
+        self.outputs = agreed(path.name, [_spec(value) for value in self.session.get_outputs()], options.outputs)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeBinding:
         """Bind by address: the graph reads and writes the tensors themselves."""
         check_tensors((*self.inputs, *self.outputs), tensors, self._device)
         self._bindings += 1
-        return OnnxRuntimeBinding(
-            self._session, self.inputs, self.outputs, tensors, self._stream, graph_id=self._bindings
-        )
+        return OnnxRuntimeBinding(self, tensors, graph_id=self._bindings)
 
 
 class OnnxRuntimeBinding:
     """A session and the addresses it works on; holds the tensors so that they live as long."""
 
-    def __init__(
-        self,
-        session: Any,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        tensors: Mapping[str, Tensor],
-        stream: torch.cuda.Stream | None,
-        graph_id: int,
-    ) -> None:
+    def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor], graph_id: int) -> None:
         import onnx
 
-        self._session, self._binding, self._stream = session, session.io_binding(), stream
-        self._tensors = [tensors[spec.name] for spec in (*inputs, *outputs)]
-        for specs, bind in ((inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
+        self._session, self._stream = engine.session, engine.stream
+        self._binding = binding = engine.session.io_binding()
+        self._tensors = [tensors[spec.name] for spec in (*engine.inputs, *engine.outputs)]
+        for specs, bind in ((engine.inputs, binding.bind_input), (engine.outputs, binding.bind_output)):
             for spec in specs:
-                tensor = tensors[spec.name]
-                kind = onnx.TensorProto.DataType.Value(_ONNX_NAMES[spec.dtype])
-                bind(
-                    spec.name, tensor.device.type, tensor.device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
-                )
+                tensor, device = tensors[spec.name], tensors[spec.name].device
+                kind = onnx.TensorProto.DataType.Value("FLOAT" if spec.dtype == "float32" else spec.dtype.upper())
+                bind(spec.name, device.type, device.index or 0, kind, list(tensor.shape), tensor.data_ptr())
         self._options = library().RunOptions()
-        if stream is not None:
+        if engine.stream is not None:
             self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -278,16 +236,6 @@ class OnnxRuntimeBinding:
         current.wait_stream(self._stream)
 
 
-_ONNX_NAMES = {
-    "float32": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "int64": "INT64",
-    "int32": "INT32",
-    "bool": "BOOL",
-}
-
-
 def _spec(value: Any) -> TensorSpec:
-    dtype: str = value.type
-    return TensorSpec(value.name, _DTYPES.get(dtype, dtype), tuple(value.shape))
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")  # all but one are called as in torch
+    return TensorSpec(value.name, "float32" if dtype == "float" else dtype, tuple(value.shape))

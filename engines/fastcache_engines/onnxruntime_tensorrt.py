@@ -16,6 +16,7 @@ import torch
 
 from fastcache_engines import onnxruntime as plain
 from fastcache_engines.machine import device_kind, torch_device
+from fastcache_engines.onnx_files import read_graph
 from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
 from fastcache_engines.registry import refuse_evaluate, refuse_targets
 
@@ -48,7 +49,7 @@ def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> di
     import onnx
 
     for path in graphs.values():
-        model = onnx.load(str(path), load_external_data=False)
+        model = read_graph(path)
         told = model.metadata_props.add()
         told.key, told.value = _SHAPES, json.dumps(_shapes(model.graph.input, path.name, options))
         onnx.save(model, str(path))
@@ -74,7 +75,7 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> plain.OnnxRuntimeE
 
     Raises: `BackendUnavailable`; `ValueError` for weights outside the graph's folder or a graph that does not load.
     """
-    plain.require(support(options.device))
+    support(options.device).require()
     stream = torch.cuda.Stream(torch_device(options.device))
     own, rest = plain.on_gpu(options.device, stream), plain.cuda_settings(options, stream)
     return plain.OnnxRuntimeEngine(
@@ -90,7 +91,7 @@ def _settings(path: Path) -> dict[str, Any]:
     import onnx
     import platformdirs
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = read_graph(path)
     told = next((entry.value for entry in model.metadata_props if entry.key == _SHAPES), None)
     if told is None:
         raise ValueError(f"expected {path.name} to say its inputs' sizes, got a graph that does not; build it again")

@@ -24,22 +24,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fastcache_engines import onnx_files
 from fastcache_engines.machine import BackendUnavailable, device_kind, fast_bf16
-from fastcache_engines.onnx_files import describe, refuse_outside_weights
-from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
+from fastcache_engines.onnx_files import refuse_outside_weights
+from fastcache_engines.protocol import Capabilities, LoadOptions, Support
 from fastcache_engines.registry import refuse_targets
 from fastcache_engines.tensors import TensorSpec, agreed, check_tensors, free_size
-
-__all__ = [
-    "CAPABILITIES",
-    "build",
-    "check_targets",
-    "describe",
-    "evaluate",
-    "load",
-    "support",
-    "version",
-]
 
 CAPABILITIES = Capabilities(
     name="openvino",
@@ -50,6 +40,8 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
     layers=True,
 )
+
+build, describe, check_targets = onnx_files.keep_graphs, onnx_files.describe, refuse_targets
 
 _OWN_BYTES = 256 << 20  # of weights, in compilations for shapes after the first
 
@@ -82,9 +74,6 @@ def _openvino() -> Any:
     return openvino
 
 
-check_targets = refuse_targets
-
-
 def support(device: str) -> Support:
     try:
         found = version()
@@ -94,11 +83,6 @@ def support(device: str) -> Support:
         return Support(found, False, False, "OpenVINO runs on CPUs here; use tensorrt, inductor or onnxruntime")
     speed = "bf16 at the processor's own speed" if fast_bf16() else "bf16 without the processor's help (slow)"
     return Support(found, True, True, f"ready, on the CPU in fp32, and {speed}")
-
-
-def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
-    """Nothing to do: the ONNX files are the engines."""
-    return {role: path.name for role, path in graphs.items()}
 
 
 def load(path: Path, options: LoadOptions = LoadOptions()) -> OpenVinoEngine:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastcache_engines.dtypes import Device, DType
-from fastcache_engines.machine import device_kind
+from fastcache_engines.machine import BackendUnavailable, device_kind
 from fastcache_engines.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class Support:
     can_build: bool
     can_run: bool
     reason: str
+
+    def require(self) -> None:
+        """Raise `BackendUnavailable` where engines cannot run."""
+        if not self.can_run:
+            raise BackendUnavailable(self.reason)
 
 
 @dataclass(frozen=True)

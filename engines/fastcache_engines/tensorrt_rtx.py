@@ -45,7 +45,7 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
 )
 
-_PACKAGE = Package(CAPABILITIES.name, "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
+_PACKAGE = Package(CAPABILITIES.name, "tensorrt_rtx", "TensorRT-RTX")
 _TURING = "7.5"
 
 version, evaluate = _PACKAGE.version, refuse_evaluate
@@ -93,10 +93,9 @@ def load(path: Path, options: LoadOptions = LoadOptions()) -> TensorRTEngine:
 
     Raises: `BackendUnavailable`; `ValueError` for a file that is damaged, or of another version or GPU.
     """
-    facts, here = describe(path), gpu(options.device)
+    facts, here, found = describe(path), gpu(options.device), support(options.device)
     require_valid(facts, path)
     _PACKAGE.require(options.device)
-    found = support(options.device)
     if here is None or not found.can_run:
         raise BackendUnavailable(found.reason)
     kernels = cache_path(CAPABILITIES.name, facts.version, here.name, facts.sha256)

@@ -44,7 +44,8 @@ def agreed(file: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -
                 f"{'none' if has is None else f'{has.dtype} {list(has.shape)}'}; build it again"
             )
     if own:
-        raise ValueError(f"expected {file} to have {_names(told)}, got {', '.join(own)} besides; build it again")
+        names = ", ".join(spec.name for spec in told)
+        raise ValueError(f"expected {file} to have {names}, got {', '.join(own)} besides; build it again")
     return tuple(told)
 
 
@@ -54,10 +55,6 @@ def _alike(one: TensorSpec, other: TensorSpec) -> bool:
         return False
     pairs = zip(one.shape, other.shape, strict=True)
     return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-
-
-def _names(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(spec.name for spec in specs)
 
 
 def check_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor], device: torch.device | str) -> None:

@@ -8,7 +8,6 @@ place meanwhile. Knows files and hashes; knows nothing about what the engines co
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -23,9 +22,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastcache.bundle.contents import check_contents
-from fastcache.bundle.manifest import SCHEMA, FileEntry, Manifest, Role
-from fastcache.bundle.recipe import Recipe
+from fastcache.bundle.manifest import FileEntry, Manifest, Role
 from fastcache.errors import BundleError
+from fastcache.expect import first_problem
 from fastcache.files import sha256_of, sync, write_whole
 
 MANIFEST = "manifest.json"
@@ -86,12 +85,6 @@ class Bundle:
         return self.path / self.manifest.engines[role].file
 
 
-def bundle_key(recipe: Recipe, weights_sha256: str, versions: dict[str, str], device: str) -> str:
-    """The hash of everything that decides what a bundle contains."""
-    content = [SCHEMA, recipe.model_dump(mode="json"), weights_sha256, versions, device]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bundle, checked against its own hash but not against the files.
 
@@ -110,11 +103,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"expected to read {file}, got: {error.strerror}; look at the folder's permissions") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(
-            f"{file} is damaged or of another version ({where}: {first['msg']}); build the bundle again"
-        ) from None
+        problem = first_problem(error, "the file")
+        raise BundleError(f"{file} is damaged or of another version ({problem}); build the bundle again") from None
     if manifest.bundle_sha256 != manifest.digest():
         raise BundleError(f"{file} was changed after the build; build the bundle again")
     try:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastcache.bundle.recipe import Component, ControlKind, Profile, Recipe, Size
+from fastcache.cut.names import CutKind
 from fastcache_engines import Device, DType, TensorSpec
 
 SCHEMA = "fastcache.bundle/4"
@@ -165,7 +166,7 @@ class Manifest(_Value):
     branch_id: int
     branches: tuple[int, ...]
     num_branches: int
-    cut: Literal["plain", "projected"]
+    cut: CutKind
     backend: str
     dtype: DType
     height: int

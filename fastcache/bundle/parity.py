@@ -7,13 +7,12 @@ checked on a machine that has neither the model nor torch's exporter. Invariants
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcache.bundle.manifest import Parity
 from fastcache.errors import BundleError
@@ -28,41 +27,24 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else (math.inf if difference else 0.0)
 
 
-class Part(Protocol):
-    """A full or a shallow pass: a module called with one dict of named tensors, and the names of what comes out."""
-
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def inputs(self) -> Mapping[str, Tensor]: ...
-    @property
-    def outputs(self) -> tuple[str, ...]: ...
+Tensors = Mapping[str, Tensor]
 
 
-def module_parity(parts: Sequence[Part], reference: Path, dtype: DType) -> Parity:
-    """The same of PyTorch modules, the full pass and the shallow ones."""
-    expected = load_file(reference)
-    full, *shallow = parts
-
-    def run(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            results = part.module({name: tensors[name] for name in part.inputs})
-        return dict(zip(part.outputs, results if isinstance(results, tuple) else (results,), strict=True))
-
-    of_full = run(full, expected)
-    of_shallow = [run(part, expected | of_full) for part in shallow]
-    return _parity(
-        "torch",
-        max(relative_error(value.float(), expected[name]) for name, value in of_full.items()),
-        max(relative_error(v, of_full[name]) for found in of_shallow for name, v in found.items()),
-        dtype,
-    )
+def worst_error(found: Tensors, wanted: Tensors) -> float:
+    """The largest `relative_error` of some tensors."""
+    return max(relative_error(value.float().cpu(), wanted[name].float().cpu()) for name, value in found.items())
 
 
-def _parity(measured_on: str, full_vs_model: float, shallow_vs_full: float, dtype: DType) -> Parity:
-    """Raises: `BundleError` for NaN or infinity among what was computed, of which there is no error to tell."""
-    worst = max(full_vs_model, shallow_vs_full)
-    if not math.isfinite(worst):
+def parity_of(measured_on: str, dtype: DType, expected: Tensors, full: Tensors, shallow: Iterable[Tensors]) -> Parity:
+    """What the passes gave, on `measured_on`, beside what the model did.
+
+    Each shallow pass is held to all that the full one gave: its noise prediction, and the features of shallower cuts
+    where it refreshes them.
+
+    Raises: `BundleError` for NaN or infinity among what was computed, of which there is no error to tell.
+    """
+    full_vs_model, shallow_vs_full = worst_error(full, expected), max(worst_error(found, full) for found in shallow)
+    if not math.isfinite(max(full_vs_model, shallow_vs_full)):
         which = "full" if not math.isfinite(full_vs_model) else "shallow"
         raise BundleError(
             f"expected numbers from the {which} pass on {measured_on}, got NaN or infinity; its values leave the range "
@@ -81,8 +63,7 @@ def measure_parity(
 ) -> Parity:
     """Run the engines on the reference input, one after the other, over one set of tensors.
 
-    Each shallow engine takes what the full one stored, and is held to all that this gave: its noise prediction, and
-    the features of shallower cuts where it refreshes them.
+    Each shallow engine takes what the full one stored. Raises: as `parity_of`.
     """
     expected = load_file(reference)
     engine = backend.load(full, options)
@@ -95,13 +76,10 @@ def measure_parity(
         engine.bind(tensors).run()
         return {spec.name: tensors[spec.name].clone() for spec in engine.outputs}
 
-    def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-        return max(relative_error(value.float().cpu(), wanted[name].float().cpu()) for name, value in found.items())
-
-    of_full = run(engine)
-    errors: list[float] = []
-    for path in shallow:
+    def run_shallow(path: Path) -> dict[str, Tensor]:
         for name, value in of_full.items():
             tensors[name].copy_(value)
-        errors.append(worst(run(backend.load(path, options)), of_full))
-    return _parity(backend.CAPABILITIES.name, worst(of_full, expected), max(errors), options.dtype)
+        return run(backend.load(path, options))
+
+    of_full = run(engine)
+    return parity_of(backend.CAPABILITIES.name, options.dtype, expected, of_full, map(run_shallow, shallow))

@@ -23,10 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from fastcache.cut.names import CutWish
 from fastcache.expect import shown
 from fastcache_engines import BACKENDS, Device, DType
 
-CutKind = Literal["auto", "plain", "projected"]
 Component = Literal["unet", "vae", "text"]
 ControlKind = Literal["controlnet", "t2i_adapter", "ip_adapter"]  # networks beside the U-Net that a picture steers
 
@@ -140,7 +140,7 @@ class Recipe(BaseModel):
     random_weights: StrictBool = False
     branch_id: _Id = 0
     further_branch_ids: tuple[_Id, ...] = ()
-    cut: CutKind = "auto"
+    cut: CutWish = "auto"
     backend: Backend = "auto"
     device: Device | None = None
     dtype: DType = "fp32"
@@ -179,10 +179,16 @@ class Recipe(BaseModel):
         return tuple(paths) if paths[1:] else next(iter(paths), None)
 
     @model_validator(mode="after")
-    def _has_each_branch_once(self) -> Self:
+    def _goes_together(self) -> Self:
         if len(set(self.branches)) < len(self.branches):
             given = ", ".join(map(str, self.branches))
             raise ValueError(f"expected branch_id and further_branch_ids to name each branch once, got {given}")
+        if self.components is not None and "unet" not in self.components:
+            raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
+        if self.sizes and (self.height or self.width):
+            raise ValueError("expected either sizes or height and width, got both")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"expected sizes to name each once, got {', '.join(map(str, self.sizes))}")
         return self
 
     @property
@@ -199,20 +205,6 @@ class Recipe(BaseModel):
             "ip_adapter": self.ip_adapter,
         }
         return {kind: (paths,) if isinstance(paths, str) else paths for kind, paths in given.items() if paths}
-
-    @model_validator(mode="after")
-    def _has_a_unet(self) -> Self:
-        if self.components is not None and "unet" not in self.components:
-            raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_one_list_of_sizes(self) -> Self:
-        if self.sizes and (self.height or self.width):
-            raise ValueError("expected either sizes or height and width, got both")
-        if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(f"expected sizes to name each once, got {', '.join(map(str, self.sizes))}")
-        return self
 
 
 def recipe_from(values: dict[str, object]) -> Recipe:

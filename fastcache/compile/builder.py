@@ -7,6 +7,7 @@ side finds the model, decides what `auto` means, watches the child and moves the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,8 @@ from filelock import FileLock
 
 import fastcache
 import fastcache_engines
-from fastcache.bundle.bundle import MANIFEST, Bundle, bundle_key, open_bundle, publish, read_manifest
+from fastcache.bundle.bundle import MANIFEST, Bundle, open_bundle, publish, read_manifest
+from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
@@ -36,10 +38,6 @@ from fastcache_engines import Device
 
 Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
-
-
-def _silent(message: str) -> None:
-    del message
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        return bundle_key(self.recipe, self.model.weights_sha256, self.versions, self.device)
+        """The hash of everything that decides what the bundle contains."""
+        recipe = self.recipe.model_dump(mode="json")
+        content = [SCHEMA, recipe, self.model.weights_sha256, self.versions, self.device]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(recipe: Recipe) -> Job:
@@ -142,7 +143,7 @@ def build_engines(
     output: str | os.PathLike[str] = "engines",
     *,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda message: None,
     **fields: Any,
 ) -> Bundle:
     """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.

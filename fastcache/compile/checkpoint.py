@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.compile.sources import first_line, read_json
+from fastcache.expect import first_line
+from fastcache.files import read_json
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -103,9 +104,6 @@ def _named(keys: Collection[str]) -> str:
 
 def _variant(folder: Path) -> str | None:
     """The `fp16` of `model.fp16.safetensors`, where only that variant is there."""
-    stems = {file.name.split("-00")[0].removesuffix(".safetensors").split(".")[-1] for file in _weights(folder)}
+    names = (file.name for file in weight_files(folder) if file.suffix == ".safetensors")
+    stems = {name.split("-00")[0].removesuffix(".safetensors").split(".")[-1] for name in names}
     return "fp16" if stems == {"fp16"} else None
-
-
-def _weights(folder: Path) -> list[Path]:
-    return [file for file in weight_files(folder) if file.suffix == ".safetensors"]

@@ -29,10 +29,10 @@ from fastcache.bundle.recipe import ControlKind
 from fastcache.compile.checkpoint import load, require_finite, require_keys, weight_files
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import split_gates
-from fastcache.compile.sources import first_line, read_json
 from fastcache.compile.steering import CONDITIONING_SCALE, EMBEDDING, IP_ADAPTER_INPUTS, RESIDUAL, Controls
 from fastcache.cut.unet import take_apart
-from fastcache.files import sha256_of
+from fastcache.expect import first_line
+from fastcache.files import read_json, sha256_of
 
 _CLASSES: dict[ControlKind, str] = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
 # What a ControlNet must have as its U-Net has it, for its residuals to fit.
@@ -102,26 +102,16 @@ class _Embedding(nn.Module):
         return self.embedding(image.flip(1) if self.flips else image)
 
 
-class _Residuals(nn.Module):
-    """Pictures in [0, 1] -> a T2I-Adapter's residuals, from the largest to the smallest."""
+class _OfOne(nn.Module):
+    """A module that takes one tensor, called as parts are: a T2I-Adapter, or an IP-Adapter's projection to tokens."""
 
-    def __init__(self, adapter: nn.Module) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.module, self.name = module, name
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        return tuple(self.adapter(inputs["adapter_image"]))
-
-
-class _Tokens(nn.Module):
-    """Embeddings of pictures -> the tokens that IP-Adapter's attention reads."""
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return self.projection(inputs["image_embeds"])
+    def forward(self, inputs: Inputs) -> Any:
+        found = self.module(inputs[self.name])
+        return tuple(found) if isinstance(found, list) else found
 
 
 class _ImageEncoder(nn.Module):
@@ -207,7 +197,7 @@ def _add_t2i_adapter(controls: Controls, control: Control, unet: Any, sample: Te
     adapter, parts = load(T2IAdapter, control.path), take_apart(unet)
     channels = adapter.config.in_channels
     image = _pictures(sample, scale, channels)
-    module = _Residuals(adapter)
+    module = _OfOne(adapter, "adapter_image")
     examples = _example(Exportable("t2i_adapter", module, {"adapter_image": image}, ()))
     names = tuple(f"{RESIDUAL}{i}" for i in range(len(examples)))
     wanted = [(parts.skip_channels[i + 1], sample.shape[2] // parts.skip_strides[i + 1]) for i in parts.adapted]
@@ -243,7 +233,7 @@ def _add_ip_adapter(controls: Controls, control: Control, unet: Any, sample: Ten
                 layers = getattr(processor, name)
                 layers[0] = _Scaled(layers[0], scales=name == "to_v_ip")
     embeds = _embeds(controls, control, projection, sample.shape[0])
-    part = Exportable("ip_adapter", _Tokens(projection), {"image_embeds": embeds}, ("ip_tokens",))
+    part = Exportable("ip_adapter", _OfOne(projection, "image_embeds"), {"image_embeds": embeds}, ("ip_tokens",))
     controls.inputs |= dict(zip(IP_ADAPTER_INPUTS, (_example(part)[0], _scales(sample)), strict=True))
     controls.parts.append(part)
 

@@ -6,11 +6,11 @@ Knows configurations; nothing is loaded or exported here but the tokenizer.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import ValidationError
 from torch import nn
@@ -22,6 +22,8 @@ from fastcache.compile.models import DEFAULTS, SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.work import count_work, empty_unet
+from fastcache.expect import first_problem
+from fastcache.files import read_json
 
 CLIP_TOKENS = 77
 
@@ -39,17 +41,9 @@ class Shapes:
     tokens: Profile | None
 
     @property
-    def height(self) -> int:
-        return self.sizes[0].height
-
-    @property
-    def width(self) -> int:
-        return self.sizes[0].width
-
-    @property
     def latent(self) -> tuple[int, int]:
         """The usual size's rows and columns of latents."""
-        return self.height // self.scale, self.width // self.scale
+        return self.sizes[0].height // self.scale, self.sizes[0].width // self.scale
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -79,7 +73,7 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
     scale, tokens = (preset.scale, preset.tokens) if preset is not None else (8, None)
     latent_channels = config.out_channels
     if model.folder is not None and "vae" in model.components:
-        vae = json.loads((model.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        vae = read_json(model.folder / "vae" / "config.json")
         scale, latent_channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
     if "text" in model.components:
         tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
@@ -108,18 +102,13 @@ def defaults_of(model: SourceModel) -> Defaults:
 
     Raises: `ValueError` for a `fastcache.json` of something else.
     """
-    import diffusers
-
     usual = inspect.signature(getattr(diffusers, model.pipeline).__call__).parameters
     own = {name: usual[name].default for name in Defaults.model_fields if name in usual}
     try:
         return Defaults(**{**own, **model.defaults})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"expected {DEFAULTS} to say {', '.join(Defaults.model_fields)}, got {where}: {first['msg']}"
-        ) from None
+        named, problem = ", ".join(Defaults.model_fields), first_problem(error, "the file")
+        raise ValueError(f"expected {DEFAULTS} to say {named}, got {problem}") from None
 
 
 def work(unet: nn.Module, inputs: Inputs) -> tuple[WorkEntry, ...]:

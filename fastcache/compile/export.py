@@ -24,6 +24,7 @@ from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
 from fastcache.compile.fold import fold_shapes
 from fastcache.errors import BuildError
+from fastcache.expect import first_line
 from fastcache_engines import Program, TensorSpec
 
 OPSET = 20
@@ -118,8 +119,7 @@ def _program(part: Exportable) -> Any:
                 part.module, (), {"inputs": part.inputs}, dynamic_shapes=_dynamic_shapes(part, Free())
             )
     except Exception as error:  # torch.export's errors share no public base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BuildError(f"cannot export the {part.role} program: {reason}") from error
+        raise BuildError(f"cannot export the {part.role} program: {first_line(error)}") from error
 
 
 def _at_size(part: Exportable, height: int, width: int) -> Exportable:
@@ -175,8 +175,7 @@ def export(
                 optimize=True,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise BuildError(f"cannot export the {part.role} graph: {cause}") from error
+        raise BuildError(f"cannot export the {part.role} graph: {first_line(error.__cause__ or error)}") from error
     if program is None:
         raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
     fold_shapes(program.model)

@@ -19,6 +19,7 @@ from fastcache.bundle.manifest import Family, LoraEntry
 from fastcache.bundle.recipe import Lora
 from fastcache.compile.checkpoint import require_finite, require_keys
 from fastcache.errors import BackendUnavailable
+from fastcache.expect import first_line
 from fastcache.files import sha256_of
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
@@ -58,8 +59,7 @@ def merge(model: Model, part: Part, family: Family, unet_config: Mapping[str, An
         try:
             _merge_one(model, part, family, unet_config, lora, f"lora_{i}")
         except Exception as error:  # safetensors', peft's and torch's own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"cannot merge {lora.path} into the {part}: {reason}") from error
+            raise ValueError(f"cannot merge {lora.path} into the {part}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from fastcache.compile import lora
 from fastcache.compile.checkpoint import load, weight_files
 from fastcache.compile.controls import Control, find_control
 from fastcache.compile.presets import PRESETS
-from fastcache.compile.sources import first_line, read_json
 from fastcache.demo import MODEL_DIRECTORY
-from fastcache.files import sha256_of
+from fastcache.expect import first_line
+from fastcache.files import read_json, sha256_of
 
 _PIPELINES: dict[str, Family] = {
     "StableDiffusionPipeline": "sd",
@@ -117,8 +117,11 @@ class SourceModel:
         if self.folder is None:
             # UNet2DModel rounds its timesteps to its own dtype, and a LoRA is added to weights as they were trained.
             narrows = PRESETS[self.name].unet_class is UNet2DConditionModel and not self.loras
-            return self._merged(_random_unet(self.name, dtype if narrows else torch.float32), "unet")
-        unet = load(UNet2DConditionModel, self.folder / "unet")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                unet = PRESETS[self.name].make(dtype if narrows else torch.float32)
+        else:
+            unet = load(UNet2DConditionModel, self.folder / "unet")
         return self._merged(unet, "unet")
 
     def load_vae(self) -> AutoencoderKL:
@@ -220,7 +223,7 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
         raise ValueError(f"expected a unet folder in {folder}, got {', '.join(p.name for p in folder.iterdir())}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     # diffusers writes lambda_min_clipped = -Infinity, which is its default and no JSON.
-    scheduler = {key: value for key, value in scheduler.items() if not _is_infinite(value)}
+    scheduler = {key: value for key, value in scheduler.items() if not isinstance(value, float) or math.isfinite(value)}
     if family == "sd":
         scheduler |= {"steps_offset": 1, "clip_sample": False}  # diffusers' pipelines set these, whatever the file says
     settings = {key: index[key] for key in _SETTINGS if key in index}
@@ -251,16 +254,6 @@ def _hash_sources(folder: Path, parts: tuple[str, ...], settings: dict[str, Any]
     return digest.hexdigest()
 
 
-def _is_infinite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _random_unet(preset: str, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return PRESETS[preset].make(dtype)
-
-
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -276,8 +269,5 @@ def _download(name: str, revision: str | None) -> Path:
 
 def state_bytes(module: torch.nn.Module) -> int:
     """The size of a module's parameters and buffers, shared ones once."""
-    return sum(t.untyped_storage().nbytes() for t in _distinct(module))
-
-
-def _distinct(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    return iter({t.untyped_storage().data_ptr(): t for t in module.state_dict().values()}.values())
+    storages = (tensor.untyped_storage() for tensor in module.state_dict().values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

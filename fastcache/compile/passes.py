@@ -6,19 +6,22 @@ in `steering.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from fastcache.bundle.manifest import Parity
+from fastcache.bundle.parity import parity_of
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import widened
 from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.partition import Cut, Cuts
 from fastcache.cut.unet import take_apart
 from fastcache.errors import BuildError
+from fastcache_engines import DType
 
 
 def call_unet(unet: nn.Module, inputs: Inputs) -> Any:
@@ -154,3 +157,16 @@ def _empty_features(cut: Cut, sample: Tensor, dtype: torch.dtype) -> Inputs:
         name: torch.zeros(n, channels, height // stride, width // stride, dtype=dtype)
         for name, channels in cut.cached.items()
     }
+
+
+def module_parity(parts: Sequence[Exportable], expected: Inputs, dtype: DType) -> Parity:
+    """How far the modules of the full pass and the shallow ones are from the model, and from each other."""
+
+    def run(part: Exportable, tensors: Inputs) -> Inputs:
+        with torch.no_grad():
+            results = part.module({name: tensors[name] for name in part.inputs})
+        return dict(zip(part.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+
+    full, *shallow = parts
+    of_full = run(full, expected)
+    return parity_of("torch", dtype, expected, of_full, (run(part, expected | of_full) for part in shallow))

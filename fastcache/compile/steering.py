@@ -15,7 +15,7 @@ from diffusers import MultiControlNetModel
 from torch import nn
 
 from fastcache.compile.export import Exportable, Inputs
-from fastcache.cut.controlnet import partition_controlnet
+from fastcache.cut.controlnet import shallow_controlnet
 from fastcache_engines import DType, torch_dtype
 
 EMBEDDING = "controlnet_embedding"  # of several ControlNets the first's, the others numbered from 2
@@ -101,7 +101,7 @@ class Controls:
     def _steer(self, part: Exportable, branch_id: int | None) -> Exportable:
         net, unread = self.controlnet, set[str]()
         if branch_id is not None:
-            net = None if net is None else partition_controlnet(net, branch_id).shallow
+            net = None if net is None else shallow_controlnet(net, branch_id)
             unread = self._unread(branch_id)
         return replace(
             part,

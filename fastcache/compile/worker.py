@@ -28,6 +28,7 @@ from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
 from fastcache.errors import BackendUnavailable, BuildError, BundleError
+from fastcache.expect import first_line
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 
@@ -58,11 +59,7 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
 
 
-def _manifest_fields(
-    job: Job,
-    num_branches: int,
-    made: Workshop,
-) -> dict[str, Any]:
+def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, Any]:
     """Everything that the manifest says but the files, their hashes and the time it took."""
     recipe = job.recipe
     return {
@@ -76,8 +73,8 @@ def _manifest_fields(
         "cut": made.cut,
         "backend": recipe.backend,
         "dtype": recipe.dtype,
-        "height": made.shapes.height,
-        "width": made.shapes.width,
+        "height": made.shapes.sizes[0].height,
+        "width": made.shapes.sizes[0].width,
         "sizes": made.shapes.sizes,
         "components": recipe.components,
         "profiles": {"batch": recipe.batch, **made.shapes.profiles},
@@ -137,8 +134,8 @@ def _explain(error: Exception, place: Path) -> tuple[str, str]:
         file = getattr(error, "filename", None)
         named = f"{file} could not be written" if file else "the build could not be written"
         return "BuildError", f"{named}: no space left in {place}"
-    lines = str(error).strip().splitlines()
-    return "BuildError", f"the build failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+    said = first_line(error) if str(error).strip() else "no message"
+    return "BuildError", f"the build failed: {type(error).__name__}: {said}"
 
 
 def _system_error(error: Exception) -> int | None:

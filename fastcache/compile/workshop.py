@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
-from fastcache.bundle.parity import measure_parity, module_parity
+from fastcache.bundle.parity import measure_parity
 from fastcache.compile import components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
-from fastcache.cut.names import FULL, branch_of, shallow_pass
+from fastcache.cut.names import FULL, CutKind, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
@@ -44,7 +44,7 @@ class Workshop:
     info: ModelInfo
     shapes: describe.Shapes
     engines: dict[Role, EngineEntry] = field(default_factory=dict)
-    cut: str = "plain"
+    cut: CutKind = "plain"
     weights_bytes: int = 0
     duplicated_bytes: int = 0
     work: tuple[WorkEntry, ...] = ()
@@ -83,7 +83,7 @@ class Workshop:
         each = self.info.guided_rows
         rows = (images.min, each * images.opt, each * images.max)
         del unet, cut, cuts
-        self._make(parts, "unet", self.dtype, rows, self._translations(self.dtype), checked=True)
+        self._make(parts, "unet", self.dtype, rows, graph_passes.translations(self.can, self.dtype), checked=True)
         for part in controls.parts:  # once a picture, in float32 as the text encoders
             self.say(f"exporting the {part.role.replace('_', ' ')}")
             self._make([part], part.role, "fp32", (1, images.opt, images.max), {})
@@ -117,7 +117,7 @@ class Workshop:
             images = self.recipe.batch
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
-            self._make([part], part.role, dtype, rows, self._translations(dtype))
+            self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
 
     @property
     def passes(self) -> dict[str, PassEntry]:
@@ -133,9 +133,6 @@ class Workshop:
             )
             for name in (FULL, *map(shallow_pass, self.recipe.branches))
         }
-
-    def _translations(self, dtype: DType) -> graph_passes.Translations:
-        return graph_passes.translations(self.can, dtype)
 
     def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
         """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
@@ -225,7 +222,7 @@ class Workshop:
         """
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
-            self._keep(module_parity(parts, self.folder / REFERENCE, self.dtype))
+            self._keep(passes.module_parity(parts, load_file(self.folder / REFERENCE), self.dtype))
         else:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             _release(parts)

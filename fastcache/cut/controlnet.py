@@ -7,8 +7,8 @@ step needs them all, so its full pass is the ControlNet itself; a shallow step c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastcache.cut.signals import Embeddings, control_embeddings
 from fastcache.cut.unet import down_layers
 from fastcache.errors import PartitionError
+from fastcache.expect import is_int
 
 
 class ShallowControlNet(nn.Module):
@@ -85,26 +86,13 @@ class ShallowControlNets(nn.Module):
             controlnet(sample, timestep, encoder_hidden_states, image, scale, guess_mode, **conditioning)
             for controlnet, image, scale in zip(self.controlnets, controlnet_cond, conditioning_scale, strict=True)
         ]
-        first, *others = every
-        for residuals in others:
-            first = tuple(mine + other for mine, other in zip(first, residuals, strict=True))
-        return first
+        return tuple(functools.reduce(torch.add, residuals) for residuals in zip(*every, strict=True))
 
 
-@dataclass(frozen=True)
-class ControlCut:
-    """A ControlNet for full steps, and its part for shallow ones."""
+def shallow_controlnet(controlnet: nn.Module, branch_id: int) -> ShallowControlNet | ShallowControlNets:
+    """What a shallow pass at `branch_id` needs of a ControlNet, or of several in a `MultiControlNetModel`.
 
-    full: nn.Module
-    shallow: ShallowControlNet | ShallowControlNets
-    branch_id: int
-    num_branches: int
-
-
-def partition_controlnet(controlnet: nn.Module, branch_id: int = 0) -> ControlCut:
-    """Cut a ControlNet, or several in a `MultiControlNetModel`, as its U-Net is cut at `branch_id`.
-
-    The shallow module shares the ControlNet's submodules; the ControlNet itself is not changed.
+    It shares the ControlNet's submodules; the ControlNet itself is not changed.
 
     Raises: `PartitionError` for a branch id out of range, or another class.
     """
@@ -113,8 +101,7 @@ def partition_controlnet(controlnet: nn.Module, branch_id: int = 0) -> ControlCu
         if type(net) is not ControlNetModel:
             raise PartitionError(f"expected a ControlNetModel, got {type(net).__name__}; leave caching off with it")
     last = min(len(net.controlnet_down_blocks) for net in nets) - 1
-    if isinstance(branch_id, bool) or not isinstance(branch_id, int) or not 0 <= branch_id <= last:
+    if not is_int(branch_id) or not 0 <= branch_id <= last:
         raise PartitionError(f"expected a branch_id from 0 to {last} for this ControlNet, got {branch_id!r}")
     parts = [ShallowControlNet(net, control_embeddings(net), branch_id) for net in nets]
-    shallow = ShallowControlNets(parts) if isinstance(controlnet, MultiControlNetModel) else parts[0]
-    return ControlCut(controlnet, shallow, branch_id, last + 1)
+    return ShallowControlNets(parts) if isinstance(controlnet, MultiControlNetModel) else parts[0]

@@ -1,11 +1,14 @@
-"""What the passes of a cut are called: a full or shallow pass <-> its name. Pure Python; knows nothing else."""
+"""What cuts and their passes are called: a full or shallow pass <-> its name. Pure Python; knows nothing else."""
 
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 from fastcache.expect import at_least, expected
+
+CutKind = Literal["plain", "projected"]
+CutWish = Literal["auto", "plain", "projected"]  # `auto` is projected where that is possible
 
 FULL: Final = "full"  # the pass that runs the whole U-Net and stores every feature
 

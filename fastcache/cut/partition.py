@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
+from fastcache.cut.names import CutKind, CutWish
 from fastcache.cut.project import JoinedLayer, ProjectedLayer, why_not
 from fastcache.cut.signals import Conditioning, Signals
 from fastcache.cut.unet import UNetParts, take_apart
 from fastcache.errors import PartitionError
 
-CutKind = Literal["plain", "projected"]
 UpLayers = Sequence[JoinedLayer | ProjectedLayer]
 
 
@@ -213,16 +213,12 @@ class Cuts:
         return next(iter(self.at.values())).full
 
     @property
-    def shallow(self) -> dict[int, ShallowUNet]:
-        return {branch_id: cut.shallow for branch_id, cut in self.at.items()}
-
-    @property
     def cached(self) -> dict[str, int]:
         """Every tensor that crosses, by name, with its channels, in the order in which `full` returns them."""
         return {name: channels for cut in self.at.values() for name, channels in cut.cached.items()}
 
 
-def partition_unet(unet: nn.Module, branch_id: int = 0, cut: Literal["auto", "plain", "projected"] = "plain") -> Cut:
+def partition_unet(unet: nn.Module, branch_id: int = 0, cut: CutWish = "plain") -> Cut:
     """Cut a U-Net at skip connection `branch_id`, 0 the shallowest (DeepCacheSDHelper's counting).
 
     The modules share the U-Net's submodules; the U-Net itself is not changed. `projected` copies the weights of one
@@ -236,9 +232,7 @@ def partition_unet(unet: nn.Module, branch_id: int = 0, cut: Literal["auto", "pl
     return partition_branches(unet, (branch_id,), cut).at[branch_id]
 
 
-def partition_branches(
-    unet: nn.Module, branch_ids: Iterable[int], cut: Literal["auto", "plain", "projected"] = "plain"
-) -> Cuts:
+def partition_branches(unet: nn.Module, branch_ids: Iterable[int], cut: CutWish = "plain") -> Cuts:
     """Cut a U-Net at several skip connections at once, for plans that choose a depth at each step.
 
     Raises: `PartitionError` as `partition_unet`, and for no branch id or the same one twice.
@@ -252,19 +246,17 @@ def partition_branches(
         raise PartitionError(f"expected branch ids from 0 to {last}, each once, got {wanted}")
     up: list[JoinedLayer | ProjectedLayer] = [JoinedLayer(layer) for layer in parts.up]
     for branch_id in wanted:
-        if _projects(parts, branch_id, cut):
-            place = last - branch_id
-            up[place] = ProjectedLayer(parts.up[place], parts.main_channels[branch_id])
+        layer, channels = parts.up[last - branch_id], parts.main_channels[branch_id]
+        reason = why_not(layer, channels)
+        if cut == "projected" and reason is not None:
+            raise PartitionError(
+                f"expected a cut that can be projected, got branch {branch_id}: {reason}; use cut plain"
+            )
+        if cut != "plain" and reason is None:
+            up[last - branch_id] = ProjectedLayer(layer, channels)
     full = FullUNet(parts, up, wanted)
     names = {b: _cached(parts, up, b, "" if b == wanted[0] else f"_{b}") for b in wanted}
     return Cuts({branch_id: _cut(parts, up, branch_id, full, names) for branch_id in wanted})
-
-
-def _projects(parts: UNetParts, branch_id: int, cut: str) -> bool:
-    reason = why_not(parts.up[parts.num_skips - 1 - branch_id], parts.main_channels[branch_id])
-    if cut == "projected" and reason is not None:
-        raise PartitionError(f"expected a cut that can be projected, got branch {branch_id}: {reason}; use cut plain")
-    return cut != "plain" and reason is None
 
 
 def _cached(parts: UNetParts, up: UpLayers, branch_id: int, suffix: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel, MultiControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
-from fastcache.cut.controlnet import partition_controlnet
+from fastcache.cut.controlnet import shallow_controlnet
 from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.helper.arguments import Arguments, Kept, bind, conditional_half, output_class
 from fastcache.helper.network import NetworkWatch
@@ -163,7 +163,7 @@ class ControlCaching:
             self._parts.clear()  # a LoRA may take the place of what they are made of
             return type(self._net).forward(self._net, *args, **kwargs)
         if name not in self._parts:
-            self._parts[name] = partition_controlnet(self._net, branch).shallow
+            self._parts[name] = shallow_controlnet(self._net, branch)
         residuals = self._parts[name](**arguments)
         # Pipelines join the middle's residual to zeros for the unconditional half; a shallow pass does not read it.
         middle = residuals[0].new_zeros(0)

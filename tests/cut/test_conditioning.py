@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcache import PartitionError, partition_unet
 from fastcache.compile.lower import lower
-from fastcache.cut.controlnet import partition_controlnet
+from fastcache.cut.controlnet import shallow_controlnet
 from small_unets import any_small_unet, named_example, small_controlnet, small_unet
 from tiny_controls import EMBEDS, load_ip_adapter
 
@@ -163,9 +163,7 @@ def test_the_shallow_controlnet_gives_the_first_residuals(changes: Inputs, furth
     inputs = named_example(small_unet("sd15")) | {"controlnet_cond": randn(2, 3, 32, 32)} | further
     expected, _ = controlnet(**inputs, return_dict=False)
     for branch_id in range(12):
-        cut = partition_controlnet(controlnet, branch_id)
-        assert cut.full is controlnet
-        found = cut.shallow(**inputs)
+        found = shallow_controlnet(controlnet, branch_id)(**inputs)
         assert len(found) == branch_id + 1
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=False)), branch_id
 
@@ -177,7 +175,7 @@ def test_the_shallow_controlnet_of_sdxl_and_of_classes() -> None:
         controlnet = partial_controlnet(unet)
         inputs = named_example(unet) | {"controlnet_cond": randn(2, 3, 32, 32)}
         expected, _ = controlnet(**inputs, return_dict=False)
-        found = partition_controlnet(controlnet, 4).shallow(**inputs)
+        found = shallow_controlnet(controlnet, 4)(**inputs)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected[:5], strict=True))
 
 
@@ -198,13 +196,13 @@ def test_several_controlnets_are_summed() -> None:
     inputs = named_example(small_unet("sd15"))
     inputs |= {"controlnet_cond": [randn(2, 3, 32, 32), randn(2, 3, 32, 32, seed=4)], "conditioning_scale": [0.5, 1.0]}
     expected, _ = several(**inputs, return_dict=False)
-    found = partition_controlnet(several, 2).shallow(**inputs)
+    found = shallow_controlnet(several, 2)(**inputs)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected[:3], strict=True))
 
 
 def test_the_shallow_controlnet_holds_only_what_it_runs() -> None:
     controlnet = small_controlnet()
-    shallow = partition_controlnet(controlnet, 0).shallow
+    shallow = shallow_controlnet(controlnet, 0)
     own, all_ids = {id(p) for p in shallow.parameters()}, {id(p) for p in controlnet.parameters()}
     assert own < all_ids
     assert not own & {id(p) for p in controlnet.down_blocks.parameters()}
@@ -212,6 +210,6 @@ def test_the_shallow_controlnet_holds_only_what_it_runs() -> None:
 
 def test_bad_controlnets_and_branches_are_named() -> None:
     with pytest.raises(PartitionError, match="from 0 to 11 for this ControlNet"):
-        partition_controlnet(small_controlnet(), 12)
+        shallow_controlnet(small_controlnet(), 12)
     with pytest.raises(PartitionError, match="expected a ControlNetModel, got Linear"):
-        partition_controlnet(torch.nn.Linear(1, 1))
+        shallow_controlnet(torch.nn.Linear(1, 1), 0)

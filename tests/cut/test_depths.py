@@ -45,8 +45,8 @@ def test_every_pair_of_branches_equals_the_unet(name: str) -> None:
         assert torch.equal(noise_pred, expected), pair
         assert all(torch.equal(t, singles[b]) for t, b in zip(cached.values(), pair, strict=True)), pair
         shallower, deeper = sorted(pair)
-        assert torch.equal(cuts.shallow[shallower](**inputs, **taken(cuts, shallower, cached)), expected), pair
-        deep = cuts.shallow[deeper](**inputs, **taken(cuts, deeper, cached))
+        assert torch.equal(cuts.at[shallower].shallow(**inputs, **taken(cuts, shallower, cached)), expected), pair
+        deep = cuts.at[deeper].shallow(**inputs, **taken(cuts, deeper, cached))
         assert list(cuts.at[deeper].refreshes) == list(cuts.at[shallower].cached)
         assert torch.equal(deep[0], expected), pair
         assert torch.equal(deep[1], singles[shallower]), pair
@@ -60,11 +60,11 @@ def test_a_deeper_step_refreshes_what_lies_above_it() -> None:
     cuts = partition_branches(unet, (0, 2, 6))
     _, cached = run_all(cuts, inputs)
     later = inputs | {"timestep": torch.tensor(500), "sample": inputs["sample"] * 0.9}
-    noise_pred, *refreshed = cuts.shallow[6](**later, **taken(cuts, 6, cached))
+    noise_pred, *refreshed = cuts.at[6].shallow(**later, **taken(cuts, 6, cached))
     renewed = cached | dict(zip(cuts.at[6].refreshes, refreshed, strict=True))
     assert list(cuts.at[6].refreshes) == ["cached_feature", "cached_feature_2"]
     for branch_id in (0, 2):
-        result: Any = cuts.shallow[branch_id](**later, **taken(cuts, branch_id, renewed))
+        result: Any = cuts.at[branch_id].shallow(**later, **taken(cuts, branch_id, renewed))
         found = result if branch_id == 0 else result[0]
         assert torch.equal(found, noise_pred)
         assert not torch.equal(found, cuts.full(**later)[0])
@@ -82,7 +82,7 @@ def test_projected_pairs(pair: tuple[int, int]) -> None:
     torch.testing.assert_close(noise_pred, expected, rtol=0, atol=limit)
     assert {name: tensor.shape[1] for name, tensor in cached.items()} == cuts.cached
     for branch_id in pair:
-        result: Any = cuts.shallow[branch_id](**inputs, **taken(cuts, branch_id, cached))
+        result: Any = cuts.at[branch_id].shallow(**inputs, **taken(cuts, branch_id, cached))
         found, *refreshed = result if isinstance(result, tuple) else (result,)
         assert torch.equal(found, noise_pred)
         for name, tensor in zip(cuts.at[branch_id].refreshes, refreshed, strict=True):

@@ -239,7 +239,7 @@ def test_constants_of_every_layout_come_back(tmp_path: Path) -> None:
     places = store.add("role", constants)
     package = inductor_weights.Package("", "cpu", "", {}, None, None, (), (), (), places)
     store.write(tmp_path / WEIGHTS, {"role": package})
-    assert inductor_weights.find_package(tmp_path / "role.pt2") == (package, tmp_path / WEIGHTS)
+    assert inductor_weights.find_packages(tmp_path / "role.pt2") == ({"role": package}, tmp_path / WEIGHTS)
     weights = inductor_weights.load_weights(tmp_path / WEIGHTS, torch.device("cpu"))
     found = weights.constants(package)
     for name, tensor in constants.items():

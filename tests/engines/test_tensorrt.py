@@ -105,11 +105,11 @@ def test_what_the_builder_is_asked_for(dtype: Any, tf32: bool, tmp_path: Path) -
         )
         yield
 
-    package = Package("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
+    package = Package("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX")
     graph = save_graph(tmp_path, dtype=dtype)
-    plan = builder.engine_from_onnx_path(package, graph, cuda(dtype=dtype), look)
+    content, _ = builder.engine_from_onnx_path(package, graph, cuda(dtype=dtype), ("8.9",), look)
     assert configs == [(True, tf32)]
-    assert f"tf32={int(tf32)}".encode() in bytes(plan.content)
+    assert f"tf32={int(tf32)}".encode() in bytes(content)
 
 
 @built
@@ -253,7 +253,7 @@ def test_without_the_library_it_says_what_to_install(backend: Any, monkeypatch: 
 def test_bindings_without_their_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_installed.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(tensorrt, "version", Package("tensorrt", "half_installed", "TensorRT", "tensorrt").version)
+    monkeypatch.setattr(tensorrt, "version", Package("tensorrt", "half_installed", "TensorRT").version)
     found = tensorrt.support("cuda")
     assert found.reason.startswith("TensorRT is installed but does not load (libnvinfer.so.11: cannot open shared")
     assert "pip install 'fastcache[tensorrt]'" in found.reason
@@ -269,7 +269,7 @@ def test_importing_the_backends_imports_no_library() -> None:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data-centre module with the RTX library as its TensorRT, on a machine said to have a GPU."""
-    package = Package("tensorrt", "tensorrt_rtx", "TensorRT", "tensorrt")
+    package = Package("tensorrt", "tensorrt_rtx", "TensorRT")
     monkeypatch.setattr(tensorrt, "_PACKAGE", package)
     monkeypatch.setattr(tensorrt, "version", package.version)
     monkeypatch.setattr(tensorrt, "gpu", lambda device: Gpu("NVIDIA H200", "9.0"))

@@ -16,7 +16,7 @@ import httpx
 
 from fastcache.serve.http.app import create_app
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.server import Server, config_of, listen
+from fastcache.serve.http.server import Server, listen
 from fastcache.serve.http.service import Service
 
 # No test can tell a limit of steps by waiting, so the tiny model may take as many as its scheduler has.
@@ -59,7 +59,7 @@ class Running:
 @contextlib.contextmanager
 def running(folder: Path, *, limits: Limits | None = None, wait: bool = True, **options: Any) -> Generator[Running]:
     service = Service(folder, limits, threads=1)
-    server = Server(config_of(create_app(service, **options), service.limits), service)
+    server = Server(create_app(service, **options), service)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

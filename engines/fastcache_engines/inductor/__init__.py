@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastcache_engines.inductor.engine import InductorEngine
-from fastcache_engines.inductor.weights import compute_capability, find_package
+from fastcache_engines.inductor.weights import compute_capability, find_packages
 from fastcache_engines.machine import NO_GPU, BackendUnavailable, device_kind, gpu
 from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Program, Support
 from fastcache_engines.registry import refuse_evaluate, refuse_targets
@@ -92,7 +92,7 @@ def describe(path: Path) -> PackageFacts:
 
     Raises: `ValueError` where its weights' description is missing or damaged.
     """
-    package, _ = find_package(path)
+    package = find_packages(path)[0][path.stem]
     capability, constants = package.compute_capability, len(package.constants)
     return PackageFacts(package.torch, package.device, package.isa, capability, package.max_rows, constants)
 

@@ -17,7 +17,6 @@ from fastcache_engines.inductor.weights import (
     Weights,
     compute_capability,
     features,
-    find_package,
     find_packages,
     load_weights,
     reason_of,
@@ -46,14 +45,13 @@ def _refuse_foreign(path: Path, package: Package, device: torch.device) -> None:
 class _Loaded:
     """One package, and the constants that it shares with others."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.package, file = find_package(path)
-        _refuse_foreign(path, self.package, device)
+    def __init__(self, path: Path, package: Package, weights: Path, device: torch.device) -> None:
+        _refuse_foreign(path, package, device)
         try:
             with unpacking(path):
                 self.loader = PackageLoader(path, device.index if device.type == "cuda" else -1)
-            self.weights = load_weights(file, device)
-            self.loader.load_constants(self.weights.constants(self.package))
+            self.weights = load_weights(weights, device)
+            self.loader.load_constants(self.weights.constants(package))
         except BackendUnavailable:
             raise
         except Exception as error:  # what torch, safetensors and a map that does not fit raise
@@ -68,11 +66,12 @@ class InductorEngine:
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
         self._path, self._options, self._device = path, options, torch_device(options.device)
-        first = _Loaded(path, self._device)
-        self._loaded, self._packages = {path.stem: first}, find_packages(path)
+        self._packages, self._weights = find_packages(path)
+        first = self._packages[path.stem]
+        self._loaded = {path.stem: _Loaded(path, first, self._weights, self._device)}
         self._stamps = {name: stamp(path.with_name(f"{name}.pt2")) for name in self._packages}
-        self.inputs = agreed(path.name, first.package.inputs, options.inputs)
-        self.outputs = agreed(path.name, first.package.outputs, options.outputs)
+        self.inputs = agreed(path.name, first.inputs, options.inputs)
+        self.outputs = agreed(path.name, first.outputs, options.outputs)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> InductorBinding:
         """Fix the tensors. On a GPU this captures a CUDA graph that reads and writes them."""
@@ -85,9 +84,10 @@ class InductorEngine:
         if rows < 1 or (most is not None and rows > most):
             raise ValueError(f"expected 1 to {most} rows to bind, got {rows}")
         if name not in self._loaded:
-            if stamp(self._path.with_name(f"{name}.pt2")) != self._stamps[name]:
-                raise ValueError(f"expected {name}.pt2 as it was checked, got another; load the bundle again")
-            self._loaded[name] = _Loaded(self._path.with_name(f"{name}.pt2"), self._device)
+            path = self._path.with_name(f"{name}.pt2")
+            if stamp(path) != self._stamps[name]:
+                raise ValueError(f"expected {path.name} as it was checked, got another; load the bundle again")
+            self._loaded[name] = _Loaded(path, package, self._weights, self._device)
         call = _Call(
             self._loaded[name].loader,
             self._loaded[name].weights,

@@ -38,11 +38,7 @@ class PackageLoader:
             # True: without locks and events between threads, which no graph capture allows.
             self._loader = kind(str(path), "model", True, 1, device_index)
             self.run, self._load = self._loader.boxed_run, self._loader.load_constants
-        except (
-            ImportError,
-            AttributeError,
-            TypeError,
-        ) as error:  # TypeError: it takes other arguments
+        except (ImportError, AttributeError, TypeError) as error:  # TypeError: it takes other arguments
             raise untried("torch._C._aoti.AOTIModelPackageLoader") from error
 
     def load_constants(self, constants: Mapping[str, Tensor]) -> None:

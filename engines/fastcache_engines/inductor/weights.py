@@ -6,9 +6,7 @@ nothing about how packages are made or run.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import threading
 import weakref
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache_engines.facts import from_json, to_json
 from fastcache_engines.machine import device_kind, gpu
 from fastcache_engines.tensors import TensorSpec
 
@@ -48,18 +47,6 @@ class Package:
     arguments: tuple[str, ...]
     constants: dict[str, Place]
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Package:
-        values = json.loads(text)
-        values["arguments"] = tuple(values["arguments"])
-        values["constants"] = {name: tuple(place) for name, place in values["constants"].items()}
-        for side in ("inputs", "outputs"):
-            values[side] = tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in values[side])
-        return cls(**values)
-
 
 class Store:
     """Constants on their way into a file."""
@@ -87,7 +74,7 @@ class Store:
 
         file.touch()
         mode = file.stat().st_mode
-        save_file(self._tensors, file, {role: package.to_json() for role, package in packages.items()})
+        save_file(self._tensors, file, {role: to_json(package) for role, package in packages.items()})
         file.chmod(mode)  # safetensors lets no one but the owner read
 
 
@@ -109,8 +96,10 @@ def reason_of(error: Exception) -> str:
     return next((line for line in lines if " error: " in line), lines[0] if lines else type(error).__name__)
 
 
-def find_package(path: Path) -> tuple[Package, Path]:
-    """What is said of a package, and the file of weights beside it that says so.
+def find_packages(path: Path) -> tuple[dict[str, Package], Path]:
+    """A package and those of the same program at other sizes, and the file of weights beside them that describes them.
+
+    They are by the names of their files without the ending, the package itself first.
 
     Raises: `ValueError` where there is none, or one that cannot be read.
     """
@@ -119,23 +108,13 @@ def find_package(path: Path) -> tuple[Package, Path]:
     for file in sorted(path.parent.glob(f"*{SUFFIX}")):
         try:
             with safe_open(file, "pt") as source:
-                text = (source.metadata() or {}).get(path.stem)
-            if text is not None:
-                return Package.from_json(text), file
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                said: dict[str, str] = source.metadata() or {}
+            if path.stem in said:
+                names = [path.stem, *(name for name in said if name.startswith(f"{path.stem}."))]
+                return {name: from_json(Package, said[name]) for name in names}, file
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file.name} is not a readable file of weights: {reason_of(error)}") from error
     raise ValueError(f"expected a *{SUFFIX} file beside {path.name} that names {path.stem!r}, got none; build again")
-
-
-def find_packages(path: Path) -> dict[str, Package]:
-    """A package and those of the same program at other sizes, by the names of their files without the ending."""
-    from safetensors import safe_open
-
-    _, file = find_package(path)
-    with safe_open(file, "pt") as source:
-        said: dict[str, str] = source.metadata() or {}
-    names = [path.stem, *(name for name in said if name.startswith(f"{path.stem}."))]
-    return {name: Package.from_json(said[name]) for name in names}
 
 
 class Weights:

@@ -36,7 +36,7 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
 )
 
-_PACKAGE = Package(CAPABILITIES.name, "tensorrt", "TensorRT", "tensorrt")
+_PACKAGE = Package(CAPABILITIES.name, "tensorrt", "TensorRT")
 _NO_GPU = "TensorRT builds and runs on the GPU at hand, and PyTorch finds none; use tensorrt-rtx to build without one"
 
 version, check_targets, evaluate = _PACKAGE.version, refuse_targets, refuse_evaluate

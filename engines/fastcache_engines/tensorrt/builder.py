@@ -11,28 +11,16 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache_engines.onnx_files import external_locations, refuse_outside_weights
+from fastcache_engines.onnx_files import refuse_outside_weights
 from fastcache_engines.protocol import BuildOptions
 from fastcache_engines.tensorrt.library import EngineFacts, Package, log_of, one_line, spec, write_facts
-from fastcache_engines.tensors import TensorSpec
 
 _PROGRESS_SECONDS = 2.0
 
 Configured = Callable[[Any], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A compiled network, and what is known of it while it is still one."""
-
-    content: memoryview
-    layers: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 def build_engines(
@@ -50,40 +38,23 @@ def build_engines(
     Raises: `BackendUnavailable` for another device than a GPU; `ValueError` for a graph that does not build.
     """
     package.require(options.device)
-    weights: set[Path] = set()
-    for path in graphs.values():
-        refuse_outside_weights(path)
-        weights |= _weights(path)
+    weights = {file for path in graphs.values() for file in refuse_outside_weights(path)}
     for role, path in graphs.items():
         engine = folder / f"{role}.engine"
         options.progress(
             f"{package.title} builds {engine.name} for compute capability {', '.join(compute_capabilities)}"
         )
-        plan = engine_from_onnx_path(package, path, options, configured)
-        engine.write_bytes(plan.content)
-        facts = EngineFacts(
-            backend=package.backend,
-            version=package.version(),
-            compute_capabilities=tuple(compute_capabilities),
-            layers=plan.layers,
-            rows=options.rows,
-            inputs=plan.inputs,
-            outputs=plan.outputs,
-            sha256=hashlib.sha256(plan.content).hexdigest(),
-        )
+        content, facts = engine_from_onnx_path(package, path, options, compute_capabilities, configured)
+        engine.write_bytes(content)
         write_facts(engine, facts)
     for path in weights | set(graphs.values()):
         path.unlink()
     return {role: f"{role}.engine" for role in graphs}
 
 
-def _weights(path: Path) -> set[Path]:
-    import onnx
-
-    return {path.parent / location for location in external_locations(onnx.load(str(path), load_external_data=False))}
-
-
-def engine_from_onnx_path(package: Package, path: Path, options: BuildOptions, configured: Configured) -> Plan:
+def engine_from_onnx_path(
+    package: Package, path: Path, options: BuildOptions, compute_capabilities: Sequence[str], configured: Configured
+) -> tuple[memoryview, EngineFacts]:
     """Parse and build. Raises: `ValueError` with the library's own reason."""
     trt = package.library()
     log = log_of(trt)
@@ -106,11 +77,16 @@ def engine_from_onnx_path(package: Package, path: Path, options: BuildOptions, c
         raise monitor.failure
     if plan is None:
         raise ValueError(f"{package.title} cannot build {path.name}: {log.reason()}")
-    return Plan(
-        content=memoryview(plan),
+    content = memoryview(plan)
+    return content, EngineFacts(
+        backend=package.backend,
+        version=package.version(),
+        compute_capabilities=tuple(compute_capabilities),
         layers=network.num_layers,
+        rows=options.rows,
         inputs=tuple(spec(t.name, t.dtype, t.shape) for t in inputs),
         outputs=tuple(spec(t.name, t.dtype, t.shape) for t in outputs),
+        sha256=hashlib.sha256(content).hexdigest(),
     )
 
 

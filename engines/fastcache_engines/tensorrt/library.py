@@ -9,15 +9,15 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fastcache_engines.facts import from_json, to_json
 from fastcache_engines.machine import BackendUnavailable, device_kind
 from fastcache_engines.protocol import Support
 from fastcache_engines.tensors import TensorSpec, free_size
@@ -29,19 +29,18 @@ Validity = Literal["valid", "suboptimal", "invalid", "unchecked"]
 
 @dataclass(frozen=True)
 class Package:
-    """A library of the family: its backend, its Python module, its name to readers and the extra that installs it."""
+    """A library of the family: its backend, also the extra that installs it, its Python module, its name to readers."""
 
     backend: str
     module: str
     title: str
-    extra: str
 
     def library(self) -> Any:
         """The module.
 
         Raises: `BackendUnavailable` where it is not installed, or installed without its libraries.
         """
-        install = f"run: pip install 'fastcache[{self.extra}]'"
+        install = f"run: pip install 'fastcache[{self.backend}]'"
         if importlib.util.find_spec(self.module) is None:
             raise BackendUnavailable(f"{self.title} is not installed; {install}")
         try:
@@ -119,8 +118,7 @@ def facts_path(engine: Path) -> Path:
 
 def write_facts(engine: Path, facts: EngineFacts) -> None:
     """Write an engine's facts beside it; its validity belongs to a machine, not to the file."""
-    content = {name: value for name, value in asdict(facts).items() if name not in ("validity", "reason")}
-    facts_path(engine).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    facts_path(engine).write_text(to_json(facts, without=("validity", "reason")), encoding="utf-8")
 
 
 def describe_engine(
@@ -150,34 +148,12 @@ def require_valid(facts: EngineFacts, path: Path) -> None:
 def _read_facts(engine: Path) -> EngineFacts:
     file = facts_path(engine)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return EngineFacts(
-            backend=str(content["backend"]),
-            version=str(content["version"]),
-            compute_capabilities=tuple(map(str, content["compute_capabilities"])),
-            layers=int(content["layers"]),
-            rows=_three(content["rows"]),
-            inputs=_specs(content["inputs"]),
-            outputs=_specs(content["outputs"]),
-            sha256=str(content["sha256"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return from_json(EngineFacts, file.read_bytes())
+    except (OSError, ValueError) as error:
+        got = error.strerror if isinstance(error, OSError) else str(error)
         raise ValueError(
             f"expected the facts of {engine.name} in {file.name} beside it, got {got}; build it again"
         ) from error
-
-
-def _three(rows: Any) -> tuple[int, int, int]:
-    least, usual, largest = map(int, rows)
-    return least, usual, largest
-
-
-def _specs(content: Any) -> tuple[TensorSpec, ...]:
-    def size(value: Any) -> int | str:
-        return value if isinstance(value, int) else str(value)
-
-    return tuple(TensorSpec(str(s["name"]), str(s["dtype"]), tuple(map(size, s["shape"]))) for s in content)
 
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}

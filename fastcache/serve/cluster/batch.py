@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from fastcache.bundle.bundle import open_bundle
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BackendUnavailable
+from fastcache.expect import first_problem
 from fastcache.files import write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
@@ -76,9 +77,7 @@ def read_rows(path: Path, seed: int, defaults: dict[str, Any]) -> list[Row]:
         try:
             row = _row(_fields(line, path.suffix == ".jsonl"), number, seed, defaults)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the row"
-            raise ValueError(f"{path}, line {number}: {where}: {first['msg']}") from None
+            raise ValueError(f"{path}, line {number}: {first_problem(error, 'the row')}") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if row.id in rows:

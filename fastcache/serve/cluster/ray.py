@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastcache.bundle.bundle import read_manifest
 from fastcache.serve.cluster.answers import merged
+from fastcache.serve.http.answers import ClientLeft, unless_gone
 from fastcache.serve.http.app import create_app
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import Guard, Message, is_loopback, read_keys
@@ -196,16 +197,8 @@ class Front:
 
     async def _draw(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive()).get("body", b"")  # all of it: the guard has read it
-        answering = asyncio.create_task(self._answer(_portable(scope), body, send))
-        leaving = asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            for task in (answering, leaving):
-                task.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
+        with contextlib.suppress(ClientLeft):
+            await unless_gone(receive, self._answer(_portable(scope), body, send))
 
     async def _answer(self, scope: dict[str, Any], body: bytes, send: Send) -> None:
         """Raises: `ApiError`, unless the answer has begun: then the error is its last event."""
@@ -271,8 +264,7 @@ class OnlyFromHere:
         client = scope.get("client")
         if scope["type"] == "http" and not (client and is_loopback(client[0])):
             error = ApiError(403, "expected a request from this machine, or a server with keys", code="no_api_key")
-            response = Response(error.body.model_dump_json(), error.status, media_type="application/json")
-            return await response(scope, receive, send)
+            return await error.response()(scope, receive, send)
         return await self._app(scope, receive, send)
 
 
@@ -301,11 +293,6 @@ def _timeout_s(body: bytes, limits: Limits) -> float:
         asked = json.loads(body).get("timeout")
         return min(max(float(asked), 1.0), limits.timeout_s)
     return limits.timeout_s
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _lost() -> ApiError:

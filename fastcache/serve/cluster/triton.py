@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from fastcache.bundle.bundle import open_bundle, publish
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BundleError
+from fastcache.expect import first_problem
 from fastcache.files import write_whole
 from fastcache.pipeline.request import MAX_SEED
 from fastcache.serve.cluster.rows import Outcome, Row, draw_rows
@@ -140,8 +141,7 @@ class TritonPythonModel:
                 fields.setdefault("seed", secrets.randbelow(MAX_SEED))
                 rows.append(Row.model_validate({"id": f"{number}-{index}", **fields}))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            return first_problem(error, "the request")
         except UnicodeDecodeError:
             return "expected texts in UTF-8"
         return rows

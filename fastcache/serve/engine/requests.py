@@ -12,13 +12,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import own_sampler
+from fastcache.loop.scheduler import SAMPLERS, own_sampler
 from fastcache.pipeline.arguments import Terms, plan_for, terms_of
 from fastcache.pipeline.request import Request
 from fastcache.serve.engine.events import Event
@@ -27,26 +26,20 @@ from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.schema import ImageRequest, Usual
+from fastcache.serve.http.schema import ImageRequest, Model, Usual
 
 _CALLS_A_STEP = 2  # at most: Heun's and its kin
 _MOST_FIELDS = 64
 _LONGEST_TEXT = 256  # of a plan's: they are written into each picture
 
 
-@dataclass(frozen=True, eq=False)
 class Served:
     """A bundle that is loaded and served: its number, its executor, and what requests are checked against."""
 
-    number: int
-    executor: Executor
-    since: int = field(default_factory=lambda: int(time.time()))
-    _tokenizer: Any = field(init=False, repr=False)
-    _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
+    def __init__(self, number: int, executor: Executor) -> None:
+        self.number, self.executor, self.since = number, executor, int(time.time())
         # One of its own: the worker's pads and truncates, which a tokenizer keeps as its state.
-        object.__setattr__(self, "_tokenizer", copy.deepcopy(self.executor.pipe.tokenizer))
+        self._tokenizer, self._lock = copy.deepcopy(executor.pipe.tokenizer), threading.Lock()
 
     @property
     def manifest(self) -> Manifest:
@@ -62,14 +55,28 @@ class Served:
         """The sizes of the bundle as WIDTHxHEIGHT, its usual one first."""
         return [str(size) for size in self.manifest.sizes]
 
-    def usual(self, limits: Limits) -> Usual:
-        """What a request is drawn with that does not say."""
+    def described(self, limits: Limits) -> Model:
+        """What clients are told of it."""
         model = self.manifest.model
-        return Usual(
+        usual = Usual(
             sampler=own_sampler(model.scheduler),
             num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
             guidance_scale=model.defaults.guidance_scale,
         )
+        return Model(
+            id=self.model,
+            created=self.since,
+            sizes=self.sizes,
+            samplers=list(SAMPLERS),
+            defaults=usual,
+            bundle_sha256=self.manifest.bundle_sha256,
+        )
+
+    def require_model(self, name: str) -> None:
+        """Raises: `ApiError` for another model than this."""
+        if name != self.model:
+            message = f"expected the model {self.model}, got another; /v1/models lists what is served"
+            raise ApiError(404, message, code="model_not_found", param="model")
 
     def tokens_of(self, text: str) -> int:
         """How long a text is for the model, its marks of start and end included."""
@@ -79,9 +86,8 @@ class Served:
 
 def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     """Refuse at once what no preparation is needed for. Raises: `ApiError`."""
-    if asked.model not in (None, served.model):
-        message = f"expected the model {served.model}, got another; /v1/models lists what is served"
-        raise ApiError(404, message, code="model_not_found", param="model")
+    if asked.model is not None:
+        served.require_model(asked.model)
     if asked.size not in (None, "auto", *served.sizes):
         raise _bad("size", f"expected {', '.join(served.sizes)}, what this server draws, or auto, got another")
     _at_most("n", asked.n, min(limits.max_images, limits.queue + served.executor.count))
@@ -90,11 +96,11 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or "")):
         if len(text) > limits.max_prompt_chars:
             raise _bad(name, f"expected at most {limits.max_prompt_chars} characters, got {len(text)}")
-    if asked.stream and (asked.n or 1) > 1:
+    if asked.stream and asked.count > 1:
         raise _bad("n", f"expected 1 with stream, got {asked.n}; ask for one image at a time")
     if not asked.stream and (asked.partial_images or asked.stream_steps):
         raise _bad("stream", "expected stream with partial_images or stream_steps; set it true or leave these out")
-    if asked.output_compression is not None and asked.output_format in (None, "png"):
+    if asked.output_compression is not None and asked.file_format == "png":
         raise _bad("output_compression", "expected it with output_format jpeg or webp only; a png has none")
     if asked.plan is not None and asked.cache_interval is not None:
         raise _bad("plan", "expected plan or cache_interval, got both")
@@ -122,9 +128,9 @@ def _check_extent(plan: dict[str, Any], most: int) -> None:
 
 
 def prepare(
-    asked: ImageRequest, served: Served, limits: Limits, notify: Callable[[Event], None], *, deadline: float
+    asked: ImageRequest, job_id: str, served: Served, limits: Limits, notify: Callable[[Event], None], deadline: float
 ) -> Job[Order]:
-    """The job a checked request stands for; takes milliseconds, or seconds for a new sampler of many steps.
+    """The job, by its name, of a checked request; takes milliseconds, or seconds for a new sampler of many steps.
 
     Raises: `ApiError`.
     """
@@ -152,12 +158,12 @@ def prepare(
     previews = sorted({(k + 1) * plan.num_steps // (partial + 1) - 1 for k in range(partial)} - {-1})
     order = Order(drawing, notify, tuple(previews), bool(asked.stream_steps))
     return Job(
-        id=asked.job_id or f"img-{secrets.token_hex(12)}",
+        id=job_id,
         bundle=served.number,
         size=str(terms.size),
         plan=plan,
         guided=terms.guided,
-        count=asked.n or 1,
+        count=asked.count,
         deadline=deadline,
         content=order,
     )

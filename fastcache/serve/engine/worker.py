@@ -120,10 +120,6 @@ class Worker:
             self._scheduler.add(job)
             self._changed.notify()
 
-    def knows(self, job_id: str) -> bool:
-        with self._changed:
-            return job_id in self._scheduler.jobs
-
     def cancel(self, job_id: str, failure: Failure = "cancelled") -> bool:
         """Take a job out, wherever it is; an engine call at hand ends without it. Returns whether there was one."""
         with self._changed:
@@ -155,12 +151,12 @@ class Worker:
                     self._begin(image)
                 if batch is not None:
                     self._run(batch)
-        except DeviceBroken as error:
-            self._fail_all("broken")
-            self._broken(error)
-        except Exception as error:  # a defect here would leave every client waiting
-            _log.exception("the worker failed")
-            self._fail_all("broken")
+        except Exception as error:  # also a defect here, which would leave every client waiting
+            if not isinstance(error, DeviceBroken):
+                _log.exception("the worker failed")
+            with self._changed:
+                self._stopping = True
+                self._end_all("broken")
             self._broken(error)
 
     def _next_turn(self) -> tuple[list[Image[Order]], Batch[Order] | None] | None:
@@ -168,8 +164,7 @@ class Worker:
         for job in self._scheduler.overdue(time.monotonic()):
             self._end(job, "late")
         if self._stopping:
-            for job in list(self._scheduler.jobs.values()):
-                self._end(job, "draining")
+            self._end_all("draining")
         admitted = self._scheduler.admit()
         batch = None if admitted else self._scheduler.next_batch()
         return (admitted, batch) if admitted or batch else None
@@ -194,12 +189,12 @@ class Worker:
             self._blame(error, executor, [image])
         self._metrics.stages.labels("encode").observe(time.monotonic() - start)
 
-    def _run(self, batch: Batch[Order]) -> None:
+    def _run(self, batch: Batch[Order], *, again: bool = False) -> None:
         """A batch's engine call; after running out of memory once more, in two halves."""
         try:
             self._step(batch)
         except _TooLarge as error:
-            if len(batch.images) == 1:
+            if again or len(batch.images) == 1:
                 self._blame(error.cause, error.executor, batch.images)
                 return
             with self._changed:
@@ -207,10 +202,7 @@ class Worker:
             largest = len(halves[0].images)
             _log.warning("out of memory with %d images at once; at most %d from now on", len(batch.images), largest)
             for half in halves:
-                try:
-                    self._step(half)
-                except _TooLarge as again:
-                    self._blame(again.cause, again.executor, half.images)
+                self._run(half, again=True)
 
     def _step(self, batch: Batch[Order]) -> None:
         """One engine call, and what follows from it for each image. Raises: `_TooLarge`, nothing having moved."""
@@ -289,11 +281,9 @@ class Worker:
         if self._failures >= _FAILURES_IN_A_ROW:
             raise DeviceBroken(f"expected the engines to run, got {self._failures} failures in a row; start again")
 
-    def _fail_all(self, failure: Failure) -> None:
-        with self._changed:
-            self._stopping = True
-            for job in list(self._scheduler.jobs.values()):
-                self._end(job, failure)
+    def _end_all(self, failure: Failure) -> None:
+        for job in list(self._scheduler.jobs.values()):
+            self._end(job, failure)
 
     def _end(self, job: Job[Order], failure: Failure | None) -> None:
         """Under the lock: a job's end, told once."""

@@ -17,10 +17,11 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image as Pillow
 from starlette.types import Receive, Scope, Send
 
+from fastcache.pipeline.provenance import record
 from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import ARRIVED, OWNER
-from fastcache.serve.http.pictures import encoded, provenance, server_sent
+from fastcache.serve.http.pictures import encoded, server_sent
 from fastcache.serve.http.schema import ImageData, ImageRequest, ImagesResponse
 from fastcache.serve.http.service import Service, Ticket
 
@@ -39,9 +40,9 @@ def wants_png(accept: str, asked: ImageRequest) -> bool:
         return False
     if not png and ranges.isdisjoint(_JSON_RANGES):
         raise _not_acceptable("application/json or image/png")
-    if png and ((asked.n or 1) > 1 or asked.output_format not in (None, "png")):
+    if png and (asked.count > 1 or asked.file_format != "png"):
         message = "expected one image and output_format png with Accept: image/png; accept application/json for others"
-        raise ApiError(400, message, code="invalid_value", param="n" if (asked.n or 1) > 1 else "output_format")
+        raise ApiError(400, message, code="invalid_value", param="n" if asked.count > 1 else "output_format")
     return png
 
 
@@ -55,10 +56,10 @@ async def answer(service: Service, asked: ImageRequest, request: Request) -> Res
     arrived, owner = getattr(request.state, ARRIVED, None), getattr(request.state, OWNER, None)
     async with AsyncExitStack() as stack:
         drawing = service.drawing(asked, arrived=arrived, owner=owner)
-        ticket = await _unless_gone(request, stack.enter_async_context(drawing))
+        ticket = await unless_gone(request.receive, stack.enter_async_context(drawing))
         if asked.stream:
             return _EventStream(_events(ticket, asked), ticket, stack.pop_all())
-        pictures = await _unless_gone(request, _pictures(ticket))
+        pictures = await unless_gone(request.receive, _pictures(ticket))
         files = await asyncio.to_thread(_files, ticket, asked, pictures)
     if png:
         seed = str(ticket.order.drawing.seed)
@@ -78,11 +79,19 @@ async def _pictures(ticket: Ticket) -> list[Pillow.Image]:
     return [drawn[image] for image in sorted(drawn)]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. Raises: `ApiError` where the client leaves, or sends no more, first; `work` is cancelled."""
+class ClientLeft(ApiError):
+    """A client that did not wait for its answer."""
+
+    def __init__(self) -> None:
+        message = "expected the connection open in both directions until the answer; do not close the sending side"
+        super().__init__(499, message, code="client_left")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises: `ClientLeft` where the client leaves, or sends no more, first; `work` is cancelled."""
 
     async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
@@ -90,8 +99,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        message = "expected the connection open in both directions until the answer; do not close the sending side"
-        raise ApiError(499, message, code="client_left")
+        raise ClientLeft
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -99,9 +107,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) -> list[bytes]:
-    made = (provenance(ticket.job, ticket.served, image) for image in range(len(pictures)))
-    kind, quality = asked.output_format or "png", asked.output_compression
-    return [encoded(picture, kind, quality, how) for picture, how in zip(pictures, made, strict=True)]
+    """The bytes of each picture; a PNG says how it was made. The prompt goes back to who sent it and nowhere else."""
+    drawing, manifest = ticket.order.drawing, ticket.served.manifest
+    made = record(manifest, drawing.request, drawing.terms, drawing.plan)
+    kind, quality = asked.file_format, asked.output_compression
+    return [
+        encoded(picture, kind, quality, made | {"seed": drawing.seed + image}) for image, picture in enumerate(pictures)
+    ]
 
 
 def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResponse:
@@ -111,7 +123,7 @@ def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResp
         created=int(time.time()),
         model=ticket.served.model,
         size=ticket.job.size,
-        output_format=asked.output_format or "png",
+        output_format=asked.file_format,
         data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],
     )
 
@@ -136,7 +148,7 @@ class _EventStream(StreamingResponse):
 async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
     """OpenAI's `image_generation.*` events, and `fastcache.step` for each U-Net step where asked for."""
     common = {"id": ticket.job.id, "created_at": int(time.time()), "size": ticket.job.size}
-    common |= {"output_format": asked.output_format or "png", "seed": ticket.order.drawing.seed}
+    common |= {"output_format": asked.file_format, "seed": ticket.order.drawing.seed}
     async for event in ticket.events():
         match event:
             case Stepped():

@@ -15,9 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fastcache.loop.scheduler import SAMPLERS
+from fastcache.serve.engine.requests import Served
 from fastcache.serve.http.answers import answer
-from fastcache.serve.http.errors import ApiError, internal
+from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import OWNER, PROBES, Guard
 from fastcache.serve.http.metrics import CONTENT_TYPE
 from fastcache.serve.http.page import PAGE_PATHS, add_page
@@ -51,6 +51,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     503: "Loading, draining or broken; see Retry-After",
     504: "Not done in time",
 }
+_OPEN_PATHS: Final = PROBES | PAGE_PATHS  # need no key
 _ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
 _PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
 
@@ -59,17 +60,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in sorted(statuses)}
 
 
-def create_app(
-    service: Service,
-    *,
-    keys: Sequence[bytes] = (),
-    hosts: Iterable[str] | None = None,
-    open_paths: Iterable[str] = PROBES | PAGE_PATHS,
-) -> FastAPI:
+def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[str] | None = None) -> FastAPI:
     """The application around a service, which it starts in the background and closes at its end.
 
-    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any;
-    `open_paths` need no key.
+    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -90,7 +84,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.add_middleware(
-        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=open_paths
+        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=_OPEN_PATHS
     )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -98,7 +92,7 @@ def create_app(
     _add_images(app, service)
     _add_probes(app, service)
     add_page(app)
-    _describe(app, secured=bool(keys), open_paths=frozenset(open_paths))
+    _describe(app, secured=bool(keys))
     return app
 
 
@@ -137,32 +131,22 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    def the_model() -> Model:
-        served = service.served
-        if served is None:
+    def served() -> Served:
+        if service.served is None:
             raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
-        return Model(
-            id=served.model,
-            created=served.since,
-            sizes=served.sizes,
-            samplers=list(SAMPLERS),
-            defaults=served.usual(service.limits),
-            bundle_sha256=served.manifest.bundle_sha256,
-        )
+        return service.served
 
     @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
     async def models() -> Models:
         """The model that is served."""
-        return Models(data=[the_model()])
+        return Models(data=[served().described(service.limits)])
 
     @app.get("/v1/models/{model_id:path}", responses=_errors(*_ALWAYS, 404, 503))
     async def model(model_id: str) -> Model:
         """One model by its id."""
-        found = the_model()
-        if model_id != found.id:
-            message = f"expected the model {found.id}, got another; /v1/models lists what is served"
-            raise ApiError(404, message, code="model_not_found", param="model")
-        return found
+        found = served()
+        found.require_model(model_id)
+        return found.described(service.limits)
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -209,7 +193,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
-def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> None:
+def _describe(app: FastAPI, *, secured: bool) -> None:
     """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
     made = app.openapi
 
@@ -220,7 +204,7 @@ def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> Non
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if secured and path not in open_paths:
+                if secured and path not in _OPEN_PATHS:
                     operation["security"] = [{"key": []}]
                 elif "401" in operation["responses"] and not secured:
                     del operation["responses"]["401"]
@@ -234,23 +218,20 @@ def _describe(app: FastAPI, *, secured: bool, open_paths: frozenset[str]) -> Non
     app.openapi = openapi
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    known = error if isinstance(error, ApiError) else internal()
-    return Response(known.body.model_dump_json(), known.status, known.headers, media_type="application/json")
+async def _api_error(_: Request, error: Any) -> Response:
+    return error.response()
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
-    if not isinstance(error, RequestValidationError):
-        raise error
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     if first["loc"] == ("body",):
-        return await _api_error(request, _no_object(request, empty=first["type"] == "missing"))
+        return _no_object(request, empty=first["type"] == "missing").response()
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
     said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
     message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
     text = message if where is None else f"{where}: {message}"
-    return await _api_error(request, ApiError(400, text, code="invalid_value", param=where))
+    return ApiError(400, text, code="invalid_value", param=where).response()
 
 
 def _no_object(request: Request, *, empty: bool) -> ApiError:
@@ -263,12 +244,8 @@ def _no_object(request: Request, *, empty: bool) -> ApiError:
     return ApiError(400, f'expected a JSON object as {{"prompt": "a red circle"}}, got {got}', code="invalid_value")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    answer = await _api_error(
-        request, ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code, "invalid_request"))
-    )
+async def _http_error(_: Request, error: Any) -> Response:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    answer = ApiError(error.status_code, str(error.detail), code=code).response()
     answer.headers.update(error.headers or {})
     return answer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from starlette.responses import Response
+
 from fastcache.serve.engine.events import Failure
 from fastcache.serve.http.schema import ErrorBody, ErrorDetail
 
@@ -28,7 +30,12 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        named = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return named if self.retry_after_s is None else {**named, "Retry-After": str(self.retry_after_s)}
+
+    def response(self) -> Response:
+        """The answer, an ASGI application."""
+        return Response(self.body.model_dump_json(), self.status, self.headers, media_type="application/json")
 
 
 def _printable(text: str) -> str:

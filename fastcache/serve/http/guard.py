@@ -107,13 +107,16 @@ class Guard:
                 if state.get(HALF_CLOSED) and sent.status and not sent.complete:  # a stream, for one that left
                     await sent({"type": "http.response.body", "body": b""})
         except ApiError as error:
-            await _answer(error, sent, close=body is None and _has_body(scope["headers"]))
+            answer = error.response()
+            if body is None and _has_body(scope["headers"]):  # the rest of it will not be read
+                answer.headers["connection"] = "close"
+            await answer(scope, receive, sent)
         except Exception as error:
             # Only where it happened: an error's words may hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
             _log.error("%s in a request:\n%s", type(error).__name__, where)
             if not sent.status:
-                await _answer(internal(), sent)
+                await internal().response()(scope, receive, sent)
             elif not sent.complete:
                 raise ConnectionAbortedError("the answer had begun") from None
         finally:
@@ -221,16 +224,3 @@ def _name(host: str) -> str:
     """A Host header without its port."""
     name, _, port = host.rpartition(":")
     return (name if name and port.isdecimal() else host).lower()
-
-
-async def _answer(error: ApiError, send: Send, *, close: bool = False) -> None:
-    """Send an error; `close` the connection where the rest of the request will not be read."""
-    body = error.body.model_dump_json().encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    if close:
-        headers["connection"] = "close"
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

@@ -10,17 +10,8 @@ from typing import Any
 from PIL import Image as Pillow
 from pydantic import BaseModel
 
-from fastcache.pipeline.provenance import png_bytes, record
-from fastcache.serve.engine.requests import Served
-from fastcache.serve.engine.scheduler import Job
-from fastcache.serve.engine.worker import Order
+from fastcache.pipeline.provenance import png_bytes
 from fastcache.serve.http.schema import OutputFormat
-
-
-def provenance(job: Job[Order], served: Served, image: int) -> dict[str, object]:
-    """How an image was made, for its PNG. The prompt goes back to who sent it and nowhere else."""
-    drawing = job.content.drawing
-    return record(served.manifest, drawing.request, drawing.terms, job.plan, seed=drawing.seed + image)
 
 
 def encoded(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
@@ -182,10 +181,9 @@ class Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = json.dumps(error.body.model_dump()).encode()
-        named = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-        headers = [(name.lower(), value) for name, value in {**named, **error.headers}.items()]
-        head = h11.Response(status_code=error.status, headers=headers, reason=reason)
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+        answer = error.response()
+        answer.headers["connection"] = "close"
+        head = h11.Response(status_code=error.status, headers=answer.raw_headers, reason=reason)
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

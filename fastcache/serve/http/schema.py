@@ -14,6 +14,7 @@ from fastcache.loop.scheduler import SAMPLERS
 JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+State = Literal["loading", "ready", "draining", "broken"]  # of a server
 
 
 def _whole(value: object) -> object:
@@ -63,6 +64,14 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = Field(None, description="OpenAI's: pictures are opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="OpenAI's: nothing is moderated here.")
     user: str | None = Field(None, max_length=256, description="OpenAI's: not used, kept or logged.")
+
+    @property
+    def count(self) -> int:
+        return self.n or 1
+
+    @property
+    def file_format(self) -> OutputFormat:
+        return self.output_format or "png"
 
 
 class ImageData(BaseModel):
@@ -121,7 +130,7 @@ class Cancelled(BaseModel):
 class Health(BaseModel):
     """The answer to `GET /health` and the probes."""
 
-    status: Literal["loading", "ready", "draining", "broken"]
+    status: State
 
 
 class HealthInDetail(Health):

@@ -61,7 +61,7 @@ def serve(
     with listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
         listening(f"http://{address}:{listener.getsockname()[1]}")
-        asyncio.run(_serve(service, config_of(app, service.limits), listener))
+        asyncio.run(_serve(Server(app, service), service, listener))
     if isinstance(service.failure, DeviceBroken):
         raise BackendUnavailable(str(service.failure)) from service.failure
     if service.failure is not None:
@@ -84,35 +84,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Config(uvicorn.Config):
-    """uvicorn's settings, and the connections that they let in."""
-
-    crowd: Crowd
-
-
-def config_of(app: FastAPI, limits: Limits) -> Config:
-    """uvicorn's settings for an application."""
-    most, waiting = places(limits.max_connections)
-    crowd = Crowd(most, limits.write_timeout_s, limits.timeout_s)
-    protocol: Any = functools.partial(Protocol, crowd=crowd)
-    config = Config(
-        app,
-        http=protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=waiting,
-        h11_max_incomplete_event_size=limits.max_header_bytes,
-        timeout_graceful_shutdown=int(limits.timeout_s) + 10,  # longer than any request may take
-    )
-    config.crowd = crowd
-    return config
-
-
-async def _serve(service: Service, config: Config, listener: socket.socket) -> None:
-    server, loop = Server(config, service), asyncio.get_running_loop()
+async def _serve(server: Server, service: Service, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
     reloads = set[asyncio.Task[None]]()
 
     def reload() -> None:
@@ -140,9 +113,25 @@ async def _reload(service: Service) -> None:
 class Server(uvicorn.Server):
     """uvicorn's, which on a signal drains the service first, and then ends as if nothing had happened."""
 
-    def __init__(self, config: Config, service: Service) -> None:
-        super().__init__(config)
-        self._service, self._crowd = service, config.crowd
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        limits = service.limits
+        most, waiting = places(limits.max_connections)
+        self._service, self._crowd = service, Crowd(most, limits.write_timeout_s, limits.timeout_s)
+        protocol: Any = functools.partial(Protocol, crowd=self._crowd)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=waiting,
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                timeout_graceful_shutdown=int(limits.timeout_s) + 10,  # longer than any request may take
+            )
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 from fastcache.bundle.bundle import open_bundle
 from fastcache.pipeline.pipeline import FastCachePipeline
@@ -29,15 +30,22 @@ from fastcache.serve.engine.worker import Order, Worker
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.metrics import Metrics
-from fastcache.serve.http.schema import ImageRequest
+from fastcache.serve.http.schema import ImageRequest, State
 
 _log = logging.getLogger("fastcache.serve")
 
 T = TypeVar("T")
-State = Literal["loading", "ready", "draining", "broken"]
 
 _REMEMBERED: Final = 4096  # jobs whose end a late cancel can still ask for
 _PREPARING: Final = 2  # at once: samplers' tables hold Python's lock, so that more would only slow the loop down
+
+
+@dataclass(eq=False)
+class _Known:
+    """A job by its name: whose key asked for it, and how it ended."""
+
+    owner: bytes | None
+    ended: str | None = None
 
 
 @dataclass(eq=False)
@@ -73,39 +81,29 @@ class Service:
         self._numbers = itertools.count()
         self._loading = asyncio.Lock()
         self._loaded: Future[Served] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._preparing: dict[str, bool] = {}  # the names of jobs in preparation, and whether they are cancelled
-        self._past: OrderedDict[str, str] = OrderedDict()
-        self._owners: dict[str, bytes | None] = {}  # whose key asked for a job
+        self.loop: asyncio.AbstractEventLoop | None = None  # that serves, once `start` was called
+        self._known: dict[str, _Known] = {}  # jobs by their names, those in preparation too
+        self._past: deque[str] = deque()  # of these the ones that ended
         self._pool = ThreadPoolExecutor(_PREPARING, "fastcache-preparing")
-        self._worker = Worker(self.limits.queue, self.metrics, self._broken_in_thread)
+        self.worker = Worker(self.limits.queue, self.metrics, self._broken_in_thread)
         for name, what in (("waiting", "Images waiting for a slot"), ("running", "Images being drawn")):
-            self.metrics.watch(f"fastcache_images_{name}", what, lambda name=name: getattr(self._worker, name))
-        self.metrics.watch("fastcache_slot_bytes", "Memory of images in flight", lambda: self._worker.slot_bytes)
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop that serves, once `start` was called."""
-        return self._loop
+            self.metrics.watch(f"fastcache_images_{name}", what, lambda name=name: getattr(self.worker, name))
+        self.metrics.watch("fastcache_slot_bytes", "Memory of images in flight", lambda: self.worker.slot_bytes)
 
     @property
     def is_loading(self) -> bool:
         """Whether a thread is loading a bundle, be it that nobody waits for it any more."""
         return self._loaded is not None and not self._loaded.done()
 
-    @property
-    def worker(self) -> Worker:
-        return self._worker
-
     async def start(self) -> None:
         """Load the bundle and begin to serve. Raises: as `fastcache.load`; the state is then `broken`."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         try:
             served = await self._load()
         except Exception as error:
             self._break(error)
             raise
-        self._worker.start()
+        self.worker.start()
         self._install(served)
         if self.state == "loading":
             self.state = "ready"
@@ -132,7 +130,7 @@ class Service:
         return await asyncio.wrap_future(self._loaded)
 
     def _install(self, served: Served) -> None:
-        self._worker.install(served.number, served.executor)
+        self.worker.install(served.number, served.executor)
         self.served = served
         manifest, slots = served.manifest, served.executor.count
         _log.info("serving %s, %s, bundle %s", served.model, ", ".join(served.sizes), manifest.bundle_sha256[:16])
@@ -158,49 +156,41 @@ class Service:
         try:
             yield ticket
         finally:
-            self._worker.cancel(ticket.job.id)
+            self.worker.cancel(ticket.job.id)
 
     async def _accept(self, asked: ImageRequest, arrived: float, owner: bytes | None) -> Ticket:
-        served, count = self._ready(), asked.n or 1
+        served, count = self._ready(), asked.count
         check(asked, served, self.limits)
-        name = asked.job_id
-        if name is not None and (name in self._preparing or name in self._past or self._worker.knows(name)):
+        name = asked.job_id or f"img-{secrets.token_hex(12)}"
+        if name in self._known:
             raise ApiError(409, "job_id: expected a new name, got one in use", code="job_exists", param="job_id")
         try:
-            self._worker.reserve(count)
+            self.worker.reserve(count)
         except QueueFull as error:
-            wait = self._worker.retry_after_s
+            wait = self.worker.retry_after_s
             raise ApiError(429, f"the queue is full: {error}", code="queue_full", retry_after_s=wait) from None
-        if name is not None:
-            self._preparing[name], self._owners[name] = False, owner
+        known = self._known[name] = _Known(owner)
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            job = await self._prepare(asked, served, arrived, lambda event: self._post(job, events, event))
+            job = await self._prepare(asked, name, served, arrived, lambda event: self._post(job, events, event))
             self._ready()
-            if name is not None and self._preparing[name]:
-                self._remember(name, "cancelled")
+            if known.ended is not None:
                 raise failure("cancelled")
         except BaseException:
-            self._worker.release(count)
-            if name is not None and name not in self._past:
-                del self._owners[name]
+            self.worker.release(count)
+            if known.ended is None:
+                del self._known[name]
             raise
-        finally:
-            if name is not None:
-                del self._preparing[name]
-        _log.info("job %s: %d images, prompt of %s", job.id, count, told(asked.prompt))
-        self._owners[job.id] = owner
-        self._worker.submit(job)
+        _log.info("job %s: %d images, prompt of %s", name, count, told(asked.prompt))
+        self.worker.submit(job)
         return Ticket(job, served, events)
 
     async def _prepare(
-        self, asked: ImageRequest, served: Served, arrived: float, notify: Callable[[Event], None]
+        self, asked: ImageRequest, name: str, served: Served, arrived: float, notify: Callable[[Event], None]
     ) -> Job[Order]:
         """The job, from one of few threads; dropped where it has not begun when its client leaves or its time is up."""
         deadline = arrived + min(asked.timeout or self.limits.timeout_s, self.limits.timeout_s)
-        preparing = asyncio.wrap_future(
-            self._pool.submit(prepare, asked, served, self.limits, notify, deadline=deadline)
-        )
+        preparing = asyncio.wrap_future(self._pool.submit(prepare, asked, name, served, self.limits, notify, deadline))
         try:
             return await asyncio.wait_for(preparing, max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -216,16 +206,13 @@ class Service:
 
         Raises: `ApiError` for a job that there is not, or not any more, or that another key asked for.
         """
-        if self._owners.get(job_id) != owner:
-            raise _no_such_job()
-        if job_id in self._preparing:
-            self._preparing[job_id] = True
-            return "cancelled"
-        if self._worker.cancel(job_id):
-            return "cancelled"
-        if job_id in self._past:
-            return self._past[job_id]
-        raise _no_such_job()
+        known = self._known.get(job_id)
+        if known is None or known.owner != owner:
+            message = "there is no job of this name, or it ended long ago"
+            raise ApiError(404, message, code="job_not_found", param="job_id")
+        if not self.worker.cancel(job_id) and known.ended is None:
+            self._remember(job_id, "cancelled")  # it is in preparation
+        return known.ended or "cancelled"
 
     def _post(self, job: Job[Order], events: asyncio.Queue[Event], event: Event) -> None:
         """An event, from the worker's thread or another, to whoever follows the job."""
@@ -237,40 +224,36 @@ class Service:
 
         if isinstance(event, Done):
             self._remember(job.id, event.failure or "drawn")
-        if self._loop is not None:
+        if self.loop is not None:
             with suppress(RuntimeError):  # the loop is closed, so nobody follows
-                self._loop.call_soon_threadsafe(put)
+                self.loop.call_soon_threadsafe(put)
 
     def _remember(self, job_id: str, status: str) -> None:
-        self._past[job_id] = status
+        self._known[job_id].ended = status
+        self._past.append(job_id)
         if len(self._past) > _REMEMBERED:
-            forgotten, _ = self._past.popitem(last=False)
-            self._owners.pop(forgotten, None)
+            del self._known[self._past.popleft()]
 
     def drain(self) -> None:
         """Take no more jobs and refuse those that wait; those that run are finished."""
         if self.state in ("loading", "ready"):
             self.state = "draining"
-            self._worker.refuse_queued()
+            self.worker.refuse_queued()
 
     async def close(self) -> None:
         """End the worker; call it once the requests are answered."""
         self.drain()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._worker.stop)
+        await asyncio.to_thread(self.worker.stop)
 
     def _broken_in_thread(self, error: Exception) -> None:
-        if self._loop is not None:
+        if self.loop is not None:
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._break, error)
+                self.loop.call_soon_threadsafe(self._break, error)
 
     def _break(self, error: Exception) -> None:
         self.state, self.failure = "broken", error
         self.ended.set()
-
-
-def _no_such_job() -> ApiError:
-    return ApiError(404, "there is no job of this name, or it ended long ago", code="job_not_found", param="job_id")
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

@@ -114,7 +114,7 @@ def test_a_job_is_cancelled_by_the_key_that_asked_for_it(keyed: Running) -> None
     own, other = ({"Authorization": f"Bearer {key}"} for key in KEYS)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(keyed.draw, headers=own, num_inference_steps=150, n=4, job_id="mine")
-        keyed.until(lambda: keyed.service.worker.knows("mine"))
+        keyed.until(lambda: keyed.service.worker.running > 0)
         refused = keyed.client.post("/v1/jobs/mine/cancel", headers=other)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")
         assert keyed.client.post("/v1/jobs/mine/cancel", headers=own).json()["status"] == "cancelled"

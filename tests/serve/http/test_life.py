@@ -216,7 +216,7 @@ def test_a_bundle_is_swapped_without_dropping_a_request(swappable: Path) -> None
         clients = [pool.submit(client) for _ in range(6)]
         served.until(lambda: len(answers) > 10)
         long = pool.submit(served.draw, num_inference_steps=300, model="first", job_id="long")
-        served.until(lambda: served.service.worker.knows("long"))
+        served.until(lambda: "long" in served.service._known)
         rename(swappable, "second")
         reload(served)
         seen = len(answers)
