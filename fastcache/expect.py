@@ -87,10 +87,10 @@ def flag(name: str, value: object) -> bool:
 
 def path_text(name: str, value: object) -> str:
     """A path, as text. Raises: `ValueError` for what is none, or one that no file can have."""
-    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    text: object = os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and text.strip() and "\0" not in text:
         return encodable(name, text)
-    raise expected(f"{name} to be a path", value, f"give another {name}")
+    raise expected(f"{name} to be a path", cast(object, value), f"give another {name}")
 
 
 def several(name: str, value: object, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:

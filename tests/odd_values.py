@@ -56,9 +56,13 @@ PLAIN = st.one_of(
     st.dates(),
     st.decimals(allow_nan=False),
 )
-_STRANGE = [torch.zeros(2, 2), torch.tensor(3), torch.tensor(True), np.zeros(3), np.array(2), np.bool_(True)]
-_STRANGE += [np.float32(2), np.nan, range(3), object(), object, len, nn.Identity(), SimpleNamespace(unet=None)]
-_STRANGE += [SimpleNamespace(unet="unet"), Forecast(), CachePlan, "\n", "two\nlines", "\ud800", 1 << 200]
+# fmt: off
+_STRANGE = [
+    torch.zeros(2, 2), torch.tensor(3), torch.tensor(True), np.zeros(3), np.array(2), np.bool_(True), np.float32(2),
+    np.nan, range(3), object(), object, len, nn.Identity(), SimpleNamespace(unet=None), SimpleNamespace(unet="unet"),
+    Forecast(), CachePlan, "\n", "two\nlines", "\ud800", 1 << 200,
+]
+# fmt: on
 ANYTHING = st.one_of(
     PLAIN,
     st.sampled_from(_STRANGE),

@@ -94,8 +94,10 @@ ARGUMENTS: dict[str, Trial] = {
 }
 # The pipelines whose arguments are looked at, in the order in which a reader meets them.
 _KINDS = ("", "Img2Img", "Inpaint", "InstructPix2Pix", "ControlNet", "Adapter", "XL", "XLImg2Img", "XLInpaint")
-CALLED = [getattr(diffusers, f"StableDiffusion{kind}Pipeline") for kind in _KINDS]
-CALLED += [diffusers.LatentConsistencyModelPipeline]
+CALLED = [
+    *(getattr(diffusers, f"StableDiffusion{kind}Pipeline") for kind in _KINDS),
+    diffusers.LatentConsistencyModelPipeline,
+]
 
 
 class Called(NamedTuple):

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Trials:
 
 
 @contextlib.contextmanager
-def _scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+def _scheduled(pipe: Any, scheduler: Any) -> Generator[None]:
     """A pipeline with another scheduler, if one is named, and afterwards with its own."""
     own = pipe.scheduler
     try:
