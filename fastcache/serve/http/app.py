@@ -246,6 +246,9 @@ def _no_object(request: Request, *, empty: bool) -> ApiError:
 
 async def _http_error(_: Request, error: Any) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    answer = ApiError(error.status_code, str(error.detail), code=code).response()
+    detail = str(error.detail)
+    if error.status_code == 400:  # FastAPI's own, for bytes that are no text; what is no JSON is a validation's
+        detail = "expected a body of JSON in UTF-8, got other bytes; encode it as UTF-8"
+    answer = ApiError(error.status_code, detail, code=code).response()
     answer.headers.update(error.headers or {})
     return answer

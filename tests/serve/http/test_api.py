@@ -204,6 +204,7 @@ def test_a_probe_may_be_a_head(path: str, tiny: Running) -> None:
         (b'{"prompt": "a"}', None, 415, "got none; curl needs"),
         (b"", "application/json", 400, "got an empty body"),
         (b"", None, 400, "got an empty body"),
+        (b'{"prompt": "\xff"}', "application/json", 400, "expected a body of JSON in UTF-8, got other bytes"),
         (b"[]", "application/json", 400, "expected a JSON object"),
         (b"null", "application/json", 400, "expected a JSON object"),
     ],
