@@ -188,6 +188,10 @@ def of_bundle(subject: Subject, bundle: Path, plain: Tensor) -> float:
     names, loaded = subject.bundle or {}, fastcache.load(bundle)
     given: dict[str, Any] = {names.get(name, name): value for name, value in subject.arguments.items()}
     given |= {"num_inference_steps": STEPS, "output_type": "latent", "sampler": subject.pipe.scheduler}
+    usual = (
+        inspect.signature(subject.pipe.__call__).parameters["guidance_scale"].default
+    )  # a bundle's is its model's own
+    given.setdefault("guidance_scale", usual)
     drawn = [loaded(**given, generator=seeded(1), cache_interval=n).images for n in (1, 3)]
     return min(agreement_db(own, expected) for own, expected in zip(drawn, (plain, cached), strict=True))
 
