@@ -258,6 +258,7 @@ def test_every_arm_has_its_figures_or_a_reason(outcome: dict[str, Any]) -> None:
         assert arm["dtype"] == ("bf16" if arm["name"].endswith("bf16") else "fp32")
 
 
+@pytest.mark.slow
 def test_pictures_are_compared_with_eager_in_fp32(outcome: dict[str, Any]) -> None:
     psnr = {name: arm["psnr_db_vs_eager"] for name, arm in ran(outcome).items()}
     assert psnr["eager"] is None
@@ -268,6 +269,7 @@ def test_pictures_are_compared_with_eager_in_fp32(outcome: dict[str, Any]) -> No
     assert all(arm["latents_finite"] for arm in ran(outcome).values())
 
 
+@pytest.mark.slow
 def test_the_document_says_under_which_conditions(outcome: dict[str, Any]) -> None:
     settings, versions = outcome["settings"], outcome["environment"]["versions"]
     assert settings["references"] == {"eager": "eager", "deepcache": "deepcache"}
@@ -282,6 +284,7 @@ def test_the_document_says_under_which_conditions(outcome: dict[str, Any]) -> No
     assert installed | {"torch", "diffusers", "fastcache"} <= set(versions)
 
 
+@pytest.mark.slow
 def test_the_chart_is_a_picture_of_the_arms(outcome: dict[str, Any], tmp_path: Path) -> None:
     with Image.open(outcome["chart"]) as image:
         assert image.format == "PNG"

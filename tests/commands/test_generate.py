@@ -77,9 +77,10 @@ def test_pictures_begin_with_a_picture(
         (("--clip-skip", 5), "expected clip_skip from 0 to 2, got 5"),
         (("--control-guidance-end", 0.5), "expected no control_guidance_end for a bundle without ControlNet"),
         (("--original-size", 64, 64), "expected no original_size, which only models of SDXL's kind are told"),
-        (("--embeds", "text"), "expected a .safetensors file of embeddings, got .*text.png: "),
+        (("--embeds", "text"), "expected --embeds to be a .safetensors file of embeddings, got .*text.png: "),
         (("--denoising-end", 0.5), "expected --refiner with --denoising-end, got none"),
-        (("--refiner", "here", "--plan", "p.json"), "expected --cache-interval with --refiner, .* got --plan"),
+        (("--refiner", "here"), "expected --refiner to be a bundle's folder, got here, which is not there"),
+        (("--refiner", ".", "--plan", "p.json"), "expected --cache-interval with --refiner, .* got --plan"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

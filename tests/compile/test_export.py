@@ -24,7 +24,11 @@ from small_unets import small_unet
 from tensorrt_graphs import built, cuda, few_layers
 
 TOLERANCE = 1e-5  # parity.TOLERANCE, 1e-3, is for engines of any size; these graphs are a hundred times nearer
-CASES = [(name, branch_id) for name in ("sd15", "sdxl", "class-labels") for branch_id in (0, 2)]
+CASES = [
+    pytest.param(name, branch_id, marks=[pytest.mark.slow] * (name != "sd15"))
+    for name in ("sd15", "sdxl", "class-labels")
+    for branch_id in (0, 2)
+]
 # Exporting takes seconds for each layer: two blocks of one layer each have every kind of layer that four have.
 FEW_LAYERS: dict[str, dict[str, Any]] = {
     "sd15": {

@@ -150,7 +150,7 @@ def test_a_class_conditional_model_draws_what_diffusers_draws(built: Built, back
     ("name", "backend", "rows"),
     [
         (DDPM, "onnxruntime", 1),
-        (LDM, "openvino", 2),
+        pytest.param(LDM, "openvino", 2, marks=ONCE_MORE),
         pytest.param(REFINER, "onnxruntime", 2, marks=ONCE_MORE),
         pytest.param(EDITS, "onnxruntime", 3, marks=ONCE_MORE),
     ],
