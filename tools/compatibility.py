@@ -148,7 +148,7 @@ def calls_back(trials: Trials, say: Callable[[str], None]) -> tuple[list[Row], l
 
 
 def arguments(trials: Trials, say: Callable[[str], None]) -> tuple[list[Row], list[str], list[str], list[str]]:
-    """A row for each argument of diffusers' pipelines; those not tried; those that diffusers fails at; a bundle's own."""
+    """A row for each argument; those not tried; those that diffusers itself fails at; those of a bundle alone."""
     names = dict.fromkeys(name for kind in CALLED for name in inspect.signature(kind.__call__).parameters)
     names = [name for name in dict.fromkeys((*names, "callback", "callback_steps")) if name not in ("self", "kwargs")]
     rows, failing = list[Row](), list[str]()
