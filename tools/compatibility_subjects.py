@@ -96,7 +96,8 @@ def lora() -> Subject:
     pipe = of_sd("StableDiffusionPipeline", small())
     torch.manual_seed(0)
     targets = ["to_q", "to_v", "conv_in", "conv_out"]
-    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    # A file of weights does not tell alpha, which is then taken to be the rank.
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets))
     return Subject(pipe, {**TEXTS, "cross_attention_kwargs": {"scale": LORA_SCALE}})
 
 
