@@ -101,7 +101,9 @@ def study_dit(folder: Path | None, subject: Subject, settings: AnalysisSettings,
     Raises: `ValueError` for another subject than the bundled model, whose latents the transformer draws.
     """
     if subject.name != "demo":
-        raise ValueError(f"expected --model demo for --dit, which draws in its latents, got {subject.name}")
+        raise ValueError(
+            f"expected --model demo for --dit and --dit-weights, which draw in its latents, got {subject.name}"
+        )
     model, table = load_dit(folder), sampler_table(subject, settings)
     taps = dit_taps(model)
     records, latents = list[FeatureMeasures](), list[Tensor]()

@@ -86,7 +86,6 @@ def plan(  # as long as its flags are many
     from fastcache.commands.fitted import fitted, show_frontier
     from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
-    from fastcache.loop.features import check_reuse
     from fastcache.loop.scheduler import own_sampler
 
     wish = _wish(ctx.params)
@@ -106,8 +105,7 @@ def plan(  # as long as its flags are many
         made, details = replace(made, model=manifest.model.name, sampler=sampler), {}
     else:
         made, details = _by_measurement(engines, branches, ctx.params)
-    made = _extended(made, guidance_steps, forecast, forecast_by, damping)
-    check_reuse(made, manifest.passes)
+    made = _extended(made, manifest, guidance_steps, forecast, forecast_by, damping)
     if fit:
         made, told = fitted(engines, branches, ctx.params, made)
         details |= told
@@ -138,6 +136,8 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
         raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
+    if flags["output"] is not None and flags["output"].is_dir():
+        raise ValueError(f"expected --output to be a file, got the folder {flags['output']}; name a file in it")
     if ("output" in given) == (wish == "--frontier"):
         raise ValueError("expected --output with a file, or --frontier without one, got otherwise")
     if wish in _CHOICES and "choose_guidance" not in given and given & {"fit", "guidance_steps", "forecast"}:
@@ -222,9 +222,10 @@ def _by_formula(
 
 
 def _extended(
-    made: CachePlan, guidance_steps: str | None, order: int | None, by: str, damping: float | None
+    made: CachePlan, manifest: Manifest, guidance_steps: str | None, order: int | None, by: str, damping: float | None
 ) -> CachePlan:
-    """The plan with guidance in an interval and a forecast, where they are asked for."""
+    """The plan with guidance in an interval and a forecast, where they are asked for, held against the bundle."""
+    from fastcache.loop.features import check_reuse
     from fastcache.loop.plan import Forecast
 
     if order is None and (damping is not None or by != "step"):
@@ -232,14 +233,17 @@ def _extended(
     if order is not None:
         made = replace(made, forecast=Forecast(order, 1.0 if damping is None else damping, cast(Any, by)))
     if guidance_steps is None:
+        check_reuse(made, manifest.passes)
         return made
     first, colon, end = guidance_steps.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal()):
         raise ValueError(f"expected --guidance-steps as A:B, two steps, got {guidance_steps!r}")
     try:
-        return made.guided_within(int(first), int(end))
+        made = made.guided_within(int(first), int(end))
+        check_reuse(made, manifest.passes)
     except ValueError as error:
         raise ValueError(f"--guidance-steps: {error}") from None
+    return made
 
 
 def _conditions(

@@ -163,7 +163,7 @@ def _alexnet(weights: Path) -> nn.Sequential:
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"expected torchvision's alexnet in safetensors, got {weights} ({str(error).splitlines()[0]})"
+            f"expected torchvision's alexnet in safetensors for LPIPS, got {weights} ({str(error).splitlines()[0]})"
         ) from None
     return layers.eval().requires_grad_(False)
 
