@@ -39,7 +39,7 @@ sys.addaudithook(record)
 # What turns some of it off, for the tests or by a user.
 QUIET = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 STRACE = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-e", "signal=none"]
-PROMPT = "a large red circle"
+PROMPT = "a cat"
 
 
 def can_trace() -> bool:
@@ -114,9 +114,9 @@ ctypes.CDLL(None).connect(one.fileno(), address, len(address))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_build_generate_bench_and_serve_connect_to_nobody(backend: str, watch: Watch) -> None:
+def test_build_generate_bench_and_serve_connect_to_nobody(backend: str, watch: Watch, tiny_model: Path) -> None:
     bundle = watch.folder / "bundle"
-    watch.run(*command("build-engines", "--model", "demo", "--backend", backend, "--output", bundle))
+    watch.run(*command("build-engines", "--model", tiny_model, "--backend", backend, "--output", bundle))
     assert watch.seen() == []
     watch.run(*command("generate", "--engines", bundle, "--prompt", PROMPT, "--steps", 2, "--output", "x.png"))
     assert (watch.folder / "x.png").is_file()
