@@ -20,7 +20,7 @@ import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.cli import app, main
 
-pytestmark = pytest.mark.slow  # some 5000 command lines
+pytestmark = pytest.mark.slow  # some 1700 command lines
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 FLAGS = [(name, each) for name, command in COMMANDS.items() for each in command.params if each.name != "help"]
