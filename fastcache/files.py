@@ -26,6 +26,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without a BOM. Raises: `ValueError` naming the file.
+
+    Unlike str.splitlines it keeps U+2028, which JSON may hold as it is, and form feeds within their lines.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a file of prompts, got {file}: {error}") from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all. Raises: `OSError` naming the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -81,11 +81,9 @@ def read_plan(path: Path) -> CachePlan:
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file, one a line, empty lines left out. Raises: `ValueError` naming the file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a file of prompts, one a line, got {path}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    from fastcache.files import read_lines
+
+    prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"expected a file of prompts, one a line, got {path} without any")
     return prompts

@@ -22,7 +22,7 @@ from fastcache.bundle.bundle import open_bundle
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BackendUnavailable
 from fastcache.expect import first_problem
-from fastcache.files import write_whole
+from fastcache.files import read_lines, write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
 from fastcache.serve.cluster.rows import Row, draw_rows, seed_of
@@ -66,12 +66,8 @@ def read_rows(path: Path, seed: int, defaults: dict[str, Any]) -> list[Row]:
 
     Raises: `ValueError` naming the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a file of prompts, got {path}: {error}") from None
     rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:

@@ -20,6 +20,7 @@ from PIL import Image
 import fastcache
 from fastcache import Bundle, CachePlan
 from fastcache.cli import main
+from fastcache.commands.options import read_prompts
 from fastcache.serve.cluster.batch import INDEX, Artist, read_rows
 from fastcache.serve.cluster.rows import MAX_SEED, seed_of
 
@@ -153,3 +154,13 @@ def test_a_job_killed_half_way_goes_on_with_every_row_once(tiny_bundle: Bundle, 
             drawn.load()
             assert drawn.info["row_id"] == entry["id"]
             assert drawn.info["seed"] == str(entry["seed"])
+
+
+def test_a_line_ends_where_the_file_says_so(tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand in JSON as they are, a form feed in a prompt; a BOM is no part of one."""
+    rows, prompts = tmp_path / "rows.jsonl", tmp_path / "prompts.txt"
+    rows.write_text('{"id": "a", "prompt": "x\u2028y\u0085z"}\n', encoding="utf-8")
+    prompts.write_bytes(b"\xef\xbb\xbfone\x0ctwo\r\nthree\n")
+    assert [row.prompt for row in read_rows(rows, 0, {})] == ["x\u2028y\u0085z"]
+    assert [row.prompt for row in read_rows(prompts, 0, {})] == ["one\x0ctwo", "three"]
+    assert read_prompts(prompts) == ["one\x0ctwo", "three"]
