@@ -20,7 +20,7 @@ import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.cli import app, main
 
-pytestmark = pytest.mark.slow  # some 1700 command lines
+pytestmark = pytest.mark.slow  # some 850 command lines
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 FLAGS = [(name, each) for name, command in COMMANDS.items() for each in command.params if each.name != "help"]
@@ -28,7 +28,7 @@ VALUES = [
     *("", "-1", "0", "1", "0.5", "nan", "1e400", "9" * 30, "abc", "two\nlines", "nowhere/at/all", "/proc", "FILE"),
     *(",", "1:2", "2:1", "8x8", "draft", "ddim", "sigma", "cuda", "x" * 3000),
 ]
-SHARE = 3  # with 1 every flag is given every value, which takes four minutes of one core
+SHARE = 6  # with 1 every flag is given every value, which takes four minutes of one core
 LONG_WORK = (
     "compile.builder._run_worker",
     "bench.bench.run_bench",
@@ -125,7 +125,7 @@ def filled(text: str, tiny_bundle: Bundle, tiny_model: Path) -> list[str]:
 def test_any_value_is_taken_or_refused_in_one_line_that_names_it(
     command: str, flag: Any, run: Run, tiny_bundle: Bundle, tiny_model: Path
 ) -> None:
-    first = zlib.crc32(f"{command} {flag.name}".encode()) % SHARE  # every flag has its own third of the values
+    first = zlib.crc32(f"{command} {flag.name}".encode()) % SHARE  # every flag has its own sixth of the values
     for base in BASES[command]:
         for value in VALUES[first::SHARE]:
             Path("a-file.txt").write_text("of something else")  # which a command may take for its output
