@@ -106,15 +106,24 @@ class FastCacheHelper:
         if plan is not None and interval != 1:
             raise ValueError("expected cache_interval or plan, got both; leave cache_interval out")
         before, pacing = self._pacing, Pacing(interval, branch_id, plan)
-        self._pacing = pacing
-        if self._caching is None:
-            return
-        if pacing.fitted is not before.fitted:
-            self.disable()
+        if self._caching is not None and pacing.fitted is not before.fitted:
+            self._enable_again(pacing)
+        elif self._caching is not None:
+            same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
+            self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
+        self._pacing = pacing  # only now: what was refused changes nothing
+
+    def _enable_again(self, pacing: Pacing) -> None:
+        """Exchange the scheduler too, or put it back; where that is refused all stays as it was."""
+        before = self._pacing
+        self.disable()
+        try:
+            self._pacing = pacing
             self.enable()
-            return
-        same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
-        self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
+        except Exception:
+            self._pacing = before
+            self.enable()
+            raise
 
     def enable(self) -> None:
         """Exchange the pipeline's U-Net and ControlNet. Does nothing where that is done.

@@ -56,7 +56,7 @@ def calibrate(
     `watch` is entered around each step's full pass, and around no other pass. `see` makes pictures of final latents,
     (P, C, H, W) each, for the couplings. For T calls this costs T full passes, about T^2 / 8 + 6 T shallow ones for
     each branch, and about 3 T full ones for the gains and again for `guidance`, what leaving it out does. It keeps the
-    features of every step, T of them for each branch, and six latents for each of the two over as many past steps as
+    features of every step, T of them for each branch, and eight latents for each of the two over as many past steps as
     the sampler uses.
     """
     noise, generators = draw_noise(denoiser.latent_shape, seeds, denoiser.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -65,7 +66,7 @@ def rivals(
     """
     manifest, sampler, steps = pipe.bundle.manifest, fitting.reference.sampler, fitting.reference.num_inference_steps
     calls, costs = fitting.table.num_calls, costs_of(times)
-    branch = manifest.branch_id
+    branch = min(times.shallow_ms, key=times.shallow_ms.__getitem__)  # of those that were timed
     shallow = costs[shallow_pass(branch)]
     found = [Candidate(UNCACHED, CachePlan.all_full(calls), sampler, steps)]
     for budget in budgets:
@@ -95,6 +96,6 @@ def _of_all_steps(
         f"optimal {refreshes}": optimal,
         f"optimal {refreshes} forecast": replace(optimal, forecast=by_sigma),
     }
-    if 1 < interval < calls:
+    with suppress(ValueError):  # so many distinct steps are not around this centre
         found[f"non-uniform 1:{interval}"] = CachePlan.nonuniform(calls, interval, 0.3 * calls, 1.4, branch)
     return found

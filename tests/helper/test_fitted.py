@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,23 @@ def test_an_unfitted_plan_gives_the_scheduler_back(pipe: Any, plan: CachePlan) -
         assert pipe.num_timesteps != len(POINTS)
         draw(pipe, guidance_scale=4.0)
         assert pipe.num_timesteps == len(POINTS)
+
+
+def test_what_is_refused_changes_nothing(pipe: Any, plan: CachePlan, bundled: FastCachePipeline) -> None:
+    own, plain = pipe.scheduler, draw(pipe, guidance_scale=4.0)
+    assert plan.fit is not None
+    astray = replace(plan, fit=replace(plan.fit, points=(0, 2, 3, 70)))
+    for engines in (None, bundled.bundle):
+        with FastCacheHelper(pipe, engines=engines) as helper:
+            for _ in range(2):  # a second time as the first
+                with pytest.raises(ValueError, match="points below 8"):
+                    helper.set_params(plan=astray)
+                if engines is not None:
+                    with pytest.raises(ValueError, match="expected passes out of full, shallow-0"):
+                        helper.set_params(cache_interval=2, cache_branch_id=3)
+            assert helper.enabled
+            assert pipe.scheduler is own
+            assert agreement_db(draw(pipe, guidance_scale=4.0), plain) > 80
 
 
 def test_copies_have_the_own_scheduler(pipe: Any, plan: CachePlan) -> None:
