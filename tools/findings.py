@@ -13,9 +13,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,18 +22,30 @@ import findings_tables as tables
 import numpy as np
 import torch
 import typer
+from findings_fitted import carry_command, fit_command, time_command
+from findings_setting import (
+    BATCH,
+    FIRST_SEED,
+    FITTED,
+    GUIDANCE,
+    RESULTS,
+    SAMPLER,
+    STEPS,
+    WORK,
+    Results,
+    Setting,
+    Work,
+    pipeline,
+    read_plans,
+    say,
+    write_plans,
+)
 
-import fastcache
 from fastcache import CachePlan, FastCachePipeline, Forecast
 from fastcache.evaluate import judges
-from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch, num_calls
-from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each, ratio_of_medians
-from fastcache.loop.fitted import default_rows
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import compile_sampler
+from fastcache.evaluate.evaluate import Candidate, candidates_of, draw_batch
+from fastcache.evaluate.quality import frechet_estimate, mean_of, psnr_db_each
 from fastcache.planning.calibration import Calibration
-from fastcache.planning.fitting import Fitting, Reference
-from fastcache.planning.frontier import budget_plan
 from fastcache.planning.planning import (
     kept_calibration,
     latency_plan,
@@ -43,17 +54,11 @@ from fastcache.planning.planning import (
     threshold_plan,
 )
 from fastcache.planning.search import Steps, moved, optimal_refreshes, threshold_for
-from fastcache.planning.skipping import FORETOLD
 from fastcache.planning.ways import Way, way_costs
 
-STEPS, SAMPLER, GUIDANCE = 50, "ddim", 4.0
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
 FEWER_STEPS = (28, 21, 14, 10)  # of no less time than these, where a shallow step takes a tenth of a full one
 CALIBRATION_PROMPTS = 8
-FIRST_SEED = 5000  # of the held-out pictures
-BATCH = 8
-BUDGETS = (7, 10, 14, 21)  # in full steps
-CARRIED = ("fitted-10", "fitted-14")
 CONVERGED = 150  # steps of a run that more steps change no more
 FORECASTS = {
     "linear": Forecast(order=1),
@@ -70,19 +75,6 @@ REFRESHES = "refreshes of 50 steps, or their time"
 LABELS = {"steps": "steps of the sampler", "fitted": "time, in full steps"}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What fitted plans are made for: the engines' dtype, the reference's sampler, and the costs of a shallow step.
-
-    None costs what this machine's passes take.
-    """
-
-    dtype: str = "fp32"
-    sampler: str = "ddim"
-    shallow: float | None = 0.1
-
-
-FITTED = {"fitted": Setting(), "fitted-bf16": Setting("bf16", shallow=None), "fitted-dpm": Setting(sampler="dpm++_2m")}
 SLACK = 1.002  # of a time, for what counting it in ticks rounds up
 CENTERS, POWERS = (5, 10, 15, 25, 35), (1.1, 1.2, 1.4, 1.6)
 JUDGES = {
@@ -93,22 +85,8 @@ JUDGES = {
 }
 
 app = typer.Typer(add_completion=False, help=__doc__)
-Work = Annotated[Path, typer.Option(help="Where the bundle and finished batches are kept.")]
-Results = Annotated[Path, typer.Option(help="Where results go.")]
-WORK, RESULTS = Path("build/findings"), Path("tools/results/findings")
-
-
-def say(message: str) -> None:
-    typer.echo(message, err=True)
-
-
-def pipeline(work: Path, *, depths: bool = False, dtype: str = "fp32") -> FastCachePipeline:
-    """The bundled model on OpenVINO, built once; with branch 2 beside branch 0, or that alone."""
-    name, branches = ("depths", [0, 2]) if depths else ("engines" if dtype == "fp32" else f"engines-{dtype}", 0)
-    bundle = fastcache.build_engines(
-        "demo", work / name, backend="openvino", dtype=dtype, batch="1:4:16", branch_id=branches, progress=say
-    )
-    return FastCachePipeline(bundle)
+for name, command in (("fit", fit_command), ("carry", carry_command), ("time", time_command)):
+    app.command(name)(command)
 
 
 @app.command("plans")
@@ -121,15 +99,6 @@ def plans_command(work: Work = WORK, results: Results = RESULTS) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "calibration.json").write_text(calibration.to_json())
     write_plans(results / "plans.json", made)
-
-
-def write_plans(file: Path, made: dict[str, CachePlan]) -> None:
-    lines = ",\n".join(f'"{name}": {plan.to_json()}' for name, plan in made.items())
-    file.write_text(f"{{\n{lines}\n}}\n")
-
-
-def read_plans(file: Path) -> dict[str, CachePlan]:
-    return {name: CachePlan.from_json(json.dumps(plan)) for name, plan in json.loads(file.read_text()).items()}
 
 
 def make_plans(calibration: Calibration) -> dict[str, CachePlan]:
@@ -228,90 +197,6 @@ def refine_command(
     plan = replace(CachePlan.from_refresh_steps(STEPS, found), made_by=f"optimal, then {moves} moves")
     made[f"refined-{count}"] = replace(plan, model="demo", sampler=SAMPLER)
     write_plans(file, made)
-
-
-@app.command("fit")
-def fit_command(
-    setting: Annotated[str, typer.Option(help=f"One of {', '.join(FITTED)}.")] = "fitted",
-    work: Work = WORK,
-    results: Results = RESULTS,
-) -> None:
-    """Fitted plans for 7, 10, 14 and 21 full steps, and rivals of as long; writes SETTING.json."""
-    own = FITTED[setting]
-    pipe = pipeline(work, dtype=own.dtype)
-    fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, STEPS, GUIDANCE), say)
-    times = measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
-    if own.shallow is not None:
-        times = replace(times, shallow_ms={0: own.shallow * times.full_ms})
-    say(f"{times}")
-    made = dict[str, CachePlan]()
-    for budget in BUDGETS:
-        start = time.perf_counter()
-        made[f"fitted-{budget}"] = budget_plan(fitting, times, budget, say)
-        say(f"planning for {budget} full steps took {time.perf_counter() - start:.0f} s")
-        rivals = {own.sampler: None}
-        if setting == "fitted":
-            made |= {f"skip {how}-{budget}": fitting.skipping(budget, how) for how in FORETOLD}
-            rivals = dict.fromkeys(("ddim", "dpm++_2m", "unipc", "euler"))
-        for sampler in rivals:
-            calls = num_calls(pipe.bundle.manifest, sampler, budget)
-            made[f"{sampler}-{budget}"] = replace(CachePlan.all_full(calls), model="demo", sampler=sampler)
-    write_plans(results / f"{setting}.json", made)
-
-
-@app.command("carry")
-def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULTS) -> None:
-    """How far rows carry that were fitted at guidance 4 and 64x64: gain over default rows; writes carry.json."""
-    plans = {name: plan for name, plan in read_plans(results / "fitted.json").items() if name in CARRIED}
-    ways = {f"guidance {scale:g}": {"guidance_scale": scale} for scale in (1.5, 2.0, 3.0, 4.0, 5.5, 8.0, 12.0)}
-    ways |= {"negative prompt": {"negative_prompt": "a small blue ring"}, "96x96": {"height": 96, "width": 96}}
-    pipe = FastCachePipeline(
-        fastcache.build_engines(
-            "demo", work / "sizes", backend="openvino", sizes=("64x64", "96x96"), batch="1:4:16", progress=say
-        )
-    )
-    reference = compile_sampler(make_scheduler(SAMPLER, pipe.bundle.manifest.model.scheduler), STEPS)
-    found: dict[str, Any] = {}
-    for way, own in ways.items():
-        gains: dict[str, list[float]] = {name: [] for name in plans}
-        for start in range(0, images, BATCH):
-            common: dict[str, Any] = {
-                "prompt": judges.held_out_prompts(images)[start : start + BATCH],
-                "seed": [*range(FIRST_SEED + start, FIRST_SEED + min(start + BATCH, images))],
-                "guidance_scale": GUIDANCE,
-                "output_type": "pt",
-            }
-            full = pipe(**(common | own), num_inference_steps=STEPS, sampler=SAMPLER).images
-            for name, plan in plans.items():
-                if (fit := plan.fit) is None:
-                    continue
-                fit = replace(fit, height=own.get("height", 64), width=own.get("width", 64))
-                plain = replace(fit, rows=tuple(default_rows(reference, "v_prediction", fit.points)))
-                pair = replace(plan, fit=fit), replace(plan, fit=plain, forecast=None)
-                fitted, default = (psnr_db_each(pipe(**(common | own), plan=one).images, full) for one in pair)
-                gains[name] += (fitted - default).tolist()
-        found[way] = {name: vars(mean_of(np.array(own))) for name, own in gains.items()}
-        say(
-            f"{way}: " + "; ".join(f"{name} {tables.interval(gain, sign=True)} dB" for name, gain in found[way].items())
-        )
-    (results / "carry.json").write_text(json.dumps({"images": images, "gains_db": found}, indent=1) + "\n")
-
-
-@app.command("time")
-def time_command(rounds: int = 40, work: Work = WORK, results: Results = RESULTS) -> None:
-    """What fitted rows take at run time: loops of fitted plans by those of the same plans with default rows."""
-    pipe = pipeline(work)
-    reference = compile_sampler(make_scheduler(SAMPLER, pipe.bundle.manifest.model.scheduler), STEPS)
-    for name, plan in read_plans(results / "fitted.json").items():
-        if plan.fit is None or not name.startswith("fitted"):
-            continue
-        rows = tuple(default_rows(reference, "v_prediction", plan.fit.points))
-        plans = [replace(plan, fit=replace(plan.fit, rows=rows)), plan]
-        arms = [Candidate(str(k), one, SAMPLER, STEPS) for k, one in enumerate(plans)]
-        taken = [[own.loop_ms for own in draw_batch(pipe, arms, ["a"], [0], GUIDANCE, first=k)] for k in range(rounds)]
-        plain, fitted = np.array(taken[2:]).T
-        ratio = ratio_of_medians(fitted, plain)
-        say(f"{name}: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the time with default rows")
 
 
 def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:

@@ -96,6 +96,8 @@ def _of_all_steps(
         f"optimal {refreshes}": optimal,
         f"optimal {refreshes} forecast": replace(optimal, forecast=by_sigma),
     }
+    if not 1 < interval < calls:
+        return found
     with suppress(ValueError):  # so many distinct steps are not around this centre
         found[f"non-uniform 1:{interval}"] = CachePlan.nonuniform(calls, interval, 0.3 * calls, 1.4, branch)
     return found
