@@ -75,7 +75,7 @@ def rivals(
             plan = CachePlan.all_full(num_calls(manifest, name, fewer))
             found.append(Candidate(f"{name} {fewer}", plan, name, fewer))
         found += [Candidate(f"skip {how} {fewer}", fitting.skipping(fewer, how), sampler, steps) for how in FORETOLD]
-        refreshes = math.floor((budget - calls * shallow) / (1 - shallow))
+        refreshes = math.floor((budget - calls * shallow) / (1 - shallow)) if shallow < 1 else 0
         if refreshes >= 1:
             plans = _of_all_steps(calls, math.ceil(calls / refreshes), refreshes, branch, calibration)
             found += [Candidate(name, plan, sampler, steps) for name, plan in plans.items()]
