@@ -19,10 +19,11 @@ from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
 from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.calibrate import calibrate_bundle
 from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows, ridge_fit
 from fastcache.planning.fitting import Fitting, Reference
-from fastcache.planning.frontier import budget_plan
+from fastcache.planning.frontier import budget_plan, rivals
 from fastcache.planning.ways import StepTimes
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -271,3 +272,16 @@ def test_climbing_finds_what_scores_more_and_keeps_the_budget() -> None:
     assert (best, reached) == (wanted, 0)
     assert len(set(asked)) == len(asked)
     assert all(cost_of(stops, costs) <= 2.5 + 1e-6 and stops[0] == (0, "full") for stops in asked)
+
+
+def test_rivals_of_all_steps_stand_only_where_reuse_saves_time(pipe: FastCachePipeline, fitting: Fitting) -> None:
+    measured = calibrate_bundle(pipe, PROMPTS[:2], num_steps=8, guidance_scale=4.0)
+    kinds = [
+        {
+            arm.name.split()[0]
+            for arm in rivals(pipe, fitting, [2.0, 3.5], StepTimes(10.0, {0: shallow_ms}, 1), measured)
+        }
+        for shallow_ms in (1.0, 10.0, 12.0)
+    ]
+    assert {"optimal", "threshold", "skip", "ddim", "uncached"} <= kinds[0]
+    assert kinds[1] == kinds[2] == {"uncached", "skip", "ddim", "dpm++_2m", "unipc", "euler"}
