@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastcache.bundle.recipe import Recipe
     from fastcache.compile.builder import build_engines
     from fastcache.cut.partition import Cut, partition_unet
+    from fastcache.cut.pieces import BlockUNet, partition_blocks
     from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
     from fastcache.helper.helper import FastCacheHelper
     from fastcache.loop.plan import CachePlan, Forecast
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BackendUnavailable": "fastcache.errors",
+    "BlockUNet": "fastcache.cut.pieces",
     "BuildError": "fastcache.errors",
     "Bundle": "fastcache.bundle.bundle",
     "BundleError": "fastcache.errors",
@@ -37,11 +39,13 @@ _HOMES = {
     "build_engines": "fastcache.compile.builder",
     "compile_sampler": "fastcache.loop.table",
     "load": "fastcache.pipeline.pipeline",
+    "partition_blocks": "fastcache.cut.pieces",
     "partition_unet": "fastcache.cut.partition",
 }
 
 __all__ = [
     "BackendUnavailable",
+    "BlockUNet",
     "BuildError",
     "Bundle",
     "BundleError",
@@ -57,6 +61,7 @@ __all__ = [
     "build_engines",
     "compile_sampler",
     "load",
+    "partition_blocks",
     "partition_unet",
 ]
 

@@ -22,6 +22,18 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def shape_at(self, sizes: Mapping[str, int]) -> list[int]:
+        """The shape with its free sizes looked up by name; `height/8` is an eighth of `height`."""
+        parts = [size if isinstance(size, int) else size.partition("/") for size in self.shape]
+        return [part if isinstance(part, int) else sizes[part[0]] // int(part[2] or 1) for part in parts]
+
+    def sizes_in(self, shape: Sequence[int]) -> dict[str, int]:
+        """What the free sizes are in a tensor of this shape. Raises: `ValueError` for one of other axes."""
+        named = [
+            (size, own.partition("/")) for size, own in zip(shape, self.shape, strict=True) if isinstance(own, str)
+        ]
+        return {name: size * int(divisor or 1) for size, (name, _, divisor) in named}
+
 
 def free_size(name: str, axis: int) -> str:
     """What a free size is called where the engine file does not keep its name: the batch, or one of its own."""

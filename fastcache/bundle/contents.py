@@ -58,7 +58,7 @@ def _wrong_passes(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_engines_of_passes(manifest: Manifest) -> Iterator[str]:
-    passes = manifest.passes
+    passes = manifest.named_passes
     missing = [name for name in ("full", *(f"shallow-{b}" for b in manifest.branches)) if name not in passes]
     if missing:
         yield f"expected a pass {missing[0]}, got {', '.join(passes) or 'none'}"

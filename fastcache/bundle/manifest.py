@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fastcache.bundle.patterns import Passes
 from fastcache.bundle.recipe import Component, ControlKind, Profile, Recipe, Size
 from fastcache.cut.names import CutKind
 from fastcache_engines import Device, DType, TensorSpec
 
-SCHEMA = "fastcache.bundle/4"
+SCHEMA = "fastcache.bundle/5"
 
 Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
-# An engine's part in the bundle. One that a pass runs bears the pass's name: `full`, `shallow-0`.
+# An engine's part in the bundle. One that a pass runs bears the pass's name: `full`, `shallow-0`. In a bundle of blocks
+# a pass runs several, in turn: the `stem`, trunks and blocks.
 # `controlnet_embedding`, `t2i_adapter` and `ip_adapter` make what the passes take of a picture that steers them.
 Role = Annotated[
     str,
     Field(
-        pattern=r"^(full|shallow-\d+|text_encoder(_2)?|vae_(en|de)coder"
+        pattern=r"^(full|shallow-\d+|stem|trunk-\d+|block-\d+|text_encoder(_2)?|vae_(en|de)coder"
         r"|controlnet_embedding(_\d+)?|t2i_adapter|ip_adapter|image_encoder)$"
     ),
 ]
@@ -60,6 +63,18 @@ class PassEntry(_Value):
     engines: tuple[Role, ...]
     takes: tuple[str, ...]
     stores: tuple[str, ...]
+    multiply_adds: int = Field(0, ge=0)
+
+
+class BlockEntry(_Value):
+    """A block of the U-Net that a pass may leave out: where it stands, and the residual that is reused then.
+
+    `channels` are the residual's; `multiply_adds` as in `PassEntry`.
+    """
+
+    place: str
+    residual: str
+    channels: int = Field(ge=1)
     multiply_adds: int = Field(0, ge=0)
 
 
@@ -159,7 +174,7 @@ class Parity(_Value):
 class Manifest(_Value):
     """What a bundle is and what each of its bytes must be."""
 
-    schema_: Literal["fastcache.bundle/4"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["fastcache.bundle/5"] = Field(SCHEMA, alias="schema")
     key: str
     model: ModelInfo
     weights_sha256: str
@@ -177,7 +192,9 @@ class Manifest(_Value):
     versions: dict[str, str]
     device: str
     engines: dict[Role, EngineEntry]
-    passes: dict[str, PassEntry]
+    named_passes: dict[str, PassEntry] = Field(alias="passes")
+    chain: tuple[Role, ...] = ()
+    blocks: tuple[BlockEntry, ...] = ()
     parity: Parity
     recipe: Recipe
     weights_bytes: int
@@ -193,10 +210,15 @@ class Manifest(_Value):
         """The kind of device of `device`, which names the machine: `cpu-x86_64`, `cuda-sm90`."""
         return "cuda" if self.device.startswith("cuda") else "cpu"
 
+    @cached_property
+    def passes(self) -> Passes:
+        """Every pass that the bundle can run."""
+        return Passes(self)
+
     @property
     def features(self) -> tuple[str, ...]:
         """The names of the cached features: what the full pass stores."""
-        return self.passes["full"].stores
+        return self.named_passes["full"].stores
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastcache.bundle.manifest import Parity
+from fastcache.bundle.bundle import REFERENCE
+from fastcache.bundle.manifest import BlockEntry, EngineEntry, Parity, PassEntry
+from fastcache.bundle.patterns import chain_pass
+from fastcache.cut.chain import ADJUSTMENT, neutral
 from fastcache.errors import BundleError
-from fastcache_engines import TOLERANCE, Backend, DType, Engine, LoadOptions
+from fastcache_engines import TOLERANCE, Backend, DType, Engine, LoadOptions, TensorSpec
+
+ADJUSTED = "noise_pred_adjusted"  # of the reference: with every residual reused, scaled and shifted
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -35,15 +42,15 @@ def worst_error(found: Tensors, wanted: Tensors) -> float:
     return max(relative_error(value.float().cpu(), wanted[name].float().cpu()) for name, value in found.items())
 
 
-def parity_of(measured_on: str, dtype: DType, expected: Tensors, full: Tensors, shallow: Iterable[Tensors]) -> Parity:
-    """What the passes gave, on `measured_on`, beside what the model did.
+Pair = tuple[Tensors, Tensors]  # what was computed, and what is right
 
-    Each shallow pass is held to all that the full one gave: its noise prediction, and the features of shallower cuts
-    where it refreshes them.
+
+def parity_of(measured_on: str, dtype: DType, full: Pair, others: Iterable[Pair]) -> Parity:
+    """How far passes are from what is right: the full one from the model, the others from what it gave.
 
     Raises: `BundleError` for NaN or infinity among what was computed, of which there is no error to tell.
     """
-    full_vs_model, shallow_vs_full = worst_error(full, expected), max(worst_error(found, full) for found in shallow)
+    full_vs_model, shallow_vs_full = worst_error(*full), max(worst_error(*pair) for pair in others)
     if not math.isfinite(max(full_vs_model, shallow_vs_full)):
         which = "full" if not math.isfinite(full_vs_model) else "shallow"
         raise BundleError(
@@ -58,28 +65,73 @@ def parity_of(measured_on: str, dtype: DType, expected: Tensors, full: Tensors, 
     )
 
 
-def measure_parity(
-    backend: Backend, full: Path, shallow: Sequence[Path], reference: Path, options: LoadOptions
-) -> Parity:
-    """Run the engines on the reference input, one after the other, over one set of tensors.
+@dataclass(frozen=True)
+class Trial:
+    """A pass to try on the reference: its engines' files, in turn, and whether the residuals it reuses are adjusted."""
 
-    Each shallow engine takes what the full one stored. Raises: as `parity_of`.
+    files: tuple[str, ...]
+    adjusted: bool = False
+
+
+def trials(
+    engines: Mapping[str, EngineEntry],
+    passes: Mapping[str, PassEntry],
+    chain: Sequence[str],
+    blocks: Sequence[BlockEntry],
+) -> list[Trial]:
+    """What shows that engines compute what the model does: the full pass, and each other one.
+
+    Of patterns of blocks these are every second block, each half once, and none with a scale and a shift.
     """
-    expected = load_file(reference)
-    engine = backend.load(full, options)
-    dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*engine.inputs, *engine.outputs)}
-    tensors = {name: expected[name].to(options.device, dtype, copy=True) for name, dtype in dtypes.items()}
+    found = [Trial(tuple(engines[role].file for role in one.engines)) for one in passes.values()]
+    residuals = [block.residual for block in blocks]
+    for reused, adjusted in (residuals[::2], False), (residuals[1::2], False), (residuals, True):
+        if reused:
+            roles = chain_pass(engines, chain, reused)
+            found.append(Trial(tuple(engines[role].file for role in roles), adjusted))
+    return found
 
-    def run(engine: Engine) -> dict[str, Tensor]:
-        for spec in engine.outputs:
-            tensors[spec.name].fill_(torch.nan)
-        engine.bind(tensors).run()
-        return {spec.name: tensors[spec.name].clone() for spec in engine.outputs}
 
-    def run_shallow(path: Path) -> dict[str, Tensor]:
-        for name, value in of_full.items():
-            tensors[name].copy_(value)
-        return run(backend.load(path, options))
+def measure_parity(backend: Backend, folder: Path, tried: Sequence[Trial], options: LoadOptions) -> Parity:
+    """Run passes on a bundle's reference input, one after the other, over one set of tensors.
 
-    of_full = run(engine)
-    return parity_of(backend.CAPABILITIES.name, options.dtype, expected, of_full, map(run_shallow, shallow))
+    The first is the full one; the others take what it stored. Raises: as `parity_of`.
+    """
+    expected = load_file(folder / REFERENCE)
+    adjusted = {"noise_pred": expected.pop(ADJUSTED)} if ADJUSTED in expected else {}
+    load = lru_cache(maxsize=None)(lambda file: backend.load(folder / file, options))
+    tensors, of_full = dict[str, Tensor](), dict[str, Tensor]()
+
+    def run(trial: Trial) -> dict[str, Tensor]:
+        engines: list[Engine] = [load(file) for file in trial.files]
+        specs = {spec.name: spec for engine in engines for spec in (*engine.inputs, *engine.outputs)}
+        _place(tensors, specs, expected | of_full, options.device)
+        if ADJUSTMENT in specs and not trial.adjusted:
+            tensors[ADJUSTMENT].copy_(neutral(*tensors[ADJUSTMENT].shape[::2]))
+        made = [spec.name for engine in engines for spec in engine.outputs]
+        for name in made:
+            tensors[name].fill_(torch.nan)
+        for engine in engines:
+            engine.bind(tensors).run()
+        return {name: tensors[name].clone() for name in made if name in expected}
+
+    of_full |= run(tried[0])
+    pairs = ((run(trial), adjusted) if trial.adjusted else (run(trial), of_full) for trial in tried[1:])
+    measured_on = backend.CAPABILITIES.name
+    return parity_of(measured_on, options.dtype, (of_full, expected), (_only_known(*pair) for pair in pairs))
+
+
+def _only_known(found: Tensors, wanted: Tensors) -> Pair:
+    return {name: value for name, value in found.items() if name in wanted}, wanted
+
+
+def _place(tensors: dict[str, Tensor], specs: Mapping[str, TensorSpec], known: Tensors, device: str) -> None:
+    """Tensors for these inputs and outputs, those that are known with what they hold."""
+    sizes = dict[str, int]()
+    for name in specs.keys() & known.keys():
+        sizes |= specs[name].sizes_in(known[name].shape)
+    for name, spec in specs.items():
+        if name not in tensors:
+            tensors[name] = torch.zeros(spec.shape_at(sizes), dtype=getattr(torch, spec.dtype), device=device)
+        if name in known:
+            tensors[name].copy_(known[name])

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastcache.cut.names import CutWish
+from fastcache.cut.names import BlockKind, CutWish
 from fastcache.expect import shown
 from fastcache_engines import BACKENDS, Device, DType
 
@@ -141,6 +141,7 @@ class Recipe(BaseModel):
     branch_id: _Id = 0
     further_branch_ids: tuple[_Id, ...] = ()
     cut: CutWish = "auto"
+    blocks: tuple[BlockKind, ...] = ()
     backend: Backend = "auto"
     device: Device | None = None
     dtype: DType = "fp32"
@@ -169,6 +170,12 @@ class Recipe(BaseModel):
         named = cast("list[Any]", ids)
         return {**values, "branch_id": named[0]} | ({"further_branch_ids": tuple(named[1:])} if named[1:] else {})
 
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _split_blocks(cls, value: object) -> object:
+        """One kind of blocks, several, or several as one text: transformer,resnet."""
+        return tuple(dict.fromkeys(value.split(","))) if isinstance(value, str) else value
+
     @field_validator("controlnet", mode="before")
     @classmethod
     def _unwrap_one(cls, value: object) -> object:
@@ -185,6 +192,10 @@ class Recipe(BaseModel):
             raise ValueError(f"expected branch_id and further_branch_ids to name each branch once, got {given}")
         if self.components is not None and "unet" not in self.components:
             raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
+        if self.blocks and (self.cut == "projected" or self.kernels or self.controls):
+            raise ValueError(
+                "expected blocks with the plain cut, without kernels or networks beside the U-Net, got both"
+            )
         if self.sizes and (self.height or self.width):
             raise ValueError("expected either sizes or height and width, got both")
         if len(set(self.sizes)) < len(self.sizes):

@@ -69,6 +69,7 @@ def build_engines(
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
     branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
+    blocks: Annotated[str | None, typer.Option(help="Engines apart for blocks: transformer, resnet or both.")] = None,
     device: Device = None,
     height: Height = None,
     width: Width = None,

@@ -15,13 +15,16 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import ValidationError
 from torch import nn
 
-from fastcache.bundle.manifest import Defaults, ModelInfo, WorkEntry
+from fastcache.bundle.manifest import BlockEntry, Defaults, ModelInfo, WorkEntry
 from fastcache.bundle.recipe import Profile, Recipe, Size
 from fastcache.compile.export import Free, Inputs
 from fastcache.compile.models import DEFAULTS, SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
-from fastcache.cut.work import count_work, empty_unet
+from fastcache.cut.chain import residual
+from fastcache.cut.names import BlockKind
+from fastcache.cut.pieces import BlockUNet, partition_blocks
+from fastcache.cut.work import count_blocks, count_work, empty_unet
 from fastcache.expect import first_problem
 from fastcache.files import read_json
 
@@ -118,6 +121,19 @@ def work(unet: nn.Module, inputs: Inputs) -> tuple[WorkEntry, ...]:
     found = count_work(empty_unet(type(model), model.config), lambda full: call_unet(full, row))
     passes = [(None, found.full), *enumerate(found.shallow)]
     return tuple(WorkEntry(branch_id=b, layers=one.layers, attention=one.attention) for b, one in passes)
+
+
+def blocks(unet: nn.Module, chain: BlockUNet, inputs: Inputs) -> tuple[BlockEntry, ...]:
+    """What the manifest says of a chain's blocks, with their multiply-adds for one row of a call."""
+    model: Any = unet
+    row = {name: tensor[:1].to("meta") for name, tensor in inputs.items()}
+    kinds: set[BlockKind] = {block.kind for block in chain.blocks}
+    empty = partition_blocks(empty_unet(type(model), model.config), kinds)
+    counted = count_blocks(empty, lambda one: call_unet(one, row))
+    return tuple(
+        BlockEntry(place=b.place, residual=residual(b.index), channels=b.branch.channels, multiply_adds=work)
+        for b, work in zip(chain.blocks, counted, strict=True)
+    )
 
 
 def shapes(unet: UNet2DConditionModel | UNet2DModel, recipe: Recipe, info: ModelInfo) -> Shapes:

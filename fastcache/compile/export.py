@@ -191,6 +191,25 @@ def export(
     return program.model, (inputs, outputs)
 
 
+def export_chain(
+    parts: Sequence[Exportable],
+    whole: Exportable,
+    translations: graph_passes.Translations | None = None,
+    free: Free = Free(),
+) -> list[tuple[ir.Model, Specs]]:
+    """Export parts that make up a whole, which gives all that lies between them: one export, then cut in pieces.
+
+    Raises: as `export`.
+    """
+    model, _ = export(whole, translations, free)
+    found = list[tuple[ir.Model, Specs]]()
+    for part in parts:
+        graph = ir.convenience.extract(model.graph, [*part.inputs], [*part.outputs])
+        inputs, outputs = (tuple(_onnx_spec(part, free, one) for one in own) for own in (graph.inputs, graph.outputs))
+        found.append((ir.Model(graph, ir_version=model.ir_version), (inputs, outputs)))
+    return found
+
+
 def save_graphs(models: Sequence[tuple[str, ir.Model]], folder: Path, weights_name: str) -> int:
     """Write graphs beside one file of weights; equal tensors are stored once. Returns the bytes this saved."""
     places: dict[tuple[bytes, ir.DataType], tuple[int, int]] = {}

@@ -6,7 +6,7 @@ in `steering.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from fastcache.errors import BuildError
 from fastcache_engines import DType
 
 
-def call_unet(unet: nn.Module, inputs: Inputs) -> Any:
+def call_unet(unet: Callable[..., Any], inputs: Inputs) -> Any:
     """Call a U-Net, or a pass of a cut, with tensors by their ONNX names."""
     added = {name: inputs[name] for name in ("text_embeds", "time_ids", "image_embeds") if name in inputs}
     plain = {name: tensor for name, tensor in inputs.items() if name not in (*added, "sample", "timestep")}
@@ -169,4 +169,5 @@ def module_parity(parts: Sequence[Exportable], expected: Inputs, dtype: DType) -
 
     full, *shallow = parts
     of_full = run(full, expected)
-    return parity_of("torch", dtype, expected, of_full, (run(part, expected | of_full) for part in shallow))
+    pairs = ((run(part, expected | of_full), of_full) for part in shallow)
+    return parity_of("torch", dtype, (of_full, expected), pairs)

@@ -82,6 +82,8 @@ def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, A
         "device": job.device,
         "engines": made.engines,
         "passes": made.passes,
+        "chain": made.chain,
+        "blocks": made.blocks,
         "parity": made.parity,
         "recipe": recipe,
         "weights_bytes": made.weights_bytes,

@@ -19,17 +19,19 @@ from safetensors.torch import load_file, save
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
-from fastcache.bundle.manifest import EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
-from fastcache.bundle.parity import measure_parity
-from fastcache.compile import components, describe, export, graph_passes, lower, passes
+from fastcache.bundle.manifest import BlockEntry, EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
+from fastcache.bundle.parity import measure_parity, trials
+from fastcache.bundle.patterns import chain_pass
+from fastcache.compile import chain, components, describe, export, graph_passes, lower, passes
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
 from fastcache.cut.names import FULL, CutKind, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
+from fastcache.cut.pieces import feature, partition_blocks
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache_engines import BuildOptions, Device, DType, LoadOptions
+from fastcache_engines import BuildOptions, Device, DType, LoadOptions, TensorSpec
 
 _LARGEST_FP16 = 65504.0
 
@@ -48,6 +50,9 @@ class Workshop:
     weights_bytes: int = 0
     duplicated_bytes: int = 0
     work: tuple[WorkEntry, ...] = ()
+    chain: tuple[Role, ...] = ()
+    blocks: tuple[BlockEntry, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.recipe = self.job.recipe
@@ -66,6 +71,8 @@ class Workshop:
         tokens = shapes.tokens.opt if shapes.tokens is not None else 0
         inputs = passes.unet_inputs(unet, 2, *shapes.latent, tokens, self.info.time_ids or 6)
         self.work = describe.work(unet, inputs)
+        if self.recipe.blocks:
+            return self._make_chain(unet, inputs)
         controls = load_controls(self.job.model.controls, unet, inputs["sample"], shapes.scale)
         inputs |= controls.inputs
         cuts = partition_branches(unet, self.recipe.branches, self.recipe.cut)
@@ -80,14 +87,35 @@ class Workshop:
         self.cut, num_branches = cut.kind, cut.num_branches
         parts = controls.steer(passes.exportable_unet(cuts, inputs, shapes.scale), self.recipe.branches)
         images = self.recipe.batch
-        each = self.info.guided_rows
-        rows = (images.min, each * images.opt, each * images.max)
         del unet, cut, cuts
-        self._make(parts, "unet", self.dtype, rows, graph_passes.translations(self.can, self.dtype), checked=True)
+        self._make_passes(parts)
         for part in controls.parts:  # once a picture, in float32 as the text encoders
             self.say(f"exporting the {part.role.replace('_', ' ')}")
             self._make([part], part.role, "fp32", (1, images.opt, images.max), {})
         return num_branches
+
+    def _make_chain(self, unet: UNet2DConditionModel | UNet2DModel, inputs: export.Inputs) -> int:
+        """The stem, trunks and blocks of a chain. Returns the number of branches."""
+        made = partition_blocks(unet, self.recipe.blocks, self.recipe.branches)
+        if not made.blocks:
+            kinds, others = " or ".join(self.recipe.blocks), "leave --blocks out, or name resnet"
+            raise BuildError(f"expected a U-Net with {kinds} blocks that can be left out, got none; {others}")
+        self.blocks = describe.blocks(unet, made, inputs)
+        write_whole(self.folder / REFERENCE, save(inputs | chain.chain_reference(unet, made, inputs)))
+        lower.split_gates(made)
+        if self.can.typed:
+            lower.narrow(made, self.dtype)
+        self.say(f"exporting a U-Net with {len(made.blocks)} blocks that can be left out")
+        parts = chain.exportable_chain(made, inputs, self.shapes.scale)
+        self.chain, self.features = tuple(part.role for part in parts), made.known
+        del unet, made
+        self._make_passes(parts)
+        return len(self.work) - 1
+
+    def _make_passes(self, parts: Sequence[export.Exportable]) -> None:
+        images, each = self.recipe.batch, self.info.guided_rows
+        rows = (images.min, each * images.opt, each * images.max)
+        self._make(parts, "unet", self.dtype, rows, graph_passes.translations(self.can, self.dtype), checked=True)
 
     def make_text_encoders(self) -> None:
         """They run once a picture, in float32 whatever the U-Net's dtype."""
@@ -122,17 +150,30 @@ class Workshop:
     @property
     def passes(self) -> dict[str, PassEntry]:
         """What each pass of the bundle runs, takes and stores, read off its engine."""
-        cached = {spec.name for spec in self.engines[FULL].outputs} - {"noise_pred"}
         counted = {entry.branch_id: entry.layers + entry.attention for entry in self.work}
-        return {
-            name: PassEntry(
-                engines=(name,),
-                takes=tuple(spec.name for spec in self.engines[name].inputs if spec.name in cached),
-                stores=tuple(spec.name for spec in self.engines[name].outputs if spec.name in cached),
+        found = dict[str, PassEntry]()
+        for name in (FULL, *map(shallow_pass, self.recipe.branches)):
+            engines = self._engines_of(name)
+            taken, given = (
+                [spec.name for role in engines for spec in specs(self.engines[role])] for specs in (_inputs, _outputs)
+            )
+            cached = self.features or tuple(one for one in given if one != "noise_pred")
+            self.features = cached
+            found[name] = PassEntry(
+                engines=engines,
+                takes=tuple(one for one in dict.fromkeys(taken) if one in cached and one not in given),
+                stores=tuple(one for one in given if one in cached),
                 multiply_adds=counted[branch_of(name)],
             )
-            for name in (FULL, *map(shallow_pass, self.recipe.branches))
-        }
+        return found
+
+    def _engines_of(self, name: str) -> tuple[Role, ...]:
+        """The engines of a full or shallow pass: one of its name or, in a chain, all that it needs."""
+        if not self.chain:
+            return (name,)
+        branch = branch_of(name)
+        given = [] if branch is None else [feature(branch, self.recipe.branch_id)]
+        return chain_pass(self.engines, self.chain, given)
 
     def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
         """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
@@ -162,7 +203,8 @@ class Workshop:
         if self.can.source == "onnx":
             _release(parts)
         if not self.recipe.onnx_only:
-            self.say(f"building {' and '.join(graphs)} with {self.recipe.backend}")
+            named = " and ".join(graphs) if len(graphs) < 4 else f"{len(graphs)} engines"
+            self.say(f"building {named} with {self.recipe.backend}")
             shapes = {name: shape for part in parts for name, shape in self._input_shapes(part).items()}
             options = BuildOptions(self.device, dtype, rows, shapes, self.recipe.compute_capability, self.say)
             for role, name in self.backend.build(graphs, self.folder, options).items():
@@ -180,13 +222,16 @@ class Workshop:
         """
         graphs: dict[str, Any] = {}
         models: list[tuple[str, Any]] = []
+        exported = list[Any]()
+        if parts[0].role in self.chain and self.can.source == "onnx":
+            exported = export.export_chain(parts, chain.whole(parts), translations, self.shapes.free)
         for part in parts:
             if self.can.source == "program":
                 others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
                 graph, specs = export.export_program(part, self.shapes.free, others)
                 graphs[part.role] = graph
             else:
-                model, specs = export.export(part, translations, self.shapes.free)
+                model, specs = exported.pop(0) if exported else export.export(part, translations, self.shapes.free)
                 models.append((f"{part.role}.onnx", model))
                 graphs[part.role] = self.folder / models[-1][0]
             file = f"{part.role}.onnx"
@@ -220,6 +265,8 @@ class Workshop:
 
         ONNX Runtime computes float16 graphs on a CPU; of bfloat16 ones only the PyTorch modules can be run.
         """
+        if self.dtype == "bf16" and self.chain:
+            raise BuildError("expected blocks in fp32 or fp16 where the engines do not run here, got bf16")
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
             self._keep(passes.module_parity(parts, load_file(self.folder / REFERENCE), self.dtype))
@@ -229,15 +276,21 @@ class Workshop:
             self._measure(fastcache_engines.backend(fastcache_engines.REFERENCE), LoadOptions("cpu", self.dtype))
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
-        full, *shallow = (
-            self.folder / self.engines[role].file for role in (FULL, *map(shallow_pass, self.recipe.branches))
-        )
-        self._keep(measure_parity(backend, full, shallow, self.folder / REFERENCE, options))
+        tried = trials(self.engines, self.passes, self.chain, self.blocks)
+        self._keep(measure_parity(backend, self.folder, tried, options))
 
     def _keep(self, parity: Parity) -> None:
         if not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
             raise BuildError(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
         self.parity = parity
+
+
+def _inputs(entry: EngineEntry) -> tuple[TensorSpec, ...]:
+    return entry.inputs
+
+
+def _outputs(entry: EngineEntry) -> tuple[TensorSpec, ...]:
+    return entry.outputs
 
 
 def _release(parts: Sequence[export.Exportable]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastcache.cut.names import CutKind, CutWish
 from fastcache.cut.project import JoinedLayer, ProjectedLayer, why_not
 from fastcache.cut.signals import Conditioning, Signals
-from fastcache.cut.unet import UNetParts, take_apart
+from fastcache.cut.unet import UNetParts, check_branches, take_apart
 from fastcache.errors import PartitionError
 
 UpLayers = Sequence[JoinedLayer | ProjectedLayer]
@@ -238,12 +238,7 @@ def partition_branches(unet: nn.Module, branch_ids: Iterable[int], cut: CutWish 
     Raises: `PartitionError` as `partition_unet`, and for no branch id or the same one twice.
     """
     parts = take_apart(unet)
-    wanted, last = list(branch_ids), parts.num_skips - 1
-    for branch_id in wanted:
-        if type(branch_id) is not int or not 0 <= branch_id <= last:  # True would pass for 1
-            raise PartitionError(f"expected a branch_id from 0 to {last} for this U-Net, got {branch_id!r}")
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise PartitionError(f"expected branch ids from 0 to {last}, each once, got {wanted}")
+    wanted, last = check_branches(branch_ids, parts), parts.num_skips - 1
     up: list[JoinedLayer | ProjectedLayer] = [JoinedLayer(layer) for layer in parts.up]
     for branch_id in wanted:
         layer, channels = parts.up[last - branch_id], parts.main_channels[branch_id]

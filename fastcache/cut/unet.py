@@ -7,7 +7,7 @@ whatever blocks they came from. Knows nothing about where the U-Net is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -164,6 +164,17 @@ def take_apart(unet: nn.Module) -> UNetParts:
             "skip connections; such a U-Net does not run in diffusers either"
         )
     return UNetParts(embeddings, model.conv_in, down, adapted, Middle(model.mid_block), up, Head(model))
+
+
+def check_branches(branch_ids: Iterable[int], parts: UNetParts) -> tuple[int, ...]:
+    """Branch ids of a U-Net, one or more. Raises: `PartitionError` for one out of range, or the same one twice."""
+    wanted, last = tuple(branch_ids), parts.num_skips - 1
+    for branch_id in wanted:
+        if type(branch_id) is not int or not 0 <= branch_id <= last:  # True would pass for 1
+            raise PartitionError(f"expected a branch_id from 0 to {last} for this U-Net, got {branch_id!r}")
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise PartitionError(f"expected branch ids from 0 to {last}, each once, got {list(wanted)}")
+    return wanted
 
 
 def _refuse_unknown(blocks: Any, known: set[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcache.cut.partition import FullUNet, partition_unet
+from fastcache.cut.pieces import Block, BlockUNet
 
 _LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
@@ -70,6 +71,15 @@ def count_work(unet: nn.Module, call: Callable[[nn.Module], object]) -> UNetWork
         return work(["embeddings", "conv_in", "head", *down, *(f"up.{last - k}" for k in range(branch_id + 1))])
 
     return UNetWork(work(list(total)), tuple(shallow(branch_id) for branch_id in range(cut.num_branches)))
+
+
+def count_blocks(chain: BlockUNet, call: Callable[[nn.Module], object]) -> tuple[int, ...]:
+    """The multiply-adds of each block of a chain on the meta device, as `count_work` counts those of a pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(chain)
+    found = counter.get_flop_counts()
+    places = [index for index, piece in enumerate(chain.pieces) if isinstance(piece, Block)]
+    return tuple(sum(found[f"{type(chain).__name__}.chain.{index}"].values()) // 2 for index in places)
 
 
 def _count_parts(full: FullUNet, call: Callable[[nn.Module], object]) -> tuple[Counter[str], Counter[str]]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fastcache.bundle.bundle import REFERENCE, Bundle
 from fastcache.bundle.parity import relative_error
-from fastcache.cut.names import FULL
+from fastcache.cut.chain import ADJUSTMENT
 from fastcache.helper.arguments import Arguments
 from fastcache.helper.features import Features
 from fastcache.helper.network import NetworkWatch, fingerprint
 from fastcache.helper.passes import UNetCall
-from fastcache.loop.lane import Lane, shape_of
+from fastcache.loop.lane import Lane, outer_inputs
 from fastcache.loop.plan import Forecast
 from fastcache.loop.runtime import Runtime
 from fastcache_engines import TOLERANCE, dtype_of
@@ -40,6 +40,8 @@ class EnginePasses:
                 f"expected passes out of {', '.join(self._passes)}, as the engines were built, got "
                 f"{', '.join(missing)}; set_params to one of theirs, or build with --branch-id"
             )
+        outer = outer_inputs(self._engines, self._passes)
+        self._inputs = {name: spec for name, spec in outer.items() if name != ADJUSTMENT}
         self._features, self._keeps = Features(forecast), forecast is not None
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._lane = lru_cache(maxsize=4)(self._make_lane)
@@ -87,7 +89,7 @@ class EnginePasses:
         """A call's arguments by the engines' names."""
         values = dict(arguments)
         values |= values.pop("added_cond_kwargs", {})
-        wanted = {spec.name for spec in self._engines[FULL].inputs}
+        wanted = {*self._inputs}
         if others := sorted(values.keys() ^ wanted):
             raise ValueError(
                 f"expected what the engines take ({', '.join(sorted(wanted))}), got a call that differs in "
@@ -100,12 +102,11 @@ class EnginePasses:
     def _sizes(self, values: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
         """The free sizes of the engines' inputs, by name: `height/8` is an eighth of `height`."""
         sizes: dict[str, int] = {}
-        for spec in self._engines[FULL].inputs:
+        for spec in self._inputs.values():
             shape = values[spec.name].shape
-            free = [(i, *named.partition("/")) for i, named in enumerate(spec.shape) if isinstance(named, str)]
             if len(shape) == len(spec.shape):
-                sizes |= {name: shape[i] * int(divisor or 1) for i, name, _, divisor in free}
-            if list(shape) != shape_of(spec, sizes):
+                sizes |= spec.sizes_in(shape)
+            if list(shape) != spec.shape_at(sizes):
                 raise ValueError(
                     f"expected {spec.name} of shape {list(spec.shape)}, as the engines were built for "
                     f"{', '.join(map(str, self._manifest.sizes))}, got {list(shape)}; build with --sizes for others"
@@ -151,7 +152,7 @@ class EnginePasses:
         unet: Any = self._unet
         with self._runtime.bundle.reading():
             stored = load_file(self._runtime.bundle.file(REFERENCE))
-        inputs = {spec.name: stored[spec.name] for spec in self._manifest.engines[FULL].inputs}
+        inputs = {name: stored[name] for name in self._inputs}
         inputs = {name: x.to(unet.device, unet.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
         arguments = inputs | ({"added_cond_kwargs": added} if added else {})

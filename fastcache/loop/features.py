@@ -47,6 +47,16 @@ def check_reuse(plan: CachePlan, passes: Mapping[str, Pass]) -> None:
         stored |= dict.fromkeys(passes[name].stores, step)
 
 
+def check_channels(plan: CachePlan, channels: int) -> None:
+    """Refuse a plan whose scales and shifts are for other blocks. Raises: `ValueError`."""
+    own = plan.scale_shift
+    if own is not None and own.channels != channels:
+        raise ValueError(
+            f"expected a scale and shift for {channels} channels, those of the bundle's blocks, got them for "
+            f"{own.channels}; make the plan with this bundle"
+        )
+
+
 @dataclass(frozen=True)
 class Moves:
     """What a plan's forecast keeps of a feature, in `count` places that take turns, and what it makes of them.

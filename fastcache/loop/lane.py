@@ -16,12 +16,14 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from fastcache.cut.chain import ADJUSTMENT, neutral
 from fastcache.cut.names import FULL
 from fastcache.loop.recursion import MAX_WINDOW
 from fastcache_engines import Binding, Engine, TensorSpec
 
 MOST_KEPT: Final = 3  # features that a forecast of order 2 goes through
 WRITTEN: Final = ("sample", "timestep", "noise_pred")  # what the loop writes or reads at every step
+STEPWISE: Final = (*WRITTEN, ADJUSTMENT)
 
 _ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled engines may count on
 _clock = itertools.count(1)
@@ -87,7 +89,9 @@ class Lane:
         behind = torch.cat([whole, whole[:images]])
         self.tensors["noise_pred"], self.compared = behind[: len(whole)], behind[-2 * images :].flatten(1)
         self.features = passes[FULL].stores
-        self.conditioning = tuple(name for name in specs if name not in (*WRITTEN, *self.features))
+        self.conditioning = tuple(name for name in outer_inputs(engines, passes) if name not in STEPWISE)
+        if (adjustment := self.tensors.get(ADJUSTMENT)) is not None:
+            adjustment.copy_(neutral(*adjustment.shape[::2]))
         self.latent_shape = (images, channels, *self.tensors["sample"].shape[2:])
         self.changed = dict.fromkeys((*self.conditioning, *self.features), 0)
         self.run = 0  # which run the tensors belong to, counted by set_inputs
@@ -131,11 +135,14 @@ class Lane:
         """The engines of a pass, bound to `rows(guided)`. Raises: as `call`."""
         if name not in self.passes:
             raise ValueError(f"expected a pass out of {', '.join(self.passes)}, got {name}")
-        guided = guided or self.halves == 1
-        for role in self.passes[name].engines:
-            if (role, guided) not in self._bindings:
-                self._bindings[role, guided] = self.engines[role].bind(self.rows(guided).tensors)
-        return [self._bindings[role, guided] for role in self.passes[name].engines]
+        return [self.binding(role, guided) for role in self.passes[name].engines]
+
+    def binding(self, role: str, guided: bool = True) -> Binding:
+        """An engine, bound to `rows(guided)`."""
+        key = role, guided or self.halves == 1
+        if key not in self._bindings:
+            self._bindings[key] = self.engines[role].bind(self.rows(guided).tensors)
+        return self._bindings[key]
 
     def ring(self, calls: int) -> Tensor:
         """Room for a new run's last calls, call i in place i % calls: its latents, guided prediction and noise.
@@ -190,7 +197,7 @@ class Lane:
             return half
         if name == "timestep":
             return half.clone()  # the loop fills it
-        if name in (*WRITTEN, *self.features):
+        if name not in self.conditioning:
             if half.device.type == "cpu":
                 return half
             raise ValueError(
@@ -212,12 +219,13 @@ def specs_of(engines: Mapping[str, Engine], passes: Mapping[str, Pass]) -> dict[
     return {spec.name: spec for role in roles for spec in (*engines[role].inputs, *engines[role].outputs)}
 
 
-def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> list[int]:
-    """A tensor's shape, its free sizes looked up by name; `height/8` is an eighth of `height`."""
-    parts = [size if isinstance(size, int) else size.partition("/") for size in spec.shape]
-    return [part if isinstance(part, int) else sizes[part[0]] // int(part[2] or 1) for part in parts]
+def outer_inputs(engines: Mapping[str, Engine], passes: Mapping[str, Pass]) -> dict[str, TensorSpec]:
+    """What the passes take that none of their engines gives, by name."""
+    roles = dict.fromkeys(role for one in passes.values() for role in one.engines)
+    given = {spec.name for role in roles for spec in engines[role].outputs}
+    return {spec.name: spec for role in roles for spec in engines[role].inputs if spec.name not in given}
 
 
 def allocate(spec: TensorSpec, sizes: Mapping[str, int], device: str) -> Tensor:
-    """Zeros for an input or output of an engine. Shapes: as `shape_of` says."""
-    return torch.zeros(shape_of(spec, sizes), dtype=getattr(torch, spec.dtype), device=device)
+    """Zeros for an input or output of an engine."""
+    return torch.zeros(spec.shape_at(sizes), dtype=getattr(torch, spec.dtype), device=device)

@@ -6,17 +6,15 @@ where there are streams each on its own, at once. Knows nothing about plans, sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from fastcache.loop.lane import WRITTEN, Lane, Pass, Rows, allocate, in_turn, specs_of
+from fastcache.loop.lane import Lane, Pass, Rows, allocate, in_turn, specs_of
 from fastcache.loop.streams import Streams
-from fastcache_engines import Engine
-
-Call = Callable[[], object]
+from fastcache_engines import Binding, Engine
 
 
 class Lanes:
@@ -39,7 +37,6 @@ class Lanes:
             Lane(engines, passes, images=1, halves=2, channels=channels, device=device, sizes=sizes)
             for _ in range(count)
         ]
-        self._taken = {name: _taken([engines[role] for role in one.engines]) for name, one in passes.items()}
         self._place = lru_cache(maxsize=None)(self._make_place)
         self._binding = lru_cache(maxsize=None)(self._bind)
         self._apart = lru_cache(maxsize=None)(self._bind_apart)
@@ -70,10 +67,11 @@ class Lanes:
         if len(lanes) == 1:
             self.lanes[lanes[0]].call(name, guided)()
         elif self._streams is not None:
-            self._streams.run([self._apart(name, guided, lane) for lane in lanes])
+            roles = self._passes[name].engines
+            self._streams.run([in_turn([self._apart(role, guided, lane) for role in roles]) for lane in lanes])
         else:
-            self._gather(self._taken[name], lanes, guided)
-            self._binding(name, guided, len(lanes))()
+            self._gather((*self.lanes[0].conditioning, *self._passes[name].takes), lanes, guided)
+            in_turn([self._binding(role, guided, len(lanes)) for role in self._passes[name].engines])()
             self._scatter(stores, lanes, guided)
             return
         for lane in lanes:
@@ -81,13 +79,13 @@ class Lanes:
 
     def bind(self) -> None:
         """Bind every pass for an image alone, guided and not, and for two: some backends compile for each shape."""
-        for name in self._passes:
+        for role in self._engines:
             for guided in (True, False):
-                self.lanes[0].call(name, guided)
+                self.lanes[0].binding(role, guided)
                 if self._streams is not None:
-                    self._apart(name, guided, 0)
+                    self._apart(role, guided, 0)
                 elif len(self.lanes) > 1:
-                    self._binding(name, guided, 2)
+                    self._binding(role, guided, 2)
 
     @cached_property
     def _shared(self) -> dict[str, Tensor]:
@@ -115,23 +113,15 @@ class Lanes:
     def _state(self, name: str, lanes: Sequence[int], guided: bool) -> tuple[int, ...]:
         return (guided, *(self.lanes[lane].changed[name] for lane in lanes))
 
-    def _bind(self, name: str, guided: bool, images: int) -> Call:
-        tensors = {n: shared[: images * (1 + guided)] for n, shared in self._shared.items()}
-        return in_turn([self._engines[role].bind(tensors) for role in self._passes[name].engines])
+    def _bind(self, role: str, guided: bool, images: int) -> Binding:
+        return self._engines[role].bind({n: one[: images * (1 + guided)] for n, one in self._shared.items()})
 
-    def _bind_apart(self, name: str, guided: bool, lane: int) -> Call:
+    def _bind_apart(self, role: str, guided: bool, lane: int) -> Binding:
         if self._streams is None:
             raise ValueError("expected streams for images at once, got none")
-        rows = self.lanes[lane].rows(guided).tensors
-        return in_turn([self._streams.engines[role].bind(rows) for role in self._passes[name].engines])
+        return self._streams.engines[role].bind(self.lanes[lane].rows(guided).tensors)
 
     def _make_place(self, which: int, guided: bool) -> Rows:
         halves = 1 + guided
         rows = {name: shared[which * halves : (which + 1) * halves] for name, shared in self._shared.items()}
         return Rows.of(rows, 1, self.lanes[0].latent_shape[1])
-
-
-def _taken(engines: Sequence[Engine]) -> tuple[str, ...]:
-    """What engines take beside what is written at every step."""
-    inputs = dict.fromkeys(spec.name for engine in engines for spec in engine.inputs)
-    return tuple(name for name in inputs if name not in WRITTEN)

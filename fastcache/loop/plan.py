@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 from fastcache.cut.names import FULL, branch_of, shallow_pass
 from fastcache.expect import at_least, expected, is_int, is_number, listed
+from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.fit import Fit
 from fastcache.loop.spacing import power_spaced
 
@@ -72,7 +73,7 @@ class CachePlan:
     pass that reuses some: `"shallow-0"`, as the bundle's manifest has them. The first step is FULL: nothing is cached
     across requests. At `unguided_steps`, ascending, classifier-free guidance is off: they run on the conditional half
     alone, and store no other. A `fit` says which calls of a longer run the steps are, and
-    what row each takes; such a plan names its sampler.
+    what row each takes; such a plan names its sampler. `scale_shift` repairs the residuals of blocks that are reused.
 
     Raises: ValueError if the plan is empty, does not start FULL, or names something that is not a pass or a step.
         Whether each pass finds what it reuses is told by `features.check_reuse`, which knows a bundle's passes.
@@ -86,6 +87,7 @@ class CachePlan:
     unguided_steps: tuple[int, ...] = ()
     forecast: Forecast | None = None
     fit: Fit | None = None
+    scale_shift: ScaleShift | None = None
 
     def __post_init__(self) -> None:
         _check_passes(self.passes)
@@ -99,6 +101,8 @@ class CachePlan:
         _check_unguided(self.unguided_steps, self.num_steps)
         if self.fit is not None:
             self._check_fit(self.fit)
+        if self.scale_shift is not None:
+            _check_scale_shift(self.scale_shift, self.num_steps)
 
     def _check_fit(self, fit: object) -> None:
         if not isinstance(fit, Fit):
@@ -152,7 +156,8 @@ class CachePlan:
         if gone <= 0:
             return self
         unguided = tuple(step - gone for step in self.unguided_steps if step >= gone)
-        return replace(self, passes=self.passes[gone:], unguided_steps=unguided, fit=None)
+        adjusted = None if self.scale_shift is None else self.scale_shift.last_steps(count)
+        return replace(self, passes=self.passes[gone:], unguided_steps=unguided, fit=None, scale_shift=adjusted)
 
     def guided_within(self, first: int, end: int) -> CachePlan:
         """The same plan with guidance at the steps first..end-1 only.
@@ -272,6 +277,13 @@ def _check_passes(passes: Sequence[object]) -> None:
             raise expected(f"passes[{passes.index(name)}] to name a pass", name, 'such as "full" or "shallow-0"')
     if passes[0] != FULL:
         raise expected('the first step to be FULL ("full")', passes[0], "nothing is cached across requests")
+
+
+def _check_scale_shift(value: object, num_steps: int) -> None:
+    if not isinstance(value, ScaleShift):
+        raise expected("a ScaleShift or None", value, "make one with fastcache.planning")
+    if value.num_steps != num_steps:
+        raise expected(f"a scale and shift for {num_steps} steps", value.num_steps, "make the plan again")
 
 
 def _check_unguided(steps: Sequence[object], num_steps: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 from fastcache.cut.names import FULL, shallow_pass
 from fastcache.expect import expected, is_int, shown
+from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan, Forecast
 
@@ -18,7 +19,7 @@ SCHEMA: Final = "fastcache.plan/2"
 
 _SCHEMA_1: Final = "fastcache.plan/1"  # had `branches` in place of `passes`: null for FULL, else the branch_id
 _KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "passes"}
-_OPTIONAL_KEYS: Final = {"unguided_steps", "forecast", "fit"}
+_OPTIONAL_KEYS: Final = {"unguided_steps", "forecast", "fit", "scale_shift"}
 _FIT_KEYS: Final = {field.name for field in fields(Fit)}
 _REMEDY: Final = "write plans with CachePlan.to_json"
 
@@ -39,6 +40,8 @@ def written(plan: CachePlan) -> str:
         document["forecast"] = asdict(plan.forecast)
     if plan.fit is not None:
         document["fit"] = asdict(plan.fit)
+    if plan.scale_shift is not None:
+        document["scale_shift"] = plan.scale_shift.to_json()
     return json.dumps(document)
 
 
@@ -62,6 +65,7 @@ def read(text: str) -> CachePlan:
         tuple(cast("list[int]", unguided_steps)),
         _read_forecast(document.get("forecast")),
         _read_fit(document.get("fit")),
+        None if document.get("scale_shift") is None else ScaleShift.from_json(document["scale_shift"]),
     )
 
 

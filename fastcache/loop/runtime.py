@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fastcache_engines
-from fastcache.bundle.bundle import REFERENCE, Bundle
+from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.manifest import Manifest, Parity, Role
-from fastcache.bundle.parity import measure_parity
+from fastcache.bundle.parity import measure_parity, trials
 from fastcache.bundle.recipe import Size
 from fastcache.errors import BackendUnavailable, BundleError
 from fastcache.loop.drivers import Guidance
@@ -65,10 +65,9 @@ def check_here(manifest: Manifest) -> None:
 
 def measure_here(folder: Path, manifest: Manifest) -> Parity:
     """How far a checked bundle's engines are from the model and from each other, measured now."""
-    backend, entries = fastcache_engines.backend(manifest.backend), manifest.engines
-    full, *shallow = (folder / entries[role].file for one in manifest.passes.values() for role in one.engines)
-    options = LoadOptions(manifest.device_type, manifest.dtype)
-    return measure_parity(backend, full, shallow, folder / REFERENCE, options)
+    backend, options = fastcache_engines.backend(manifest.backend), LoadOptions(manifest.device_type, manifest.dtype)
+    tried = trials(manifest.engines, manifest.named_passes, manifest.chain, manifest.blocks)
+    return measure_parity(backend, folder, tried, options)
 
 
 class Runtime:
@@ -131,10 +130,7 @@ class Runtime:
         self.bundle.engine_path(role)
         sizes = dict[str, int]()
         for spec in self.manifest.engines[role].inputs:
-            for size, named in zip(inputs[spec.name].shape, spec.shape, strict=True):
-                if isinstance(named, str):
-                    name, _, divisor = named.partition("/")
-                    sizes[name] = size * int(divisor or 1)
+            sizes |= spec.sizes_in(inputs[spec.name].shape)
         binding, tensors = self._bound(role, tuple(sizes.items()))
         for name, value in inputs.items():
             if value.shape != tensors[name].shape:

@@ -14,10 +14,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from fastcache.cut.chain import ADJUSTMENT, neutral
 from fastcache.loop.drivers import UNGUIDED, Call, Driver, Guidance, Turn
 from fastcache.loop.drivers.c import CDriver, fits
 from fastcache.loop.drivers.pytorch import TorchDriver
-from fastcache.loop.features import check_reuse, forecasts
+from fastcache.loop.features import check_channels, check_reuse, forecasts
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
@@ -46,6 +47,8 @@ def check_fits(lane: Lane, sampler: Sampler, plan: CachePlan) -> None:
             f"expected a plan for the sampler's {sampler.num_calls} U-Net calls, got one for {plan.num_steps}"
         )
     check_reuse(plan, lane.passes)
+    own = lane.tensors.get(ADJUSTMENT)
+    check_channels(plan, 0 if own is None else own.shape[-1])
 
 
 class Run:
@@ -118,6 +121,7 @@ class PlainRun(Run):
         self._guided = guided
         self._before, self._after = forecasts(lane, plan, sampler.sigmas, guided=guided)
         self._scales = None if conditioning_scales is None else torch.tensor(conditioning_scales, device=lane.device)
+        self._adjustments = adjustments_of(plan, lane)
         self._driver = driver_of(lane, sampler, guidance, generator)
         self._on(self._driver.ring)
         self.turns = [self.turn(step, lane.rows(self.is_guided(step))) for step in range(plan.num_steps)]
@@ -128,6 +132,8 @@ class PlainRun(Run):
     def turn(self, step: int, rows: Rows) -> Turn:
         """What a step does around its pass, which runs on these rows; `turns` are those on the lane's own."""
         scales = [] if self._scales is None else [partial(rows.tensors["conditioning_scale"].copy_, self._scales[step])]
+        if (adjustment := rows.tensors.get(ADJUSTMENT)) is not None:
+            scales.append(partial(adjustment.copy_, self._adjustments[step]))
         own = self._driver.turn(step, rows)
         return Turn([*own.input, *scales, *self._before.get(step, ())], [*self._after.get(step, ()), *own.update])
 
@@ -158,6 +164,19 @@ def foretold(run: Run, step: int, prediction_type: str) -> Tensor:
     of_sample, of_noise = run.sampler.foretells(prediction_type)[step]
     x, e = run.ring[step % len(run.ring), :2]
     return of_sample * x + of_noise * e
+
+
+def adjustments_of(plan: CachePlan, lane: Lane) -> Sequence[Tensor]:
+    """For each step what the residuals that it reuses are scaled by, and what is added to them.
+
+    Shapes: (1, 2, channels of all blocks) each; none for a lane without blocks.
+    """
+    own = lane.tensors.get(ADJUSTMENT)
+    if own is None:
+        return []
+    if plan.scale_shift is None:
+        return [neutral(*own[:1].shape[::2]).to(own)] * plan.num_steps
+    return torch.from_numpy(plan.scale_shift.table.copy()).to(own)[:, None].unbind()
 
 
 def driver_of(lane: Lane, sampler: Sampler, guidance: Guidance, generator: Generators) -> Driver:

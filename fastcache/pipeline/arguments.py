@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcache.bundle.manifest import Manifest, ModelInfo
 from fastcache.bundle.recipe import Size
 from fastcache.expect import expected
-from fastcache.loop.features import check_reuse
+from fastcache.loop.features import check_channels, check_reuse
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
@@ -218,6 +218,7 @@ def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str
     if plan.num_steps != num_calls:
         raise ValueError(f"expected a plan for the sampler's {num_calls} U-Net calls, got one for {plan.num_steps}")
     check_reuse(plan, manifest.passes)
+    check_channels(plan, sum(block.channels for block in manifest.blocks))
     if plan.model not in (None, manifest.model.name, name):
         raise expected(f"a plan made for model {name}", plan.model, "make another with `fastcache plan`")
     if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):

@@ -6,11 +6,12 @@ and passes; what happens between two calls is its caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastcache.cut.chain import ADJUSTMENT, neutral
 from fastcache.cut.names import FULL
 from fastcache.loop.features import Calls, forecasts
 from fastcache.loop.lane import Lane
@@ -57,11 +58,33 @@ class Walks:
         sigmas = None if self._table.sigmas is None else [self._table.sigmas[point] for point in points]
         self._around = [forecasts(lane, plan, sigmas) for lane in self._lanes]
 
+    def takes(self, name: str) -> tuple[str, ...]:
+        """The features that a pass takes."""
+        return self._lanes[0].passes[name].takes
+
+    def read(self, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """These features, or all, of every row, as they are now. Shapes: (rows, C, h, w), a picture's rows together."""
+        lanes = [(lane.images, lane.rows().tensors) for lane in self._lanes]
+        every = names or self._lanes[0].features
+        return {
+            name: torch.cat([own[name].unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1) for n, own in lanes])
+            for name in every
+        }
+
+    def write(self, features: Mapping[str, Tensor]) -> None:
+        """Put back what `read` gave."""
+        for name, rows in features.items():
+            parts = rows.split([len(lane.rows().tensors[name]) for lane in self._lanes])
+            for lane, part in zip(self._lanes, parts, strict=True):
+                lane.rows().tensors[name].copy_(part.unflatten(0, (lane.images, -1)).transpose(0, 1).flatten(0, 1))
+
     @torch.no_grad()
-    def predict(self, name: str, point: int, x: Tensor, step: int | None = None) -> Tensor:
+    def predict(
+        self, name: str, point: int, x: Tensor, step: int | None = None, scale_shift: Tensor | None = None
+    ) -> Tensor:
         """A pass on every picture at a call of the reference; `step` is that of a plan with a forecast.
 
-        Shapes: `x`, and the guided prediction returned, (N, C, H, W).
+        Shapes: `x`, and the guided prediction returned, (N, C, H, W); `scale_shift` (2, channels) for what is reused.
         """
         found, parts = list[Tensor](), x.split([lane.images for lane in self._lanes])
         scale, timestep = float(self._table.input_scale[point]), float(self._table.timesteps[point])
@@ -69,16 +92,25 @@ class Walks:
             rows, (before, after) = lane.rows(), (({}, {}) if step is None else self._around[k])
             rows.model_input.copy_(part * scale)
             rows.tensors["timestep"].fill_(timestep)
+            if (adjustment := rows.tensors.get(ADJUSTMENT)) is not None:
+                adjustment.copy_(neutral(*adjustment.shape[::2]) if scale_shift is None else scale_shift)
             for call in (*before.get(step or 0, ()), lane.call(name), *after.get(step or 0, ())):
                 call()
             found.append(guide(torch.stack([*rows.noise_pred]), self._guidance_scale).double().cpu())
         return torch.cat(found)
 
     def reference(self) -> list[Tensor]:
-        """The states of the uncached run, x_T first, the result last. Shapes: (N, C, H, W) each, float64."""
+        """The states of the uncached run, as `run` has them."""
+        return self.run(lambda call, x: self.predict(FULL, call, x))
+
+    def run(self, predict: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """The states of a run whose predictions come from a function of the call and the state.
+
+        Shapes: (N, C, H, W) each, float64; x_T first, the result last.
+        """
         states, predictions = [self.start], list[Tensor]()
         for call, update in enumerate(self._table.recursion()):
-            predictions.append(self.predict(FULL, call, states[call]))
+            predictions.append(predict(call, states[call]))
             history = [(states[k], predictions[k]) for k in range(update.first, call + 1)]
             weighed = zip(history, update.weights[::3], update.weights[1::3], strict=True)
             states.append(torch.stack([of_x * x + of_e * e for (x, e), of_x, of_e in weighed]).sum(0))

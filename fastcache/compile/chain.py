@@ -1,0 +1,142 @@
+"""A U-Net as a chain of pieces -> what is exported of it: the stem, trunks and blocks, with example inputs.
+
+The stem makes the time embedding and skip connection 0; every other piece takes tensors that pieces before it gave,
+by the names of `cut.pieces`. Knows what a U-Net takes and gives; how a piece becomes an engine is `workshop.py`'s
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from fastcache.bundle.parity import ADJUSTED
+from fastcache.compile.export import Exportable, Inputs
+from fastcache.compile.lower import widened
+from fastcache.compile.passes import call_unet
+from fastcache.cut.chain import ADJUSTMENT, neutral
+from fastcache.cut.pieces import Block, BlockUNet, Piece, TransformerBlock, skip
+from fastcache.cut.signals import Signals
+
+TIME, TEXT, CONTEXT = "time_embedding", "encoder_hidden_states", "context"  # what pieces may take beside features
+
+
+class _Stem(nn.Module):
+    """What comes before the chain. `gives_context` where a piece reads something else than the text as it came."""
+
+    def __init__(self, unet: BlockUNet, gives_context: bool) -> None:
+        super().__init__()
+        self.embeddings, self.conv_in, self._gives_context = unet.embeddings, unet.conv_in, gives_context
+        self._enter = unet.enter
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        first, signals = call_unet(self._call, inputs)
+        return (first, signals.temb, signals.context) if self._gives_context else (first, signals.temb)
+
+    def _call(self, sample: Tensor, timestep: Tensor, text: Tensor | None = None, **conditioning: Any) -> Any:
+        return self._enter(sample, timestep, conditioning.pop(TEXT, text), conditioning)
+
+
+class _Link(nn.Module):
+    """A piece called with plain named tensors, as in the graph. The noise prediction is given in float32."""
+
+    def __init__(self, piece: Piece, dtype: torch.dtype, sizes: dict[int, torch.Size] | None) -> None:
+        super().__init__()
+        self.piece, self._dtype, self._sizes = piece, dtype, sizes
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        context: Any = inputs.get(CONTEXT, inputs.get(TEXT))
+        signals = Signals(inputs.get(TIME, torch.empty(0)), None if context is None else context.to(self._dtype))
+        results = zip(self.piece.gives, self.piece(inputs, signals, self._sizes), strict=True)
+        return tuple(one.float() if name == "noise_pred" else one for name, one in results)
+
+
+def exportable_chain(unet: BlockUNet, inputs: Inputs, scale: int = 8) -> tuple[Exportable, ...]:
+    """The stem and every piece, in turn. `scale` is how many pixels a latent is."""
+    rows = inputs["sample"].shape[-2]
+    dtype = next(unet.conv_in.parameters()).dtype
+    stem = _Stem(unet, gives_context=bool(getattr(unet.embeddings.embedder.config, "encoder_hid_dim_type", None)))
+    with torch.no_grad():
+        results = stem(inputs)
+    stem_outputs = (skip(0), TIME, CONTEXT)[: len(results)]
+    values = dict(zip(stem_outputs, results, strict=True))
+    context = CONTEXT if CONTEXT in values else TEXT
+    values |= {TEXT: inputs[TEXT]} if TEXT in inputs else {}
+    values[ADJUSTMENT] = neutral(len(inputs["sample"]), unet.channels)
+    sized = unet.needs_sizes(values[skip(0)])
+    parts = [Exportable("stem", stem, inputs, stem_outputs, {"sample": scale, skip(0): scale})]
+    for index, piece in enumerate(unet.pieces):
+        sizes = {one: values[skip(one)].shape[-2:] for one in unet.skips if skip(one) in values} if sized else None
+        link = _Link(piece, dtype, sizes)
+        taken = {name: values[name] for name in (*piece.takes, *_signals_of(piece, context))}
+        with torch.no_grad():
+            given = dict(zip(piece.gives, link(taken), strict=True))
+        values |= given
+        every = {name: scale * rows // value.shape[-2] for name, value in (taken | given).items() if value.ndim == 4}
+        role = f"block-{piece.index}" if isinstance(piece, Block) else f"trunk-{index - _blocks_before(unet, index)}"
+        parts.append(Exportable(role, link, taken, piece.gives, every))
+    return tuple(parts)
+
+
+def _blocks_before(unet: BlockUNet, index: int) -> int:
+    return sum(isinstance(piece, Block) for piece in unet.pieces[:index])
+
+
+def _signals_of(piece: Piece, context: str) -> tuple[str, ...]:
+    """What a piece takes beside features: the time embedding where it has resnets, the text where it has attention."""
+    modules = [*piece.modules()]
+    found = (TIME,) if any(isinstance(one, ResnetBlock2D) for one in modules) or _is(piece, "resnet") else ()
+    texts = (Transformer2DModel, DualTransformer2DModel, TransformerBlock)
+    found += (context,) if any(isinstance(one, texts) for one in modules) else ()
+    return found + ((ADJUSTMENT,) if not isinstance(piece, Block) and piece.entry is not None else ())
+
+
+def _is(piece: Piece, kind: str) -> bool:
+    return isinstance(piece, Block) and piece.kind == kind
+
+
+def chain_reference(unet: nn.Module, chain: BlockUNet, inputs: Inputs) -> Inputs:
+    """What the U-Net computes in float32: `noise_pred`, all that a call of its chain stores, and `ADJUSTED`.
+
+    That is the noise prediction with every residual reused, scaled and shifted by `ADJUSTMENT`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    off = torch.randn(len(inputs["sample"]), 2, chain.channels, generator=generator)
+    adjustment = neutral(*off.shape[::2]) + 0.1 * off
+    with torch.no_grad(), widened(unet, chain):
+        noise_pred = call_unet(unet, inputs).sample
+        _, stored = call_unet(chain, inputs)
+        reuse = {name: stored[name] for block in chain.blocks for name in block.gives}
+        adjusted, _ = call_unet(partial(chain, reuse=reuse, scale_shift=adjustment), inputs)
+    return {"noise_pred": noise_pred, **stored, ADJUSTMENT: adjustment, ADJUSTED: adjusted}
+
+
+class _Whole(nn.Module):
+    """All parts of a chain, in turn."""
+
+    def __init__(self, parts: Sequence[Exportable], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.modules_in_turn = nn.ModuleList([part.module for part in parts])
+        self._takes, self._gives = [[*part.inputs] for part in parts], [part.outputs for part in parts]
+        self._outputs = outputs
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        values = dict(inputs)
+        for module, takes, gives in zip(self.modules_in_turn, self._takes, self._gives, strict=True):
+            values |= zip(gives, module({name: values[name] for name in takes}), strict=True)
+        return tuple(values[name] for name in self._outputs)
+
+
+def whole(parts: Sequence[Exportable]) -> Exportable:
+    """A chain as one part, which also gives everything that lies between its pieces."""
+    given = tuple(dict.fromkeys(name for part in parts for name in part.outputs))
+    inputs = {name: x for part in parts for name, x in part.inputs.items() if name not in given}
+    strides = {name: stride for part in parts for name, stride in part.strides.items()}
+    return Exportable("full", _Whole(parts, given), inputs, given, strides)

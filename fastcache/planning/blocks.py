@@ -1,0 +1,111 @@
+"""A bundle of blocks and calibration pictures -> when each block runs, and by what its residual is repaired elsewhere.
+
+A block's residual is kept until the changes that a run in full shows, added up call by call, pass a threshold. The
+scale and shift of what is reused are least squares, channel by channel, towards what the block would give at the state
+where the run itself is; so later steps are fitted to the states that they will meet.
+Source: Block Caching, arXiv 2312.03209, sections 3.2 and 3.3; there scale and shift are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.bundle.manifest import BlockEntry, Manifest
+from fastcache.cut.names import FULL, pattern_pass
+from fastcache.loop.adjustment import ScaleShift
+from fastcache.loop.plan import CachePlan
+from fastcache.planning.calibration import Array
+from fastcache.planning.search import threshold_refreshes
+from fastcache.planning.walks import Walks
+
+_RIDGE = 1e-6  # of a channel's variance
+
+
+def measured_changes(walks: Walks, blocks: Sequence[BlockEntry]) -> Array:
+    """How much each block's residual changes from call to call of a run in full, relative to itself.
+
+    Shapes: (blocks, calls); the first call's are 0. Units: L1 norms, the mean over rows.
+    Source: Block Caching, arXiv 2312.03209, equation 4 (L1rel).
+    """
+    names, changes = [block.residual for block in blocks], list[list[float]]()
+    before: dict[str, Tensor] = {}
+
+    def predict(call: int, x: Tensor) -> Tensor:
+        nonlocal before
+        e, now = walks.predict(FULL, call, x), walks.read(names)
+        changes.append([_change(now[name], before[name]) if before else 0.0 for name in names])
+        before = now
+        return e
+
+    walks.run(predict)
+    return np.array(changes).T
+
+
+def _change(now: Tensor, before: Tensor) -> float:
+    moved, size = ((one).abs().flatten(1).sum(1) for one in (now - before, now))
+    return float((moved / size).mean())
+
+
+def block_plan(manifest: Manifest, sampler: str, changes: Array, threshold: float) -> CachePlan:
+    """Block Caching's schedule: a block runs where its changes since it last ran pass a threshold.
+
+    Raises: `ValueError` for a threshold that is not above 0.
+    """
+    runs = np.zeros(changes.shape, bool)
+    for block, own in enumerate(changes):
+        runs[block, list(threshold_refreshes(own, threshold))] = True
+    passes = tuple(pattern_pass([bool(one) for one in step]) for step in runs.T)
+    return CachePlan(passes, model=manifest.model.name, sampler=sampler, made_by=f"blocks(threshold={threshold:g})")
+
+
+def with_scale_shift(walks: Walks, plan: CachePlan, blocks: Sequence[BlockEntry]) -> CachePlan:
+    """The plan with scales and shifts, fitted on two thirds of the pictures, kept where they help the others.
+
+    A step that reuses costs a pass in full besides.
+    """
+    ends = np.cumsum([block.channels for block in blocks])
+    channels = {b.residual: slice(end - b.channels, end) for b, end in zip(blocks, ends.tolist(), strict=True)}
+    table = torch.tensor([1.0, 0.0])[None, :, None].repeat(plan.num_steps, 1, int(ends[-1]))
+
+    def predict(step: int, x: Tensor) -> Tensor:
+        taken = walks.takes(plan.passes[step])
+        if taken:
+            kept = walks.read()
+            walks.predict(FULL, step, x)
+            wanted = walks.read(taken)
+            for name in taken:
+                table[step, :, channels[name]] = _fitted(kept[name], wanted[name])
+            walks.write(kept)
+        return walks.predict(plan.passes[step], step, x, scale_shift=table[step])
+
+    walks.run(predict)
+    return replace(plan, scale_shift=ScaleShift.of(table.numpy()), made_by=f"{plan.made_by}, scale and shift")
+
+
+def _fitted(reused: Tensor, wanted: Tensor) -> Tensor:
+    """The scale and shift of each channel, or 1 and 0 where left-out rows gain nothing.
+
+    Shapes: both (rows, C, H, W); returns (2, C).
+    """
+    kept_out = len(reused) // 3
+    x, y = (one.double().transpose(0, 1).flatten(2) for one in (reused, wanted))  # (C, rows, pixels)
+    own, other = (slice(kept_out, None), slice(None, kept_out)) if kept_out else (slice(None), slice(None))
+    x_mean, y_mean = (one[:, own].mean((1, 2), keepdim=True) for one in (x, y))
+    apart = x[:, own] - x_mean
+    variance = apart.square().mean((1, 2), keepdim=True)
+    together = (apart * (y[:, own] - y_mean)).mean((1, 2), keepdim=True)
+    scale = (together + _RIDGE * variance) / (variance * (1 + _RIDGE) + 1e-20)
+    shift = y_mean - scale * x_mean
+    gains = _missed(scale * x + shift, y, other) < _missed(x, y, other)
+    unchanged = torch.tensor([1.0, 0.0])[:, None].expand(2, len(x))
+    fitted = torch.stack([scale[:, 0, 0], shift[:, 0, 0]]).float()
+    return fitted if bool(gains) else unchanged
+
+
+def _missed(found: Tensor, wanted: Tensor, rows: slice) -> Tensor:
+    return (found - wanted)[:, rows].square().mean()
