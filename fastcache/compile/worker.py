@@ -96,7 +96,9 @@ def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, A
 def _require_space(folder: Path, weights_bytes: int) -> None:
     needed, free = int(1.1 * weights_bytes) + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise BuildError(f"expected {needed / 2**30:.1f} GiB free in {folder.parent}, got {free / 2**30:.1f} GiB")
+        raise BuildError(
+            f"expected {needed / 2**30:.1f} GiB free in {folder.parent}, got {free / 2**30:.1f} GiB; make room there"
+        )
 
 
 def main() -> int:
@@ -132,12 +134,17 @@ def _explain(error: Exception, place: Path) -> tuple[str, str]:
         return "BuildError", str(error)
     if isinstance(error, MemoryError):
         return "BuildError", "the machine ran out of memory; build on one with more, or a smaller size"
-    if _system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        file = getattr(error, "filename", None)
-        named = f"{file} could not be written" if file else "the build could not be written"
-        return "BuildError", f"{named}: no space left in {place}"
+    if (number := _system_error(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        written = _written(error, place)
+        return "BuildError", f"expected to write {written}, got: {os.strerror(number)}; make room there"
     said = first_line(error) if str(error).strip() else "no message"
     return "BuildError", f"the build failed: {type(error).__name__}: {said}"
+
+
+def _written(error: Exception, place: Path) -> str:
+    """The file that an error names, if it does; in the temporary folder, which goes away, by its name and the place."""
+    file = Path(getattr(error, "filename", None) or "the bundle")
+    return str(file) if file.is_absolute() and place not in file.parents else f"{file.name} in {place}"
 
 
 def _system_error(error: Exception) -> int | None:
