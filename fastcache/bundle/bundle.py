@@ -23,8 +23,9 @@ from pydantic import ValidationError
 
 from fastcache.bundle.contents import check_contents
 from fastcache.bundle.manifest import FileEntry, Manifest, Role
+from fastcache.bundle.signing import SIGNATURE, Sign, is_signature, require_signature
 from fastcache.errors import BundleError
-from fastcache.expect import first_problem
+from fastcache.expect import first_problem, path_text
 from fastcache.files import sha256_of, sync, write_whole
 
 MANIFEST = "manifest.json"
@@ -38,11 +39,15 @@ Stamp = tuple[int, ...]  # what tells a file from another, or from itself before
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file has been checked; `stamps` are the files that were, none where nobody looked."""
+    """A bundle whose every file has been checked; `stamps` are the files that were, none where nobody looked.
+
+    `trusted` is the file of the public key that its signature was checked with, where it was.
+    """
 
     path: Path
     manifest: Manifest
     stamps: Mapping[str, Stamp] | None = field(default=None, compare=False, repr=False)
+    trusted: Path | None = field(default=None, compare=False, repr=False)
 
     @contextmanager
     def reading(self) -> Generator[None]:
@@ -61,7 +66,6 @@ class Bundle:
             found = {name: _stamp(path.lstat()) for name, path in _entries(self.path)}
         except FileNotFoundError:
             found = dict[str, Stamp]()
-        found.pop(MANIFEST, None)
         if found != self.stamps:
             name = min(name for name in {*found, *self.stamps} if found.get(name) != self.stamps.get(name))
             raise BundleError(
@@ -85,10 +89,12 @@ class Bundle:
         return self.path / self.manifest.engines[role].file
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, trusted: Path | None = None) -> Manifest:
     """The manifest of a bundle, checked against its own hash but not against the files.
 
-    Raises: `BundleError` for a folder that is no bundle, or a manifest that was changed.
+    With `trusted`, the file of a public key, that key's signature is checked before anything of it is read.
+
+    Raises: `BundleError` for a folder that is no bundle, or a manifest that was changed, or not signed by that key.
     """
     file = path / MANIFEST
     if not file.is_file() or file.is_symlink():
@@ -99,7 +105,10 @@ def read_manifest(path: Path) -> Manifest:
         size = file.stat().st_size
         if size > _MANIFEST_LIMIT_BYTES:
             raise BundleError(f"expected a {MANIFEST} under {_MANIFEST_LIMIT_BYTES} bytes in {path}, got {size}")
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        content = file.read_bytes()
+        if trusted is not None:
+            require_signature(path, content, trusted)
+        manifest = Manifest.model_validate_json(content)
     except OSError as error:
         raise BundleError(f"expected to read {file}, got: {error.strerror}; look at the folder's permissions") from None
     except ValidationError as error:
@@ -127,7 +136,6 @@ def check_files(folder: Path, manifest: Manifest) -> list[FileCheck]:
     """Compare every file in a folder with the manifest: nothing missing, changed, added or linked."""
     expected = {entry.name: entry for entry in manifest.files}
     found = dict(_entries(folder))
-    found.pop(MANIFEST, None)
     names = sorted(expected.keys() | found.keys())
     return [_check(name, expected.get(name), found.get(name)) for name in names]
 
@@ -164,25 +172,28 @@ def _stamp(status: os.stat_result) -> Stamp:
     return status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: str | os.PathLike[str], trusted: str | os.PathLike[str] | None = None) -> Bundle:
     """Open a bundle after every file has been checked against its manifest.
 
-    Raises: `BundleError` naming the first file that is wrong.
+    `trusted` is a public key's file (PEM, Ed25519): the manifest must then be signed by that key.
+
+    Raises: `BundleError` naming the first file that is wrong; `ValueError` for a file without such a key.
     """
     folder = Path(path)
+    key = None if trusted is None else Path(path_text("trusted", trusted))
     for _ in range(_SWAPS):
         before = _identity(folder)
         try:
-            return _open(folder)
+            return _open(folder, key)
         except BundleError:
             # Of two bundles that a builder swaps, the one's manifest may have been read and the other's files.
             if _identity(folder) == before:
                 raise
-    return _open(folder)
+    return _open(folder, key)
 
 
-def _open(folder: Path) -> Bundle:
-    manifest = read_manifest(folder)
+def _open(folder: Path, trusted: Path | None) -> Bundle:
+    manifest = read_manifest(folder, trusted)
     try:
         checks = check_files(folder, manifest)
     except FileNotFoundError as error:  # from beneath the search for files
@@ -190,7 +201,7 @@ def _open(folder: Path) -> Bundle:
     for check in checks:
         if check.problem is not None:
             raise BundleError(f"{check.name} in {folder} {check.problem}; build the bundle again")
-    return Bundle(folder, manifest, {check.name: check.stamp for check in checks})
+    return Bundle(folder, manifest, {check.name: check.stamp for check in checks}, trusted)
 
 
 def _identity(folder: Path) -> Stamp | None:
@@ -207,8 +218,13 @@ def _identity(folder: Path) -> Stamp | None:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Everything below a folder but folders; links are not followed, so nothing outside can be reached."""
+    """Everything below a folder but folders and what speaks of the rest: the manifest, and its signature.
+
+    Links are not followed, so nothing outside can be reached.
+    """
     for path in sorted(folder.rglob("*")):
+        if path == folder / MANIFEST or (path == folder / SIGNATURE and is_signature(path)):
+            continue
         if path.is_symlink() or not path.is_dir():
             yield path.relative_to(folder).as_posix(), path
 
@@ -222,9 +238,21 @@ def seal(folder: Path, fields: dict[str, Any]) -> Manifest:
     check_contents(draft)
     manifest = draft.model_copy(update={"bundle_sha256": draft.digest()})
     write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
-    for path in [*(path for _, path in _entries(folder)), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    for path in [
+        folder / MANIFEST,
+        *(path for _, path in _entries(folder)),
+        *(p for p in folder.rglob("*") if p.is_dir()),
+        folder,
+    ]:
         sync(path)
     return manifest
+
+
+def add_signature(folder: Path, sign: Sign, by_way_of: Path) -> None:
+    """Put a signature of the manifest beside it, whole or not at all: it is written into another folder and moved."""
+    write_whole(by_way_of / SIGNATURE, sign((folder / MANIFEST).read_bytes()))
+    os.replace(by_way_of / SIGNATURE, folder / SIGNATURE)
+    sync(folder)
 
 
 def publish(folder: Path, output: Path) -> None:

@@ -16,6 +16,7 @@ from fastcache.commands.options import (
     OutputFolder,
     RandomWeights,
     Revision,
+    TrustedKey,
     Width,
     check_writable,
     existing,
@@ -87,6 +88,10 @@ def build_engines(
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="The first norm by our own kernel (inductor).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="A private key, PEM of Ed25519, to sign the bundle with, also one that is there."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Build a bundle of engines from a model.
@@ -102,7 +107,7 @@ def build_engines(
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
     chosen = _recipe(ctx.params)
     with progress() as say:
-        bundle = fastcache.build_engines(chosen, output, force=force, progress=say)
+        bundle = fastcache.build_engines(chosen, output, force=force, sign=sign, progress=say)
     _show_bundle(bundle, json_)
 
 
@@ -202,7 +207,7 @@ def _facts_text(facts: dict[str, Any]) -> str:
     )
 
 
-def verify(folder: Folder, json_: Json = False) -> None:
+def verify(folder: Folder, trusted_key: TrustedKey = None, json_: Json = False) -> None:
     """Check every hash of a bundle, and that its engines compute what the model does.
 
     Engines that were built here for another machine are checked as far as they can be, and the result says so.
@@ -211,11 +216,12 @@ def verify(folder: Folder, json_: Json = False) -> None:
     """
     from fastcache.health.verify import verify_bundle
 
-    found = verify_bundle(folder)
+    found = verify_bundle(folder, trusted_key)
     if json_:
         print_json(found.to_json())
     elif not found.problems:
-        typer.echo(f"{folder}: {len(found.files)} files as built; {_parity_text(found)}")
+        signed = "" if trusted_key is None else f", signed by the key of {trusted_key}"
+        typer.echo(f"{folder}: {len(found.files)} files as built{signed}; {_parity_text(found)}")
     if found.problems:
         if found.parity is not None and debug_asked():
             _show_layers(folder, found.manifest)

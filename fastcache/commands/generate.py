@@ -20,6 +20,7 @@ from fastcache.commands.options import (
     NegativePrompt,
     PlanFile,
     Sampler,
+    TrustedKey,
     check_writable,
     existing_of,
     read_plan,
@@ -116,6 +117,7 @@ def generate(  # as long as its flags are many
     denoising_end: Annotated[float | None, _told(help="Where the refiner takes over, 0 to 1; 0.8.")] = None,
     aesthetic_score: Annotated[float | None, _told(help="The refiner's; 6.")] = None,
     negative_aesthetic_score: Annotated[float | None, _told(help="2.5.")] = None,
+    trusted_key: TrustedKey = None,
     json_: Json = False,
 ) -> None:
     """Draw images with a bundle's engines.
@@ -155,9 +157,9 @@ def _draw_all(
     arguments = _arguments(given)
     pictures = {name: _pictures(flag, given[flag]) for flag, name in _PICTURES.items() if flag in given}
     said = {flag: _each(lambda file: file.name, given[flag]) for flag in (*_PICTURES, "embeds") if flag in given}
-    base = FastCachePipeline(open_bundle(engines))
+    base = FastCachePipeline(open_bundle(engines, given.get("trusted_key")))
     _check_controls(base, pictures.get("control_image"))
-    last = None if refiner is None else FastCachePipeline(open_bundle(refiner))
+    last = None if refiner is None else FastCachePipeline(open_bundle(refiner, given.get("trusted_key")))
     if last is not None:
         said["refiner"] = last.bundle.manifest.bundle_sha256
     images, used = list[dict[str, Any]](), dict[str, object]()

@@ -32,6 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 EnginesOption = Annotated[
     Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing_of)
 ]
+TrustedKey = Annotated[
+    Path | None, typer.Option(help="A public key, PEM of Ed25519: a bundle that it has not signed is refused.")
+]
 Sampler = Annotated[
     str | None,
     typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; the model's own."),

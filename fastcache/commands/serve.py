@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastcache.commands.options import EnginesOption
+from fastcache.commands.options import EnginesOption, TrustedKey
 from fastcache.console import notes
 
 
@@ -21,6 +21,7 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps that a request may ask for.")] = 150,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take; it may ask for less.")] = 300,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A further name to be asked by.")] = None,
+    trusted_key: TrustedKey = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the engines; 0 means as many as torch uses.")] = 0,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's images API. SIGHUP loads it again, SIGTERM finishes what runs.
@@ -52,6 +53,7 @@ def serve(
         api_key_file=api_key_file,
         allowed_hosts=allowed_host or (),
         threads=threads,
+        trusted=trusted_key,
         listening=lambda url: notes.print(f"listening on {url}", markup=False, soft_wrap=True),
     )
     if not is_over:

@@ -28,9 +28,10 @@ from filelock import FileLock
 
 import fastcache
 import fastcache_engines
-from fastcache.bundle.bundle import MANIFEST, Bundle, open_bundle, publish, read_manifest
+from fastcache.bundle.bundle import MANIFEST, Bundle, add_signature, open_bundle, publish, read_manifest
 from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
+from fastcache.bundle.signing import signer
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
 from fastcache.expect import expected, flag, path_text
@@ -143,12 +144,14 @@ def build_engines(
     output: str | os.PathLike[str] = "engines",
     *,
     force: bool = False,
+    sign: str | os.PathLike[str] | None = None,
     progress: Progress = lambda message: None,
     **fields: Any,
 ) -> Bundle:
     """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.
 
-    `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels.
+    `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels. `sign` is a
+    private key's file (PEM, Ed25519), which signs the bundle, also one that is there.
 
     Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
     build itself fails (nothing is left behind). Another bundle at `output` is a `ValueError` without `force`, a
@@ -158,22 +161,36 @@ def build_engines(
     place, force = Path(path_text("output", output)).resolve(), flag("force", force)
     if not callable(progress):
         raise expected("progress to be a function of a text", progress, "leave it out")
+    signs = None if sign is None else signer(Path(path_text("sign", sign)))
     job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(place)
     with _alone(folder):
         _clear_remains(folder)
-        if not force and (bundle := _same_bundle(folder, job)) is not None:
+        bundle = None if force else _same_bundle(folder, job)
+        if bundle is not None:
             progress(f"{folder} is up to date")
+            if signs is not None:
+                with _aside(folder) as temporary:
+                    add_signature(folder, signs, by_way_of=temporary)
             return bundle
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir()
-        if given.get("backend", "auto") == "auto":
-            progress(f"backend {job.recipe.backend}: {job.reason}")
-        try:
+        with _aside(folder) as temporary:
+            if given.get("backend", "auto") == "auto":
+                progress(f"backend {job.recipe.backend}: {job.reason}")
             _run_worker(job, temporary, progress)
+            if signs is not None:
+                add_signature(temporary, signs, by_way_of=temporary)
             publish(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return open_bundle(folder)
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Generator[Path]:
+    """A temporary folder beside a bundle's, by a name that `_clear_remains` knows."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -48,15 +48,15 @@ class Verification:
         }
 
 
-def verify_bundle(folder: Path) -> Verification:
+def verify_bundle(folder: Path, trusted: Path | None = None) -> Verification:
     """Check every hash; if they are right, run the engines on the reference, or say why they are not run here.
 
     Engines that were built here for another machine are checked by what their files say of themselves.
 
-    Raises: `BundleError` for a folder that is no bundle, or another version's; `BackendUnavailable` for a bundle of
-    another machine, or of a backend that is not installed.
+    Raises: `BundleError` for a folder that is no bundle, or another version's, or with `trusted` not signed by the key
+    in that file; `BackendUnavailable` for a bundle of another machine, or of a backend that is not installed.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, trusted)
     files = tuple(check_files(folder, manifest))
     if any(check.problem is not None for check in files):
         return Verification(manifest, files, None, None)

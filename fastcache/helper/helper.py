@@ -58,7 +58,12 @@ class FastCacheHelper:
     """
 
     def __init__(
-        self, pipe: Any, engines: Bundle | str | os.PathLike[str] | None = None, *, kernels: bool = False
+        self,
+        pipe: Any,
+        engines: Bundle | str | os.PathLike[str] | None = None,
+        *,
+        kernels: bool = False,
+        trusted: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(getattr(pipe, "unet", None), nn.Module):
             raise ValueError(f"expected pipe with a U-Net, got {type(pipe).__name__} without one; give a pipeline")
@@ -70,8 +75,10 @@ class FastCacheHelper:
             raise ValueError(
                 "expected kernels or engines, got both; an engine's kernels are chosen when it is built (--kernels)"
             )
+        if trusted is not None and (engines is None or isinstance(engines, Bundle)):
+            raise ValueError("expected trusted with the folder of engines, got it without; open_bundle takes it, too")
         self.pipe = pipe
-        self._bundle = engines if engines is None or isinstance(engines, Bundle) else open_bundle(engines)
+        self._bundle = engines if engines is None or isinstance(engines, Bundle) else open_bundle(engines, trusted)
         self._kernels = kernels
         self._pacing = Pacing(1, 0 if self._bundle is None else self._bundle.manifest.branch_id)
         self._caching: Caching | None = None  # while enabled

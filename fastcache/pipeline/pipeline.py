@@ -66,15 +66,17 @@ def load(
     threads: int = 0,
     cuda_graph: bool = False,
     wrap: Callable[[Engine], Engine] | None = None,
+    trusted: str | os.PathLike[str] | None = None,
 ) -> FastCachePipeline:
     """Open a bundle, every byte checked before anything is loaded. `threads` 0 means as many as torch uses.
 
     With `cuda_graph` a run on a GPU is one launch, or one a step where its steps are asked for. `wrap` is given every
-    engine that is loaded, and what it returns is used: a benchmark's clock, say.
+    engine that is loaded, and what it returns is used: a benchmark's clock, say. `trusted` is a public key's file
+    (PEM, Ed25519): a bundle that this key has not signed (`build_engines(..., sign=...)`) is refused.
 
     Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
     """
-    return FastCachePipeline(open_bundle(Path(path)), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
+    return FastCachePipeline(open_bundle(Path(path), trusted), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
 
 
 class FastCachePipeline:
@@ -101,7 +103,8 @@ class FastCachePipeline:
         self._guidance_scale, self._num_timesteps, self._interrupt = 0.0, 0, False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_again, (str(self.bundle.path.resolve()), self._options)
+        trusted = self.bundle.trusted and str(self.bundle.trusted.resolve())
+        return _load_again, (str(self.bundle.path.resolve()), self._options | {"trusted": trusted})
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -26,6 +26,7 @@ PACKAGES = (
 )
 HEAVY = (
     "DeepCache",
+    "cryptography",
     "diffusers",
     "fastapi",
     "matplotlib",

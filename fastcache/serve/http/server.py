@@ -42,6 +42,7 @@ def serve(
     api_key_file: Path | None = None,
     allowed_hosts: Sequence[str] = (),
     threads: int = 0,
+    trusted: Path | None = None,
     listening: Callable[[str], None] = lambda url: None,
 ) -> bool:
     """Serve a bundle until a signal ends it. `listening` is told the address once there is one.
@@ -56,7 +57,7 @@ def serve(
     keys = read_keys(api_key_file) if api_key_file is not None else ()
     names = [host, *allowed_hosts, *(("localhost", "127.0.0.1", "[::1]") if is_loopback(host) else ())]
     hosts = names if is_loopback(host) or allowed_hosts else None
-    service = Service(folder, limits, threads=threads)
+    service = Service(folder, limits, threads=threads, trusted=trusted)
     app = create_app(service, keys=keys, hosts=hosts)
     with listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host

@@ -69,10 +69,15 @@ class Ticket:
 
 
 class Service:
-    """Serves the bundle in `folder`. `state` is `ready` once it is loaded; `failure` is why it broke."""
+    """Serves the bundle in `folder`. `state` is `ready` once it is loaded; `failure` is why it broke.
 
-    def __init__(self, folder: Path, limits: Limits | None = None, *, threads: int = 0) -> None:
-        self.folder, self.limits, self.metrics = folder, limits or Limits(), Metrics()
+    With `trusted`, a public key's file, only bundles that it has signed are loaded, now and later.
+    """
+
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, *, threads: int = 0, trusted: Path | None = None
+    ) -> None:
+        self.folder, self._trusted, self.limits, self.metrics = folder, trusted, limits or Limits(), Metrics()
         self.state: State = "loading"
         self.served: Served | None = None
         self.failure: Exception | None = None
@@ -120,7 +125,7 @@ class Service:
 
     async def _load(self) -> Served:
         def load() -> Served:
-            pipe = FastCachePipeline(open_bundle(self.folder), threads=self._threads)
+            pipe = FastCachePipeline(open_bundle(self.folder, self._trusted), threads=self._threads)
             executor = Executor(pipe, self.limits.max_batch, threads=self._threads)
             executor.warm_up()
             return Served(next(self._numbers), executor)
