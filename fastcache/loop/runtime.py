@@ -64,10 +64,22 @@ def check_here(manifest: Manifest) -> None:
 
 
 def measure_here(folder: Path, manifest: Manifest) -> Parity:
-    """How far a checked bundle's engines are from the model and from each other, measured now."""
+    """How far a checked bundle's engines are from the model and from each other, measured now.
+
+    Raises: `BundleError` for engines that do not load, or do not take what the reference holds.
+    """
     backend, options = fastcache_engines.backend(manifest.backend), LoadOptions(manifest.device_type, manifest.dtype)
     tried = trials(manifest.engines, manifest.named_passes, manifest.chain, manifest.blocks)
-    return measure_parity(backend, folder, tried, options)
+    try:
+        return measure_parity(backend, folder, tried, options)
+    except ValueError as error:
+        raise _does_not_load(folder, error) from error
+
+
+def _does_not_load(place: Path, error: ValueError) -> BundleError:
+    """What a backend says of a file that is as it was built, or at least has the hash."""
+    remedy = "" if "; build " in str(error) else "; build the bundle again"
+    return BundleError(f"expected {place} to load, got: {error}{remedy}")
 
 
 class Runtime:
@@ -107,7 +119,7 @@ class Runtime:
         return {role: self.engine(role) for role in roles}
 
     def engine(self, role: Role) -> Engine:
-        """An engine, loaded when it is first asked for. Raises: `BundleError` for one that the bundle lacks."""
+        """An engine, loaded when it is first asked for. Raises: `BundleError` for none, or one that does not load."""
         if role not in self._engines:
             engine = self._load(role)
             self._engines[role] = engine if self._wrap is None else self._wrap(engine)
@@ -119,7 +131,10 @@ class Runtime:
             self.device, entry.dtype, self._threads, self._workspace, inputs=entry.inputs, outputs=entry.outputs
         )
         with self.bundle.reading():
-            return fastcache_engines.backend(self.manifest.backend).load(path, options)
+            try:
+                return fastcache_engines.backend(self.manifest.backend).load(path, options)
+            except ValueError as error:
+                raise _does_not_load(path, error) from error
 
     @torch.no_grad()
     def once(self, role: Role, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

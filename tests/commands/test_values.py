@@ -6,6 +6,7 @@ Where a command would begin long work, it ends instead: what is tried is what co
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import zlib
@@ -28,7 +29,8 @@ VALUES = [
     *("", "-1", "0", "1", "0.5", "nan", "1e400", "9" * 30, "abc", "two\nlines", "nowhere/at/all", "/proc", "FILE"),
     *(",", "1:2", "2:1", "8x8", "draft", "ddim", "sigma", "cuda", "x" * 3000),
 ]
-SHARE = 6  # with 1 every flag is given every value, which takes four minutes of one core
+# With 1 every flag is given every value, which takes four minutes of one core.
+SHARE = int(os.environ.get("FASTCACHE_TEST_SHARE", "6"))
 LONG_WORK = (
     "compile.builder._run_worker",
     "bench.bench.run_bench",

@@ -75,6 +75,17 @@ def test_engines_of_another_machine_are_read_as_far_as_they_can_be(
         verify_bundle(folder)
 
 
+def test_an_engine_that_does_not_load(bundle_copy: Path) -> None:
+    """Whoever wrote it gave it the hash that fits: a bundle's fault, not that of whoever verifies or draws."""
+    (bundle_copy / "full.onnx").write_bytes(b"no graph" * 100)
+    sign(bundle_copy)
+    for door in (verify_bundle, lambda folder: fastcache.load(folder).runtime.engine("full")):
+        with pytest.raises(
+            BundleError, match=r"^expected \S*bundle\S* to load, got: .*full\.onnx.*; build the bundle again$"
+        ):
+            door(bundle_copy)
+
+
 def test_engines_that_compute_something_else(bundle_copy: Path) -> None:
     """Hashes say that a bundle is what was signed; the reference says whether it computes what the model does."""
     weights = bundle_copy / "unet.weights"
