@@ -166,7 +166,12 @@ def _draw_all(
     most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("drawing", total=None)
-        arguments["callback_on_step_end"] = lambda *_: bar.advance(task)
+        batches = -(-len(seeds) // most) if last is None else None  # how a refiner shares the steps, only a run tells
+
+        def advance(pipe: FastCachePipeline, *_: Any) -> None:
+            bar.update(task, advance=1, total=batches and batches * pipe.num_timesteps)
+
+        arguments["callback_on_step_end"] = advance
         for first in range(0, len(seeds), most):
             batch = seeds[first : first + most]
             own_batch = arguments | {"num_images_per_prompt": len(batch), "seed": list(batch)}

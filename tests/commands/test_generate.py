@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.progress
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -99,6 +100,23 @@ def test_what_does_not_fit_is_one_line(
     errors = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert (result.code, result.out, len(errors)) == (2, "", 1), result.err
     assert re.search(says, errors[0]), errors[0]
+
+
+def test_the_bar_knows_how_many_steps_there_are(
+    command: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of two steps, on a terminal."""
+    counts: list[tuple[float, float | None]] = []
+
+    class Watched(rich.progress.Progress):
+        def update(self, *arguments: Any, **changes: Any) -> None:
+            super().update(*arguments, **changes)
+            counts.append((self.tasks[0].completed, self.tasks[0].total))
+
+    monkeypatch.setattr("rich.progress.Progress", Watched)
+    base = ("--engines", tiny_bundle.path, "--prompt", "a cat", "--sampler", "ddim", "--steps", 2)
+    assert command("generate", *base, "--num-images", 6, "--output", tmp_path / "out").code == 0
+    assert counts == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_embeddings_in_a_file_take_the_place_of_a_prompt(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
