@@ -190,8 +190,8 @@ def test_files_that_hold_no_such_key(tiny_model: Path, signed: Path, keys: tuple
     write_private(other, ec.generate_private_key(ec.SECP256R1()))
     text.write_text("of something else")
     for file in (public, locked, other, text, tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=rf"^expected sign to be a PEM .* private key, got {file}: .*; make one "):
+        with pytest.raises(ValueError, match=r"^expected sign to be a PEM .* private key, got .*: .*; make one "):
             fastcache.build_engines(tiny_model, output=signed, sign=file)
     for file in (private, other, text, tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=rf"^expected trusted key to be .* public key, got {file}: .*; make it "):
+        with pytest.raises(ValueError, match=r"^expected trusted key to be .* public key, got .*: .*; make it "):
             fastcache.load(signed, trusted=file)
