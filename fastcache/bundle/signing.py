@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcache.errors import BackendUnavailable, BundleError
-from fastcache.expect import shown
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -62,7 +61,7 @@ def _read(file: Path, kind: Any, load: Callable[[bytes], Any], argument: str, ha
         key, got = None, "no such PEM, or one under a passphrase"
     if not isinstance(key, kind):
         raise ValueError(
-            f"expected {argument} to be a PEM file of an Ed25519 {half[0]} key, got {shown(str(file))}: {got}; {half[1]}"
+            f"expected {argument} to be a PEM file of an Ed25519 {half[0]} key, got {str(file)!r}: {got}; {half[1]}"
         )
     return key
 
