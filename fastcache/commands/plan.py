@@ -60,6 +60,13 @@ def plan(  # as long as its flags are many
     threshold: Annotated[
         float | None, typer.Option(help="Refresh where changes add up to more (Block Caching).")
     ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="With --threshold: every block by its own changes (a bundle of blocks).")
+    ] = False,
+    no_scale_shift: Annotated[
+        bool, typer.Option("--no-scale-shift", help="With --blocks: reuse residuals as they are.")
+    ] = False,
+    chart: Annotated[Path | None, typer.Option(help="With --blocks: a picture of the schedule (PNG).")] = None,
     guidance_steps: Annotated[
         str | None, typer.Option(help="A:B, guidance at steps A to B-1; others cost half.")
     ] = None,
@@ -83,21 +90,23 @@ def plan(  # as long as its flags are many
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
     from fastcache.bundle.bundle import read_manifest
+    from fastcache.commands.blocks import scheduled_blocks
     from fastcache.commands.fitted import fitted, show_frontier
     from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
     from fastcache.loop.scheduler import own_sampler
 
-    wish = _wish(ctx.params)
-    _check(wish, ctx.params)
-    check_writable(output, frontier)
+    _check(wish := _wish(ctx.params), ctx.params)
+    check_writable(output, frontier, chart)
     manifest = read_manifest(engines)
     branches = _branches(manifest, branch_id, several=wish in _CHOICES)
     sampler = ctx.params["sampler"] = sampler or own_sampler(manifest.model.scheduler)
     if frontier is not None:
         show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
         return
-    if wish in _CHOICES and not choose_guidance:
+    if blocks:
+        made, details = scheduled_blocks(engines, ctx.params)
+    elif wish in _CHOICES and not choose_guidance:
         made, details = fitted(engines, branches, ctx.params)
     elif wish in _FORMULAS:
         calls = num_calls(manifest, sampler, steps)
@@ -132,6 +141,10 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
     given = {name for name, value in flags.items() if value not in (None, False)}
     for name in given & {"threshold", "budget", "max_latency_ms"}:
         number(f"--{name.replace('_', '-')}", flags[name], 0)
+    if "blocks" in given and (wish != "--threshold" or given & {"branch_id", "calibration", "forecast"}):
+        raise ValueError("expected --blocks with --threshold and without --branch-id, --calibration and --forecast")
+    if "blocks" not in given and given & {"no_scale_shift", "chart"}:
+        raise ValueError("expected --no-scale-shift and --chart only with --blocks, got them without")
     if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
@@ -264,10 +277,15 @@ def _conditions(
 
 
 def _show(output: Path, made: CachePlan, details: Mapping[str, Any]) -> None:
+    from fastcache.cut.names import branch_of, shallow_pass
+
     steps = ", ".join(map(str, made.refresh_steps))
     typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {steps}")
-    for branch in made.branch_ids if len(made.branch_ids) > 1 else ():
-        typer.echo(f"at branch {branch}: {', '.join(str(s) for s, b in enumerate(made.branches) if b == branch)}")
+    shallow = [name for name in made.pass_names if not name.startswith("blocks-")]
+    branches = [branch for branch in map(branch_of, shallow) if branch is not None]
+    for branch in sorted(branches) if len(branches) > 1 else ():
+        own = [str(step) for step, name in enumerate(made.passes) if name == shallow_pass(branch)]
+        typer.echo(f"at branch {branch}: {', '.join(own)}")
     if made.unguided_steps:
         typer.echo(f"without guidance: {', '.join(map(str, made.unguided_steps))}")
     for name, value in details.items():

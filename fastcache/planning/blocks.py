@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcache.bundle.manifest import BlockEntry, Manifest
-from fastcache.cut.names import FULL, pattern_pass
+from fastcache.cut.names import FULL, pattern_of, pattern_pass
 from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.plan import CachePlan
 from fastcache.planning.calibration import Array
@@ -109,3 +109,9 @@ def _fitted(reused: Tensor, wanted: Tensor) -> Tensor:
 
 def _missed(found: Tensor, wanted: Tensor, rows: slice) -> Tensor:
     return (found - wanted)[:, rows].square().mean()
+
+
+def share_reused(plan: CachePlan, blocks: int) -> float:
+    """How much of a plan's blocks, over all its steps, is reused."""
+    runs = [pattern_of(name, blocks) or (True,) * blocks for name in plan.passes]
+    return 1 - sum(map(sum, runs)) / (blocks * len(runs))
