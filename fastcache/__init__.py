@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
     from fastcache.helper.helper import FastCacheHelper
     from fastcache.loop.plan import CachePlan, Forecast
-    from fastcache.loop.table import SamplerTable, compile_sampler
     from fastcache.pipeline.pipeline import FastCachePipeline, load
+    from fastcache.sampler.table import SamplerTable, compile_sampler
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,9 @@ _HOMES = {
     "Forecast": "fastcache.loop.plan",
     "PartitionError": "fastcache.errors",
     "Recipe": "fastcache.bundle.recipe",
-    "SamplerTable": "fastcache.loop.table",
+    "SamplerTable": "fastcache.sampler.table",
     "build_engines": "fastcache.compile.builder",
-    "compile_sampler": "fastcache.loop.table",
+    "compile_sampler": "fastcache.sampler.table",
     "load": "fastcache.pipeline.pipeline",
     "partition_blocks": "fastcache.cut.pieces",
     "partition_unet": "fastcache.cut.partition",

@@ -31,7 +31,7 @@ from small_presets import SMALL_PRESETS
 ROOT = Path(__file__).parents[1]
 # What `fastcache.compile` may import, by the layers in pyproject.toml, and what the tests' models are made by.
 SOURCES = (
-    *(f"fastcache/{name}/**/*.py" for name in ("compile", "bundle", "cut", "demo")),
+    *(f"fastcache/{name}/**/*.py" for name in ("compile", "bundle", "sampler", "cut", "demo")),
     "fastcache/*.py",
     "engines/fastcache_engines/**/*.py",
     "kernels/fastcache_kernels/**/*.py",

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastcache.cli import main
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from tiny_model import TEXT_WIDTH, TOKENS
 
 STEPS = 8

@@ -29,9 +29,9 @@ from diffusers.utils import logging
 from parity_subjects import STEPS
 
 from fastcache import FastCacheHelper
-from fastcache.loop.scheduler import SAMPLERS
-from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.request import Request
+from fastcache.sampler.scheduler import SAMPLERS
+from fastcache.sampler.table import SamplerTable
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "compatibility.md"
 # What came after the first version, by the row's name; the only thing here that is not found out by running.

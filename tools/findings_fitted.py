@@ -36,12 +36,12 @@ from fastcache.evaluate import judges
 from fastcache.evaluate.evaluate import Candidate, draw_batch, num_calls
 from fastcache.evaluate.quality import mean_of, psnr_db_each, ratio_of_medians
 from fastcache.loop.fitted import default_rows
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import compile_sampler
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan
 from fastcache.planning.planning import measure_loop
 from fastcache.planning.skipping import FORETOLD
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import compile_sampler
 
 BUDGETS = (7, 10, 14, 21)  # in full steps
 CARRIED = ("fitted-10", "fitted-14")

@@ -36,8 +36,8 @@ from fastcache.loop.drivers import Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder
 from fastcache.loop.lane import Lane
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 from fastcache_engines import TensorSpec
 from fastcache_kernels import cpu_step
 from fastcache_kernels.launch import KernelError

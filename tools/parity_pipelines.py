@@ -34,7 +34,7 @@ from parity_subjects import (
     vary,
 )
 
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 
 
 def sdxl(kind: str, *, refiner: bool = False, scores: int = 6) -> tuple[Any, dict[str, Any]]:

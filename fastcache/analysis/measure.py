@@ -17,11 +17,11 @@ from fastcache.analysis.recorder import Array, FeatureMeasures, FeatureRecorder,
 from fastcache.analysis.subject import Subject
 from fastcache.analysis.taps import unet_taps
 from fastcache.evaluate.evaluate import batches
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.planning.calibrate import MeasuredBatch, calibrate, sample_names
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.eager import EagerDenoiser
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 
 Say = Callable[[str], None]
 ALIKE = 0.95  # the similarity above which DeepCache's figure 2 counts a step as alike

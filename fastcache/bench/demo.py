@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastcache.evaluate.quality import psnr_db
 from fastcache.files import write_whole
-from fastcache.loop.scheduler import own_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
+from fastcache.sampler.scheduler import own_sampler
 
 PROMPTS = (
     "a large red circle at the left and a small blue square at the right on a white background",

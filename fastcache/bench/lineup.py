@@ -26,7 +26,7 @@ from fastcache.compile.models import find_model
 from fastcache.cut.partition import partition_unet
 from fastcache.errors import BackendUnavailable, BuildError
 from fastcache.expect import one_of
-from fastcache.loop.scheduler import own_sampler
+from fastcache.sampler.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"

@@ -27,8 +27,8 @@ from fastcache.bench.plain import PlainPipeline
 from fastcache.bundle.recipe import Size
 from fastcache.compile.checkpoint import load
 from fastcache.compile.models import find_model
-from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.request import ControlArguments, Request
+from fastcache.sampler.scheduler import make_scheduler
 from fastcache_engines import Binding, DType, Engine, torch_dtype
 
 

@@ -66,7 +66,7 @@ def analyze(  # as long as its flags are many
     from fastcache.analysis.subject import find_subject
     from fastcache.compile.describe import defaults_of
     from fastcache.evaluate.chart import require_matplotlib
-    from fastcache.loop.scheduler import own_sampler
+    from fastcache.sampler.scheduler import own_sampler
 
     require_matplotlib()
     check_writable(output)

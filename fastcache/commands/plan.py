@@ -94,7 +94,7 @@ def plan(  # as long as its flags are many
     from fastcache.commands.fitted import fitted, show_frontier
     from fastcache.evaluate.evaluate import num_calls
     from fastcache.files import write_whole
-    from fastcache.loop.scheduler import own_sampler
+    from fastcache.sampler.scheduler import own_sampler
 
     _check(wish := _wish(ctx.params), ctx.params)
     check_writable(output, frontier, chart)

@@ -22,11 +22,11 @@ from torch import Tensor
 from fastcache.bundle.manifest import Manifest
 from fastcache.evaluate.quality import Estimate, frechet_estimate, mean_of, ratio_of_medians
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import make_scheduler, own_sampler
 from fastcache.pipeline.arguments import check_plan
 from fastcache.pipeline.pipeline import FastCachePipeline, Run
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import Steps, steps_for
+from fastcache.sampler.scheduler import make_scheduler, own_sampler
 
 Array = npt.NDArray[np.floating]
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Array]

@@ -19,7 +19,7 @@ from fastcache.helper.network import NetworkWatch
 from fastcache.helper.passes import PassRunner, UNetCall
 from fastcache.helper.runs import RunCounter, is_guided
 from fastcache.loop.plan import CachePlan, Forecast
-from fastcache.loop.table import noise_levels
+from fastcache.sampler.table import noise_levels
 
 
 class Pacing:

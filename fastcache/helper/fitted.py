@@ -15,8 +15,8 @@ from torch import Tensor
 from fastcache.loop.fit import MOST_LOOKED_BACK, Fit
 from fastcache.loop.fitted import fitted_table
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 
 
 def fitted_scheduler(plan: CachePlan, pipe: Any) -> Any:

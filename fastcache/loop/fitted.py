@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastcache.loop.fit import MOST_LOOKED_BACK, Fit
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.recursion import Update
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.recursion import Update
+from fastcache.sampler.table import SamplerTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcache.cut.chain import ADJUSTMENT, neutral
 from fastcache.cut.names import FULL
-from fastcache.loop.recursion import MAX_WINDOW
+from fastcache.sampler.recursion import MAX_WINDOW
 from fastcache_engines import Binding, Engine, TensorSpec
 
 MOST_KEPT: Final = 3  # features that a forecast of order 2 goes through

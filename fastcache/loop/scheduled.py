@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache.loop.table import noise_levels
+from fastcache.sampler.table import noise_levels
 
 
 @dataclass(frozen=True)

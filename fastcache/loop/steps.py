@@ -23,7 +23,7 @@ from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 from fastcache_kernels.cpu_step import Library, found_library
 
 Sampler = SamplerTable | ScheduledSampler

@@ -19,9 +19,9 @@ from fastcache.expect import expected
 from fastcache.loop.features import check_channels, check_reuse
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
 from fastcache.pipeline.request import Request, Sizes
 from fastcache.pipeline.schedule import WHOLE, Span, Steps, steps_for
+from fastcache.sampler.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
 
 # What diffusers' pipelines do without a strength: image to image, and under a mask.
 _STRENGTHS = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}

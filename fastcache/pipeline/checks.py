@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcache.expect import encodable, expected, number, one_of, several, whole
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import Scheduler
+from fastcache.sampler.scheduler import Scheduler
 
 Check: TypeAlias = Callable[[str, Any], Any]
 

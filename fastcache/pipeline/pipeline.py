@@ -24,9 +24,7 @@ from fastcache.loop.drivers import Guidance
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.runtime import Runtime
-from fastcache.loop.scheduler import Scheduler, make_scheduler
 from fastcache.loop.steps import Run, Scales, Step
-from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.arguments import Terms, images_of, plan_for, terms_of
 from fastcache.pipeline.callbacks import Callbacks, callbacks_of
 from fastcache.pipeline.controls import Controls, refreshed
@@ -36,6 +34,8 @@ from fastcache.pipeline.provenance import record
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps, make_schedule
 from fastcache.pipeline.signature import arguments_of
+from fastcache.sampler.scheduler import Scheduler, make_scheduler
+from fastcache.sampler.table import SamplerTable
 from fastcache_engines import Engine
 
 __all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load"]

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastcache.expect import encodable, flag
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import Scheduler
 from fastcache.pipeline import checks
+from fastcache.sampler.scheduler import Scheduler
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Texts = str | Sequence[str] | None

@@ -22,8 +22,8 @@ from fastcache.loop.fitted import begun_at, fitted_table
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.loop.scheduler import Scheduler
-from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler, prepare
+from fastcache.sampler.scheduler import Scheduler
+from fastcache.sampler.table import NonlinearSamplerError, SamplerTable, compile_sampler, prepare
 
 
 @dataclass(frozen=True)

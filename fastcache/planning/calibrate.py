@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastcache.evaluate.evaluate import batches
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.calibration import Array, Calibration, Conditions, Measurements
 from fastcache.planning.trajectory import Denoiser, EngineDenoiser, Feature, Walk, draw_noise
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 
 _TRIED, _LAST = 5, 3  # steps of a run that gains are measured at, and how many more of the last ones
 _NEAR: Final = 8  # errors of features as many steps old or less are all measured, of older ones every fourth

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcache.loop.fit import MOST_LOOKED_BACK
 from fastcache.loop.fitted import Grid, default_rows
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 
 Predict = Callable[[int, Tensor], Tensor]
 """A step's number and x -> its guided prediction e. Shapes: both (N, ...)."""

@@ -19,8 +19,6 @@ from fastcache.cut.names import FULL, shallow_pass
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid
 from fastcache.loop.plan import CachePlan, Forecast
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows
@@ -28,6 +26,8 @@ from fastcache.planning.routes import Route, Scope, find_routes, most_steps
 from fastcache.planning.skipping import FORETOLD, skipping_rows
 from fastcache.planning.walks import Walks
 from fastcache.planning.ways import StepTimes
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import compile_sampler
 
 Say = Callable[[str], None]
 

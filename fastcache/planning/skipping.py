@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcache.loop.fit import MOST_LOOKED_BACK
 from fastcache.loop.fitted import Grid
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 
 _FORETOLD_FROM: Final = MOST_LOOKED_BACK - 1  # calls; a sampler of two steps looks back to what one of them foretold
 

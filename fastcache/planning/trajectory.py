@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcache.cut.names import FULL, shallow_pass
 from fastcache.loop.noise import draw
 from fastcache.loop.runtime import Runtime
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 
 Feature = tuple[Tensor, ...]
 """What crosses one cut at one step: the cached feature, or the two tensors of a projected cut. Shapes: (rows, C, h, w),

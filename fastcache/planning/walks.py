@@ -16,10 +16,10 @@ from fastcache.cut.names import FULL
 from fastcache.loop.features import Calls, forecasts
 from fastcache.loop.lane import Lane
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.request import Request
 from fastcache.planning.trajectory import guide
+from fastcache.sampler.table import SamplerTable
 
 
 class Walks:

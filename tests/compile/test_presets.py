@@ -25,9 +25,9 @@ from fastcache.compile.models import find_model
 from fastcache.compile.presets import PRESETS
 from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
-from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.images import Start
 from fastcache.pipeline.request import Request
+from fastcache.sampler.scheduler import make_scheduler
 from small_presets import SMALL_PRESETS, python_path
 
 DDPM, LDM, REFINER, EDITS = "small-ddpm256", "small-ldm4g", "small-sdxl-refiner", "small-instruct-pix2pix"

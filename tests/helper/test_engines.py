@@ -15,7 +15,7 @@ from torch import Tensor
 import fastcache
 from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCacheHelper, Forecast
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, draw, full_calls, helped, switch
 
 # numpy's word to diffusers, not to us

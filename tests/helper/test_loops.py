@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from fastcache.helper.runs import RunCounter
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from live_pipelines import PROMPT, calls, draw, full_calls, helped
 
 # numpy's word to diffusers, not to us

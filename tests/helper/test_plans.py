@@ -17,7 +17,7 @@ from eager_engines import eager_engines, plain_run
 from fastcache import CachePlan, FastCacheHelper, Forecast, compile_sampler, partition_unet
 from fastcache.cut.partition import partition_branches
 from fastcache.loop.lane import Lane
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, agreement_db, calls, draw, full_calls, helped, switch
 
 # numpy's word to diffusers, not to us

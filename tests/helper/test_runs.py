@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcache import FastCacheHelper
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, calls, draw, full_calls, helped, switch
 from small_unets import example, small_unet
 

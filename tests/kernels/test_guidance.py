@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcache import compile_sampler
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
+from fastcache.sampler.table import SamplerTable
 from fastcache_kernels.guidance import GuidanceStep
 from fastcache_kernels.values import StepTables, step_tables
 

@@ -28,8 +28,8 @@ from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import fitted_table
 from fastcache.loop.lane import Lane
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.loop.steps import Step
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 from list_recorder import ListRecorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

@@ -21,8 +21,8 @@ from fastcache.compile import passes
 from fastcache.cut.partition import partition_branches
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.lane import Lane
-from fastcache.loop.scheduler import make_scheduler
 from fastcache.pipeline.request import Request
+from fastcache.sampler.scheduler import make_scheduler
 from small_unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

@@ -20,8 +20,8 @@ from fastcache.loop.drivers.c import CDriver
 from fastcache.loop.drivers.pytorch import TorchDriver
 from fastcache.loop.lane import Lane
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.loop.steps import PlainRun, Step, driver_of
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 from fastcache_engines import TensorSpec
 from fastcache_kernels.cpu_step import Library
 from fastcache_kernels.launch import KernelError

@@ -14,7 +14,7 @@ from torch import Tensor
 from eager_engines import BRANCHES, IMAGES, conditioning, generators, plain_run, small_cuts, small_lane, start
 from fastcache import CachePlan, Forecast, compile_sampler
 from fastcache.loop.features import check_reuse, extrapolate, moves
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

@@ -19,8 +19,8 @@ from fastcache import CachePlan, Forecast, SamplerTable, compile_sampler
 from fastcache.bundle.manifest import PassEntry
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.lane import Lane
-from fastcache.loop.scheduler import make_scheduler
 from fastcache.loop.steps import PlainRun, Step
+from fastcache.sampler.scheduler import make_scheduler
 from fastcache_engines import TensorSpec
 
 # numpy's word to diffusers, not to us

@@ -20,7 +20,7 @@ from fastcache.compile.describe import defaults_of
 from fastcache.compile.models import find_model
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler, own_sampler
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler, own_sampler
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore:no table for this scheduler")

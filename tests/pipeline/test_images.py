@@ -25,8 +25,8 @@ from build_store import BuildStore
 from fastcache import FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.pipeline.images import of_bytes, read_image
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 from tiny_model import save_tiny_model
 
 # numpy's word to diffusers, not to us

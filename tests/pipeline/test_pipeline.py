@@ -22,7 +22,7 @@ from build_store import BuildStore
 from fastcache import BundleError, CachePlan, FastCachePipeline
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")

@@ -17,7 +17,7 @@ from build_store import BuildStore
 from fastcache import FastCachePipeline
 from fastcache.cli import main
 from fastcache.evaluate.quality import psnr_db
-from fastcache.loop.scheduler import make_scheduler
+from fastcache.sampler.scheduler import make_scheduler
 from tiny_model import save_tiny_sdxl
 
 pytestmark = [

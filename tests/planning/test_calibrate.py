@@ -15,12 +15,12 @@ import fastcache
 from fastcache.analysis.subject import find_subject
 from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import find_model
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import compile_sampler
 from fastcache.planning.calibrate import GAIN_LAG, MeasuredBatch, calibrate, calibrate_bundle, passes_of
 from fastcache.planning.calibration import Calibration, Conditions
 from fastcache.planning.eager import EagerDenoiser
 from fastcache.planning.trajectory import draw_noise
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import compile_sampler
 from small_unets import small_unet
 from tiny_model import save_tiny_sdxl
 

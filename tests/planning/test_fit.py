@@ -16,8 +16,6 @@ from torch import Tensor
 from fastcache import Bundle, CachePlan
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid, begun_at, default_rows, fitted_table
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.calibrate import calibrate_bundle
 from fastcache.planning.climb import Stops, climb, cost_of, families
@@ -25,6 +23,8 @@ from fastcache.planning.fit import fit_rows, ridge_fit
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan, rivals
 from fastcache.planning.ways import StepTimes
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SAMPLERS = ("ddim", "dpm++_2m", "dpm++_2m_karras", "euler", "unipc", "heun", "lms")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid, default_rows, fitted_table
-from fastcache.loop.scheduler import make_scheduler
-from fastcache.loop.table import SamplerTable, compile_sampler
 from fastcache.planning.skipping import FORETOLD, skipping_rows
+from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import SamplerTable, compile_sampler
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
 POINTS = (0, 1, 3, 6, 7, 11)

@@ -12,7 +12,7 @@ import torch
 from fastcache.loop.drivers import Guidance, Turn
 from fastcache.loop.lane import WRITTEN, Lane, Rows
 from fastcache.loop.noise import Generators, draw
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 from fastcache_kernels.cpu_step import CpuSteps, Library, StepRows
 
 

@@ -23,7 +23,7 @@ from fastcache.loop.noise import Generators, draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
 from fastcache.loop.steps import Run, Sampler, Scales, Step
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 from fastcache_engines import Binding, backends_with
 from fastcache_engines.capturing import capture_lock
 from fastcache_kernels.guidance import GuidanceStep

@@ -13,7 +13,7 @@ from fastcache.loop.drivers import Call, Guidance, Turn
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.loop.table import SamplerTable
+from fastcache.sampler.table import SamplerTable
 from fastcache_kernels import reference as kernels
 
 _vector_norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]

@@ -16,9 +16,9 @@ from PIL import Image as Pillow
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import SAMPLERS
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.request import MAX_SEED, Request
+from fastcache.sampler.scheduler import SAMPLERS
 
 
 def _known(name: str) -> str:

@@ -24,12 +24,12 @@ from fastcache.loop.noise import draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, foretold
 from fastcache.loop.streams import load_streams
-from fastcache.loop.table import SamplerTable
 from fastcache.pipeline.arguments import Terms, terms_of
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, unet_inputs
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import Steps
+from fastcache.sampler.table import SamplerTable
 
 
 class DeviceBroken(RuntimeError):

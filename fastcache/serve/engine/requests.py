@@ -17,9 +17,9 @@ from typing import Any, cast
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
-from fastcache.loop.scheduler import SAMPLERS, own_sampler
 from fastcache.pipeline.arguments import Terms, plan_for, terms_of
 from fastcache.pipeline.request import Request
+from fastcache.sampler.scheduler import SAMPLERS, own_sampler
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing, Executor
 from fastcache.serve.engine.scheduler import Job

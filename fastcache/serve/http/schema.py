@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from fastcache.loop.scheduler import SAMPLERS
+from fastcache.sampler.scheduler import SAMPLERS
 
 JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 

@@ -21,11 +21,11 @@ from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import Forecast
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
 from fastcache.loop.streams import Streams
-from fastcache.loop.table import compile_sampler
 from fastcache.pipeline.arguments import plan_for, terms_of
 from fastcache.pipeline.request import Request
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
+from fastcache.sampler.table import compile_sampler
 from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
 from tiny_model import save_tiny_sdxl

@@ -23,7 +23,7 @@ import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.plan import Forecast
-from fastcache.loop.scheduler import SAMPLERS
+from fastcache.sampler.scheduler import SAMPLERS
 from fastcache.serve.http.limits import Limits
 from serve.malformed import malformed_bodies, malformed_requests
 from serve.serving import GENERATE, Running, running, schemathesis_command

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastcache.loop.recursion import MAX_WINDOW, Update, floats, own_update, shortest_update
-from fastcache.loop.scheduler import Scheduler
+from fastcache.sampler.recursion import MAX_WINDOW, Update, floats, own_update, shortest_update
+from fastcache.sampler.scheduler import Scheduler
 from fastcache_kernels.values import StepTables, step_tables
 
 # A linear scheduler keeps to its table to 1e-14; clipping moves a sample by a good part of itself.

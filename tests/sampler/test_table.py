@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastcache.loop.recursion import MAX_WINDOW, Update
-from fastcache.loop.scheduler import SAMPLERS, make_scheduler
-from fastcache.loop.table import NonlinearSamplerError, SamplerTable, compile_sampler, noise_levels
+from fastcache.sampler.recursion import MAX_WINDOW, Update
+from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
+from fastcache.sampler.table import NonlinearSamplerError, SamplerTable, compile_sampler, noise_levels
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
