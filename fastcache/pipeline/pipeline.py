@@ -34,6 +34,7 @@ from fastcache.pipeline.provenance import record
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps, make_schedule
 from fastcache.pipeline.signature import arguments_of
+from fastcache.pipeline.tokenizer import Tokenizer
 from fastcache.sampler.scheduler import Scheduler, make_scheduler
 from fastcache.sampler.table import SamplerTable
 from fastcache_engines import Engine
@@ -107,7 +108,7 @@ class FastCachePipeline:
         return _load_again, (str(self.bundle.path.resolve()), self._options | {"trusted": trusted})
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The first text encoder's."""
         return next(iter(self.prompts.tokenizers.values()))
 

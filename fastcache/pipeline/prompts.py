@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from fastcache.bundle.manifest import ModelInfo, Role
 from fastcache.bundle.recipe import Size
 from fastcache.loop.runtime import Runtime
 from fastcache.pipeline.request import Sizes, Texts
+from fastcache.pipeline.tokenizer import Tokenizer
 
 _TOKENIZERS: dict[Role, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -64,14 +64,9 @@ class Prompts:
         return roles
 
     @cached_property
-    def tokenizers(self) -> dict[Role, Any]:
-        from transformers import CLIPTokenizer
-
+    def tokenizers(self) -> dict[Role, Tokenizer]:
         with self._bundle.reading():
-            return {
-                role: CLIPTokenizer.from_pretrained(self._bundle.file(_TOKENIZERS[role]), local_files_only=True)
-                for role in self.roles
-            }
+            return {role: Tokenizer(self._bundle.file(_TOKENIZERS[role])) for role in self.roles}
 
     def condition(
         self, positive: Prompt, negative: Prompt, *, count: int, guided: bool, clip_skip: int | None = None
@@ -143,12 +138,13 @@ class Prompts:
 
     def _encode(self, role: Role, texts: list[str]) -> dict[str, Tensor]:
         tokenizer, most = self.tokenizers[role], self._bundle.manifest.profiles["batch"].max
-        length = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for text in texts:
-            if len(tokenizer(text).input_ids) > length:
+        tokens = tokenizer(texts)
+        for text, is_cut in zip(texts, tokens.is_cut, strict=True):
+            if is_cut:
+                length = tokenizer.model_max_length
                 warnings.warn(f"only the first {length} tokens of the prompt count: {text!r}", stacklevel=6)
-        found = [self._runtime.once(role, {"input_ids": ids}) for ids in tokens.input_ids.split(most)]
+        ids = torch.tensor(tokens.ids, dtype=torch.int64, device="cpu")
+        found = [self._runtime.once(role, {"input_ids": part}) for part in ids.split(most)]
         return {name: torch.cat([some[name] for some in found]) for name in found[0]}
 
 

@@ -5,11 +5,9 @@ Knows the API's fields and what a bundle can do; runs nothing.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -38,8 +36,6 @@ class Served:
 
     def __init__(self, number: int, executor: Executor) -> None:
         self.number, self.executor, self.since = number, executor, int(time.time())
-        # One of its own: the worker's pads and truncates, which a tokenizer keeps as its state.
-        self._tokenizer, self._lock = copy.deepcopy(executor.pipe.tokenizer), threading.Lock()
 
     @property
     def manifest(self) -> Manifest:
@@ -80,8 +76,7 @@ class Served:
 
     def tokens_of(self, text: str) -> int:
         """How long a text is for the model, its marks of start and end included."""
-        with self._lock:
-            return len(self._tokenizer(text).input_ids)
+        return len(self.executor.pipe.tokenizer.ids(text))
 
 
 def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
