@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastcache.bundle.signing import SIGNATURE, Sign, is_signature, require_sign
 from fastcache.errors import BundleError
 from fastcache.expect import first_problem, path_text
 from fastcache.files import sha256_of, sync, write_whole
+from fastcache.sampler.stored import TABLES, Samplers
 
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
@@ -72,6 +74,12 @@ class Bundle:
                 f"expected the files of {self.path} as they were when it was opened, got another {name}; "
                 "the bundle was replaced meanwhile: load it again"
             )
+
+    @cached_property
+    def samplers(self) -> Samplers:
+        """The model's samplers, with the tables that were made of them when it was built."""
+        has_tables = any(entry.name == TABLES for entry in self.manifest.files)
+        return Samplers(self.manifest.model.scheduler, self.file(TABLES) if has_tables else None, self.reading)
 
     def file(self, name: str) -> Path:
         return self.path / name

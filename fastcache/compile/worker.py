@@ -29,6 +29,8 @@ from fastcache.compile.models import state_bytes
 from fastcache.compile.workshop import Workshop
 from fastcache.errors import BackendUnavailable, BuildError, BundleError
 from fastcache.expect import first_line
+from fastcache.files import write_whole
+from fastcache.sampler.stored import TABLES, tables_file
 
 _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own needs
 
@@ -54,6 +56,8 @@ def build(job: Job, folder: Path, say: Progress) -> None:
         workshop.make_text_encoders()
     if "vae" in wanted:
         workshop.make_vae()
+    say("making the samplers' tables")
+    write_whole(folder / TABLES, tables_file(info.scheduler, info.defaults.num_inference_steps))
     say("sealing the bundle")
     fields = _manifest_fields(job, num_branches, workshop)
     seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})

@@ -21,7 +21,8 @@ from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.request import Request, Sizes
 from fastcache.pipeline.schedule import WHOLE, Span, Steps, steps_for
-from fastcache.sampler.scheduler import Scheduler, make_scheduler, own_sampler, same_sampler
+from fastcache.sampler.scheduler import Scheduler, same_sampler
+from fastcache.sampler.stored import Samplers
 
 # What diffusers' pipelines do without a strength: image to image, and under a mask.
 _STRENGTHS = {"sd": (0.8, 1.0), "sdxl": (0.3, 0.9999)}
@@ -46,11 +47,18 @@ class Terms:
         return self.sampler if isinstance(self.sampler, str) else type(self.sampler).__name__
 
 
-def terms_of(request: Request, manifest: Manifest, *, span: Span | None = None, guided: bool | None = None) -> Terms:
+def terms_of(
+    request: Request,
+    manifest: Manifest,
+    *,
+    samplers: Samplers | None = None,
+    span: Span | None = None,
+    guided: bool | None = None,
+) -> Terms:
     """What a request means for a bundle, its model's own ways filled in where nobody said.
 
     A plan's sampler and steps stand for the request's where that names none; `span` and `guided` for what the request's
-    pictures and guidance say.
+    pictures and guidance say. `samplers` are the bundle's, which need no library for what they were built with.
 
     Raises: `ValueError` for what this bundle or its model cannot do.
     """
@@ -68,11 +76,12 @@ def terms_of(request: Request, manifest: Manifest, *, span: Span | None = None, 
         guided = guidance > 1 and not info.unconditional and (not info.edits or of_image >= 1)
     shown = request.picture if request.image is None else request.image
     span = span or span_of(request, info)
-    sampler = _sampler(request, manifest)
+    samplers = samplers or Samplers(info.scheduler)
+    sampler = _sampler(request, samplers)
     return Terms(
         size=size_of(manifest, request.height, request.width, shown, request.mask_image),
         sampler=sampler,
-        steps=_steps(request, manifest, sampler, span),
+        steps=_steps(request, manifest, sampler, samplers, span),
         span=span,
         guided=guided,
         guidance_scale=guidance,
@@ -80,15 +89,15 @@ def terms_of(request: Request, manifest: Manifest, *, span: Span | None = None, 
     )
 
 
-def _sampler(request: Request, manifest: Manifest) -> str | Scheduler:
+def _sampler(request: Request, samplers: Samplers) -> str | Scheduler:
     if request.sampler is not None:
         return request.sampler
     if request.plan is not None and request.plan.sampler is not None:
         return request.plan.sampler
-    return own_sampler(manifest.model.scheduler)
+    return samplers.own
 
 
-def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span: Span) -> Steps:
+def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, samplers: Samplers, span: Span) -> Steps:
     places = request.timesteps or request.sigmas
     if request.plan is not None and request.plan.fit is not None:
         return _steps_of_fit(request, request.plan, request.plan.fit)
@@ -97,8 +106,9 @@ def _steps(request: Request, manifest: Manifest, sampler: str | Scheduler, span:
         given = {name: tuple(values) for name, values in named.items() if values is not None}
         return Steps(len(places), timesteps=given.get("timesteps"), sigmas=given.get("sigmas"))
     if request.num_inference_steps is None and request.plan is not None and span == WHOLE:
-        scheduler = make_scheduler(sampler, manifest.model.scheduler) if isinstance(sampler, str) else sampler
-        found = steps_for(scheduler, request.plan.num_steps)
+        calls = request.plan.num_steps
+        found = samplers.steps_for(sampler, calls) if isinstance(sampler, str) else None
+        found = found or steps_for(samplers.make(sampler) if isinstance(sampler, str) else sampler, calls)
         if found is None:
             raise expected(
                 "a plan for as many U-Net calls as its sampler makes", request.plan.num_steps, "give another plan"

@@ -32,10 +32,10 @@ from fastcache.pipeline.images import Pictures, Start
 from fastcache.pipeline.prompts import Embeds, Prompt, Prompts, unet_inputs
 from fastcache.pipeline.provenance import record
 from fastcache.pipeline.request import Request
-from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps, make_schedule
+from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps, make_schedule, named_schedule
 from fastcache.pipeline.signature import arguments_of
 from fastcache.pipeline.tokenizer import Tokenizer
-from fastcache.sampler.scheduler import Scheduler, make_scheduler
+from fastcache.sampler.scheduler import Scheduler
 from fastcache.sampler.table import SamplerTable
 from fastcache_engines import Engine
 
@@ -161,7 +161,7 @@ class FastCachePipeline:
     def terms(self, request: Request) -> Terms:
         """What a request means for the bundle. Raises: as `__call__`."""
         self.controls.check(request)
-        return terms_of(request, self.bundle.manifest)
+        return terms_of(request, self.bundle.manifest, samplers=self.bundle.samplers)
 
     def begin(self, request: Request, terms: Terms | None = None, *, whole: bool = False) -> Run:
         """Everything up to the first step, which the run returned then takes.
@@ -227,7 +227,7 @@ class FastCachePipeline:
         first two thirds unconditional. A U-Net that takes no more than latents has none; then there are as many images
         as latents, or else generators.
         """
-        terms = terms_of(request, self.bundle.manifest, span=WHOLE, guided=guided)
+        terms = terms_of(request, self.bundle.manifest, samplers=self.bundle.samplers, span=WHOLE, guided=guided)
         images = images_of(self.bundle.manifest.model, inputs, request, guided)
         with _own_tensors():
             generator = request.generators(images)
@@ -294,15 +294,14 @@ class FastCachePipeline:
             found = self._schedule(sampler, steps, eta, span)
             if isinstance(found.sampler, SamplerTable) and (found.takes_new_latents or not takes_new_latents):
                 return found
-            own = make_scheduler(sampler, self.bundle.manifest.model.scheduler)
-            return make_schedule(own, steps, eta, span, generator, own=True)
+            return make_schedule(self.bundle.samplers.make(sampler), steps, eta, span, generator, own=True)
         found = make_schedule(sampler, steps, eta, span, generator)
         if takes_new_latents and not found.takes_new_latents:
             return make_schedule(sampler, steps, eta, span, generator, own=True)
         return found
 
     def _make_schedule(self, name: str, steps: Steps, eta: float, span: Span) -> Schedule:
-        return make_schedule(make_scheduler(name, self.bundle.manifest.model.scheduler), steps, eta, span)
+        return named_schedule(self.bundle.samplers, name, steps, eta, span)
 
 
 def _load_again(path: str, options: dict[str, Any]) -> FastCachePipeline:

@@ -7,9 +7,8 @@ inpainting comes back to. Knows schedulers; knows nothing about images, engines 
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,8 @@ from fastcache.loop.fitted import begun_at, fitted_table
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.scheduled import ScheduledSampler
-from fastcache.sampler.scheduler import Scheduler
+from fastcache.sampler.scheduler import SAMPLERS, Scheduler, step_arguments
+from fastcache.sampler.stored import Samplers
 from fastcache.sampler.table import NonlinearSamplerError, SamplerTable, compile_sampler, prepare
 
 
@@ -94,10 +94,10 @@ def steps_for(scheduler: Scheduler, num_calls: int) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The calls to make, and the scheduler they are of, its timesteps set."""
+    """The calls to make; `prepared` gives the scheduler they are of, its timesteps set."""
 
     sampler: SamplerTable | ScheduledSampler
-    scheduler: Any
+    prepared: Callable[[], Any]
 
     @property
     def takes_new_latents(self) -> bool:
@@ -112,7 +112,7 @@ class Schedule:
 
         Raises: `ValueError` for a scheduler that cannot put an image under noise.
         """
-        scheduler, rows = copy.deepcopy(self.scheduler), list[list[float]]()
+        scheduler, rows = copy.deepcopy(self.prepared()), list[list[float]]()
         if not hasattr(scheduler, "add_noise"):
             raise ValueError(
                 f"expected a scheduler with add_noise to begin with an image, got {type(scheduler).__name__}; "
@@ -135,24 +135,48 @@ def make_schedule(
     Raises: `ValueError` for steps that the scheduler cannot make, or a span without any.
     """
     begun = steps.prepare(scheduler)
+
+    def prepared() -> Any:
+        return begun
+
     num_steps = len(begun.timesteps) if steps.places else steps.count  # as `retrieve_timesteps` of diffusers counts
     begin, end = (0, None) if span == WHOLE else span.of(begun, num_steps)
     if steps.fitted is not None:
-        return Schedule(_fitted(scheduler, steps.fitted, steps.count, eta, begin, span), begun)
+        kind = str(scheduler.config.get("prediction_type", "epsilon"))
+        reference = compile_sampler(scheduler, steps.count)
+        return Schedule(_fitted(reference, kind, steps.fitted, eta, begin, span), prepared)
     if begin and hasattr(begun, "set_begin_index"):
         begun.set_begin_index(begin)
     if not own:
         extra = step_arguments(scheduler, eta)
         try:
             table = compile_sampler(scheduler, steps.count, begin_index=begin, places=steps.places, **extra)
-            return Schedule(_first(table, end, begin), begun)
+            return Schedule(_first(table, end, begin), prepared)
         except NonlinearSamplerError as error:
             warnings.warn(f"no table for this scheduler, so its own step runs: {error}", stacklevel=5)
     one = list(generator) if isinstance(generator, Sequence) else generator
-    return Schedule(ScheduledSampler(begun, step_arguments(begun, eta, one), begin, end), copy.deepcopy(begun))
+    own_begun = copy.deepcopy(begun)
+    return Schedule(ScheduledSampler(begun, step_arguments(begun, eta, one), begin, end), lambda: own_begun)
 
 
-def _fitted(scheduler: Scheduler, plan: CachePlan, count: int, eta: float, begin: int, span: Span) -> SamplerTable:
+def named_schedule(samplers: Samplers, name: str, steps: Steps, eta: float, span: Span) -> Schedule:
+    """As `make_schedule` of a sampler by its name; a whole run out of the bundle's tables where they have it.
+
+    Raises: as `make_schedule`; `ValueError` for a name that stands for no sampler.
+    """
+    is_whole = span == WHOLE and not eta and not steps.places
+    # What a fit's reference is where eta is not said, a class without a name of ours decides.
+    table = samplers.table(name, steps.count) if is_whole and (steps.fitted is None or name in SAMPLERS) else None
+    if table is None:
+        return make_schedule(samplers.make(name), steps, eta, span)
+    if steps.fitted is not None:
+        table = _fitted(table, samplers.prediction_type, steps.fitted, eta, 0, span)
+    return Schedule(table, lambda: steps.prepare(samplers.make(name)))
+
+
+def _fitted(
+    reference: SamplerTable, prediction_type: str, plan: CachePlan, eta: float, begin: int, span: Span
+) -> SamplerTable:
     """The table of a fitted plan's run, from its first FULL point at or after a call of the reference on.
 
     Raises: `ValueError` for noise at each step or an early end, which no row was fitted for.
@@ -160,8 +184,7 @@ def _fitted(scheduler: Scheduler, plan: CachePlan, count: int, eta: float, begin
     if eta or span.denoising_end is not None:
         what = "eta 0" if eta else "no denoising_end"
         raise ValueError(f"expected {what} with a fitted plan, whose rows are for a whole run without noise")
-    reference = compile_sampler(scheduler, count)
-    begun = begun_at(plan, reference, str(scheduler.config.get("prediction_type", "epsilon")), begin)
+    begun = begun_at(plan, reference, prediction_type, begin)
     if begun.fit is None or (begin == 0 and begun.fit.points[0] != 0):
         raise ValueError("expected a fitted plan that begins at the reference's first call, got one that does not")
     return fitted_table(reference, begun.fit)
@@ -183,10 +206,3 @@ def _first(table: SamplerTable, end: int | None, begin: int) -> SamplerTable:
         stepwise=table.stepwise[:calls],
         sigmas=None if table.sigmas is None else table.sigmas[:calls],
     )
-
-
-def step_arguments(scheduler: Any, eta: float, generator: Any = None) -> dict[str, Any]:
-    """What of eta and generator this scheduler's `step` takes; eta also where it is 0, which is not TCD's own."""
-    accepted = inspect.signature(scheduler.step).parameters
-    arguments = {"eta": eta, "generator": generator}
-    return {name: value for name, value in arguments.items() if name in accepted and value is not None}

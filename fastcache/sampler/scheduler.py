@@ -113,3 +113,10 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
 def same_sampler(name: str, other: str) -> bool:
     """Whether two names stand for the same sampler, as `pndm` and `plms` do."""
     return name == other or (name in SAMPLERS and SAMPLERS[name] is SAMPLERS.get(other))
+
+
+def step_arguments(scheduler: Any, eta: float, generator: Any = None) -> dict[str, Any]:
+    """What of eta and generator this scheduler's `step` takes; eta also where it is 0, which is not TCD's own."""
+    accepted = inspect.signature(scheduler.step).parameters
+    arguments = {"eta": eta, "generator": generator}
+    return {name: value for name, value in arguments.items() if name in accepted and value is not None}

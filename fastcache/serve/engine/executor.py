@@ -24,7 +24,7 @@ from fastcache.loop.noise import draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, foretold
 from fastcache.loop.streams import load_streams
-from fastcache.pipeline.arguments import Terms, terms_of
+from fastcache.pipeline.arguments import Terms
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, unet_inputs
 from fastcache.pipeline.request import Request
@@ -150,7 +150,7 @@ class Executor:
             loading.result()
         plan = CachePlan.all_full(table.num_calls)
         request = Request("", guidance_scale=2.0)
-        self.fill(0, Drawing(request, terms_of(request, manifest), 0, table, plan), 0)
+        self.fill(0, Drawing(request, self.pipe.terms(request), 0, table, plan), 0)
         for name in manifest.passes:
             for guided in (True, False):
                 self.run([(0, 0)], name=name, guided=guided)
@@ -159,7 +159,7 @@ class Executor:
 
     def _usual_table(self) -> SamplerTable:
         """That of a request which names no sampler, or else one of any."""
-        terms = terms_of(Request(""), self.pipe.bundle.manifest)
+        terms = self.pipe.terms(Request(""))
         try:
             return self.table(terms.sampler_name, terms.steps.count)
         except ValueError:  # the model's own runs its own step, so that requests must name another

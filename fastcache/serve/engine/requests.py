@@ -17,7 +17,7 @@ from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.arguments import Terms, plan_for, terms_of
 from fastcache.pipeline.request import Request
-from fastcache.sampler.scheduler import SAMPLERS, own_sampler
+from fastcache.sampler.scheduler import SAMPLERS
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing, Executor
 from fastcache.serve.engine.scheduler import Job
@@ -55,7 +55,7 @@ class Served:
         """What clients are told of it."""
         model = self.manifest.model
         usual = Usual(
-            sampler=own_sampler(model.scheduler),
+            sampler=self.executor.pipe.bundle.samplers.own,
             num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
             guidance_scale=model.defaults.guidance_scale,
         )
@@ -184,7 +184,7 @@ def _request(asked: ImageRequest, served: Served, seed: int) -> tuple[Request, T
             plan=plan,
             seed=seed,
         )
-        return request, terms_of(request, served.manifest)
+        return request, terms_of(request, served.manifest, samplers=served.executor.pipe.bundle.samplers)
     except ValueError as error:
         raise _bad("prompt" if plan is None else "plan", str(error)) from None
 
