@@ -44,5 +44,5 @@ $(STAMP): pyproject.toml constraints.txt
 
 # build/ may hold trained weights: only what this Makefile, .ci/run and the tests made goes.
 clean:
-	rm -rf .venv build/ci-venv build/test-store demo-output dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build/ci-venv build/test-store build/test-caches demo-output dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find fastcache kernels engines tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
+# What a process keeps for the next is not the user's here; engines are kept by their bundles' hashes.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / "build" / "test-caches")
 # Threads that outnumber the cores wait for each other at every barrier, spinning: 50 times slower.
 os.environ.setdefault(
     "OMP_NUM_THREADS",

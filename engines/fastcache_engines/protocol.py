@@ -128,6 +128,8 @@ class LoadOptions:
     `threads` 0 means as many as torch uses; `workspace` is shared by its user's engines. On the devices that a backend
     calls concurrent, up to `streams` calls from several threads run at once, which share `threads`. `inputs` and
     `outputs` are what the caller knows of the file's tensors, with the names of free sizes; else the file is asked.
+    `identity` is a name that no other content of the file has, from a caller that has checked it: what a backend
+    compiles as it loads, it may keep under that name for other processes; without one it keeps nothing.
     """
 
     device: str = "cpu"
@@ -137,6 +139,7 @@ class LoadOptions:
     streams: int = 1
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    identity: str = ""
 
 
 class Binding(Protocol):

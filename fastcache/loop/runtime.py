@@ -128,7 +128,13 @@ class Runtime:
     def _load(self, role: Role) -> Engine:
         path, entry = self.bundle.engine_path(role), self.manifest.engines[role]
         options = LoadOptions(
-            self.device, entry.dtype, self._threads, self._workspace, inputs=entry.inputs, outputs=entry.outputs
+            self.device,
+            entry.dtype,
+            self._threads,
+            self._workspace,
+            inputs=entry.inputs,
+            outputs=entry.outputs,
+            identity=f"{self.manifest.bundle_sha256}/{role}",
         )
         with self.bundle.reading():
             try:

@@ -47,7 +47,13 @@ def load_streams(bundle: Bundle, threads: int = 0) -> Streams | None:
     def load(role: Role) -> Engine:
         entry = manifest.engines[role]
         options = LoadOptions(
-            manifest.device_type, entry.dtype, threads, streams=threads, inputs=entry.inputs, outputs=entry.outputs
+            manifest.device_type,
+            entry.dtype,
+            threads,
+            streams=threads,
+            inputs=entry.inputs,
+            outputs=entry.outputs,
+            identity=f"{manifest.bundle_sha256}/{role}",
         )
         with bundle.reading():
             return backend.load(bundle.engine_path(role), options)
