@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -28,7 +28,9 @@ from fastcache.bundle.signing import SIGNATURE, Sign, is_signature, require_sign
 from fastcache.errors import BundleError
 from fastcache.expect import first_problem, path_text
 from fastcache.files import sha256_of, sync, write_whole
-from fastcache.sampler.stored import TABLES, Samplers
+
+if TYPE_CHECKING:
+    from fastcache.sampler.stored import Samplers
 
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
@@ -78,6 +80,8 @@ class Bundle:
     @cached_property
     def samplers(self) -> Samplers:
         """The model's samplers, with the tables that were made of them when it was built."""
+        from fastcache.sampler.stored import TABLES, Samplers  # torch: who looks at a bundle needs none
+
         has_tables = any(entry.name == TABLES for entry in self.manifest.files)
         return Samplers(self.manifest.model.scheduler, self.file(TABLES) if has_tables else None, self.reading)
 
