@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import typer
 
+from build_store import BuildStore
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PACKAGES = (
@@ -39,6 +41,7 @@ HEAVY = (
     "transformers",
     "triton",
 )
+BUILDING = ("diffusers", "transformers", "torch._dynamo", "scipy", "onnxscript", "fastcache.compile")
 PUBLIC = (
     "BackendUnavailable",
     "BuildError",
@@ -125,6 +128,36 @@ def test_public_name_resolves(name: str):
     import fastcache
 
     assert callable(getattr(fastcache, name))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_drawing_imports_neither_diffusers_nor_transformers(
+    backend: str, builds: BuildStore, tiny_model: Path, tmp_path: Path
+):
+    """A usual picture: they take seconds to import. What is not kept in the bundle may need them."""
+    pytest.importorskip(backend, reason=f"needs {backend}")
+    bundle = builds.bundle(tiny_model, backend=backend)
+    script = (
+        "import sys\n"
+        "from fastcache.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    assert 'torch' in sys.modules\n"
+        f"    found = [name for name in {BUILDING!r} if name in sys.modules]\n"
+        "    print(*found)\n"
+    )
+    arguments = ["generate", "--engines", str(bundle.path), "--prompt", "a cat", "--steps", "4"]
+    output = tmp_path / "cat.png"
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--cache-interval", "2", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert output.is_file()
+    assert result.stdout.split() == [str(output)]
 
 
 @pytest.fixture(scope="module")
