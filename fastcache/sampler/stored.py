@@ -23,7 +23,7 @@ from fastcache.sampler.scheduler import SAMPLERS, Scheduler, make_scheduler, own
 from fastcache.sampler.table import SamplerTable, compile_sampler
 
 TABLES: Final = "samplers.safetensors"
-USUAL_STEPS: Final = (4, 8, 10, 20, 25, 30, 50)
+USUAL_STEPS: Final = (4, 8, 20, 25, 30)  # 50 is most models' own
 _SLOW: Final = "lms"  # its weights are integrals: 4 s for a table of 50 steps, where the others take 0.1 s
 
 

@@ -144,7 +144,7 @@ class Executor:
         manifest = self.pipe.bundle.manifest
         table = self._usual_table()
         with ThreadPoolExecutor(1) as beside:
-            # Native code works, while Python spends 4 s on importing the tokenizer's and the sampler's packages.
+            # Native code works, while Python encodes the text.
             loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
             self._embeds("")
             loading.result()
