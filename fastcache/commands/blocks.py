@@ -20,11 +20,11 @@ def scheduled_blocks(engines: Path, flags: Mapping[str, Any]) -> tuple[CachePlan
     """
     from fastcache.bundle.bundle import open_bundle
     from fastcache.evaluate.judges import calibration_prompts
-    from fastcache.loop.scheduler import make_scheduler
-    from fastcache.loop.table import compile_sampler
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.planning.blocks import block_plan, measured_changes, share_reused, with_scale_shift
     from fastcache.planning.walks import Walks
+    from fastcache.sampler.scheduler import make_scheduler
+    from fastcache.sampler.table import compile_sampler
 
     with progress() as say:
         pipe = FastCachePipeline(open_bundle(engines))
