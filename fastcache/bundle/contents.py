@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
 
 from fastcache.bundle.manifest import Manifest
+from fastcache.bundle.patterns import chain_pass
 from fastcache_engines import TensorSpec
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "int64", "int32", "bool"})
@@ -29,6 +30,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     if len(set(names)) < len(names):
         yield "expected each file once, got one twice"
     yield from _wrong_passes(manifest)
+    yield from _wrong_chain(manifest)
     yield from _wrong_sizes(manifest)
     for role, engine in manifest.engines.items():
         if engine.file not in names:
@@ -70,6 +72,23 @@ def _wrong_engines_of_passes(manifest: Manifest) -> Iterator[str]:
         unknown = {*one.takes, *one.stores} - features
         if unknown or (name == "full" and one.takes):
             yield f"expected the pass {name} to take and store what full stores, got {', '.join(unknown or one.takes)}"
+
+
+def _wrong_chain(manifest: Manifest) -> Iterator[str]:
+    """A chain runs in full what the full pass runs, and gives the residual of each block."""
+    if not (manifest.chain or manifest.blocks):
+        return
+    known = [role for role in manifest.chain if role in manifest.engines]
+    if (
+        len(known) < len(manifest.chain)
+        or chain_pass(manifest.engines, known, ()) != manifest.named_passes["full"].engines
+    ):
+        yield "expected a chain of the engines that the full pass runs, got another"
+    given = {spec.name: spec.shape for role in known for spec in manifest.engines[role].outputs}
+    residuals = [block.residual for block in manifest.blocks]
+    channels = [given.get(name, (0, 0))[1] for name in residuals]
+    if len({*residuals}) < len(residuals) or channels != [block.channels for block in manifest.blocks]:
+        yield f"expected a chain that gives the residuals of its {len(residuals)} blocks, got one without"
 
 
 def _wrong_sizes(manifest: Manifest) -> Iterator[str]:

@@ -41,6 +41,11 @@ def pattern_pass(runs: Sequence[bool]) -> str:
     return FULL if all(runs) else "blocks-" + "".join("1" if one else "0" for one in runs)
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a pass is a pattern of blocks, all of which goes down the whole U-Net."""
+    return _PATTERN.fullmatch(name) is not None
+
+
 def pattern_of(name: str, blocks: int) -> tuple[bool, ...] | None:
     """Which of a U-Net's blocks a pass runs, by its name; None of a pass that is no pattern of so many blocks."""
     if name == FULL:

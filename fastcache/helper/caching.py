@@ -13,7 +13,7 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
 from fastcache.cut.controlnet import shallow_controlnet
-from fastcache.cut.names import FULL, branch_of, shallow_pass
+from fastcache.cut.names import FULL, branch_of, is_pattern, shallow_pass
 from fastcache.helper.arguments import Arguments, Kept, bind, conditional_half, output_class
 from fastcache.helper.network import NetworkWatch
 from fastcache.helper.passes import PassRunner, UNetCall
@@ -28,6 +28,7 @@ class Pacing:
     def __init__(self, interval: int, branch_id: int, plan: CachePlan | None = None) -> None:
         self._interval, self._shallow, self._plan = interval, shallow_pass(branch_id), plan
         self.forecast: Forecast | None = plan.forecast if plan else None
+        self.scale_shift = plan.scale_shift if plan else None
         self.unguided_steps = plan.unguided_steps if plan else ()
         self.fitted = plan if plan is not None and plan.fit is not None else None
 
@@ -158,7 +159,7 @@ class ControlCaching:
             self._network = NetworkWatch(self._net)
         self._kept = kept
         name = self._caching.pass_ahead(arguments)
-        branch = branch_of(name)
+        branch = None if is_pattern(name) else branch_of(name)
         if branch is None:
             self._parts.clear()  # a LoRA may take the place of what they are made of
             return type(self._net).forward(self._net, *args, **kwargs)

@@ -17,6 +17,8 @@ from fastcache.helper.arguments import Arguments
 from fastcache.helper.features import Features
 from fastcache.helper.network import NetworkWatch, fingerprint
 from fastcache.helper.passes import UNetCall
+from fastcache.loop.adjustment import ScaleShift
+from fastcache.loop.features import check_channels
 from fastcache.loop.lane import Lane, outer_inputs
 from fastcache.loop.plan import Forecast
 from fastcache.loop.runtime import Runtime
@@ -32,7 +34,14 @@ class EnginePasses:
     Raises: `ValueError` for a pass that the bundle lacks, or engines that do not compute what the U-Net does.
     """
 
-    def __init__(self, unet: nn.Module, names: Iterable[str], bundle: Bundle, forecast: Forecast | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        names: Iterable[str],
+        bundle: Bundle,
+        forecast: Forecast | None = None,
+        scale_shift: ScaleShift | None = None,
+    ) -> None:
         self._unet, self._runtime, self._manifest = unet, Runtime(bundle), bundle.manifest
         self._passes, self._engines = self._manifest.passes, self._runtime.pass_engines
         if missing := [name for name in names if name not in self._passes]:
@@ -42,6 +51,9 @@ class EnginePasses:
             )
         outer = outer_inputs(self._engines, self._passes)
         self._inputs = {name: spec for name, spec in outer.items() if name != ADJUSTMENT}
+        self._adjustments = None if scale_shift is None else torch.from_numpy(scale_shift.table.copy())
+        if scale_shift is not None:
+            check_channels(scale_shift, sum(block.channels for block in self._manifest.blocks))
         self._features, self._keeps = Features(forecast), forecast is not None
         # One batch for guided steps, one for others, and some to spare for a pipeline that changes its size.
         self._lane = lru_cache(maxsize=4)(self._make_lane)
@@ -77,6 +89,8 @@ class EnginePasses:
             feature = self._features.at(taken, call.step, call.halved, call.sigmas, out=tensors[taken])
             if feature.data_ptr() != tensors[taken].data_ptr():
                 tensors[taken].copy_(feature)
+        if self._adjustments is not None:
+            tensors[ADJUSTMENT].copy_(self._adjustments[call.step])
         lane.call(name)()
         made = {stored: tensors[stored] for stored in self._passes[name].stores}
         if self._keeps:

@@ -16,7 +16,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from fastcache.bundle.bundle import Bundle, open_bundle
+from fastcache.cut.names import is_pattern
 from fastcache.expect import at_least, expected
+from fastcache.helper.blocks import EagerBlocks
 from fastcache.helper.caching import Caching, ControlCaching, Pacing, can_cut
 from fastcache.helper.eager import EagerPasses
 from fastcache.helper.engines import EnginePasses
@@ -116,7 +118,8 @@ class FastCacheHelper:
         if self._caching is not None and pacing.fitted is not before.fitted:
             self._enable_again(pacing)
         elif self._caching is not None:
-            same_passes = (pacing.names, pacing.forecast) == (before.names, before.forecast)
+            told, was = ((own.names, own.forecast, own.scale_shift) for own in (pacing, before))
+            same_passes = told == was
             self._caching.change(pacing, None if same_passes else self._passes(self._exchanged[0].own, pacing))
         self._pacing = pacing  # only now: what was refused changes nothing
 
@@ -172,9 +175,13 @@ class FastCacheHelper:
         self._caching, self._exchanged = None, []
 
     def _passes(self, unet: nn.Module, pacing: Pacing) -> PassRunner:
-        if self._bundle is None:
-            return EagerPasses(unet, pacing.names, pacing.forecast, self._kernels)
-        return EnginePasses(unet, pacing.names, self._bundle, pacing.forecast)
+        if self._bundle is not None:
+            return EnginePasses(unet, pacing.names, self._bundle, pacing.forecast, pacing.scale_shift)
+        if any(map(is_pattern, pacing.names)):
+            if self._kernels:
+                raise ValueError("expected kernels with full and shallow passes, got a plan of blocks; leave them out")
+            return EagerBlocks(unet, pacing.names, pacing.forecast, pacing.scale_shift)
+        return EagerPasses(unet, pacing.names, pacing.forecast, self._kernels)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, which is not enabled: copies of the pipeline have a plain U-Net."""

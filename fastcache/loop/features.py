@@ -17,6 +17,7 @@ from itertools import accumulate, takewhile
 import torch
 from torch import Tensor
 
+from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.lane import Lane, Pass
 from fastcache.loop.plan import CachePlan
 
@@ -47,9 +48,8 @@ def check_reuse(plan: CachePlan, passes: Mapping[str, Pass]) -> None:
         stored |= dict.fromkeys(passes[name].stores, step)
 
 
-def check_channels(plan: CachePlan, channels: int) -> None:
-    """Refuse a plan whose scales and shifts are for other blocks. Raises: `ValueError`."""
-    own = plan.scale_shift
+def check_channels(own: ScaleShift | None, channels: int) -> None:
+    """Refuse scales and shifts for other blocks than those of a bundle. Raises: `ValueError`."""
     if own is not None and own.channels != channels:
         raise ValueError(
             f"expected a scale and shift for {channels} channels, those of the bundle's blocks, got them for "

@@ -48,7 +48,7 @@ def check_fits(lane: Lane, sampler: Sampler, plan: CachePlan) -> None:
         )
     check_reuse(plan, lane.passes)
     own = lane.tensors.get(ADJUSTMENT)
-    check_channels(plan, 0 if own is None else own.shape[-1])
+    check_channels(plan.scale_shift, 0 if own is None else own.shape[-1])
 
 
 class Run:

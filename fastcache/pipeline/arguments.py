@@ -228,7 +228,7 @@ def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str
     if plan.num_steps != num_calls:
         raise ValueError(f"expected a plan for the sampler's {num_calls} U-Net calls, got one for {plan.num_steps}")
     check_reuse(plan, manifest.passes)
-    check_channels(plan, sum(block.channels for block in manifest.blocks))
+    check_channels(plan.scale_shift, sum(block.channels for block in manifest.blocks))
     if plan.model not in (None, manifest.model.name, name):
         raise expected(f"a plan made for model {name}", plan.model, "make another with `fastcache plan`")
     if isinstance(sampler, str) and plan.sampler is not None and not same_sampler(plan.sampler, sampler):

@@ -121,8 +121,11 @@ class Fitting:
         walks, states = self._all
         walks.forecast(plan, points)
         fit_on = self._fitted
+        adjusted = None if plan.scale_shift is None else torch.from_numpy(plan.scale_shift.table.copy())
         fitted = fit_rows(
-            lambda step, x: walks.predict(plan.passes[step], points[step], x, step),
+            lambda step, x: walks.predict(
+                plan.passes[step], points[step], x, step, None if adjusted is None else adjusted[step]
+            ),
             states,
             self.table,
             self._prediction,
