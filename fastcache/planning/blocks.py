@@ -8,8 +8,11 @@ Source: Block Caching, arXiv 2312.03209, sections 3.2 and 3.3; there scale and s
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,11 +22,13 @@ from fastcache.bundle.manifest import BlockEntry, Manifest
 from fastcache.cut.names import FULL, pattern_of, pattern_pass
 from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.plan import CachePlan
+from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.planning.calibration import Array
 from fastcache.planning.search import threshold_refreshes
 from fastcache.planning.walks import Walks
 
 _RIDGE = 1e-6  # of a channel's variance
+_ROUNDS = 12
 
 
 def measured_changes(walks: Walks, blocks: Sequence[BlockEntry]) -> Array:
@@ -115,3 +120,39 @@ def share_reused(plan: CachePlan, blocks: int) -> float:
     """How much of a plan's blocks, over all its steps, is reused."""
     runs = [pattern_of(name, blocks) or (True,) * blocks for name in plan.passes]
     return 1 - sum(map(sum, runs)) / (blocks * len(runs))
+
+
+def pattern_costs(pipe: FastCachePipeline, walks: Walks) -> dict[str, float]:
+    """Patterns that a plan may choose from, and what each takes of a pass in full; none for a bundle without blocks.
+
+    They reuse a quarter, half, three quarters and all of the blocks, those first that change least for their time.
+    """
+    blocks = pipe.bundle.manifest.blocks
+    if not blocks:
+        return {}
+    shares = _block_times(pipe)
+    change = measured_changes(walks, blocks).mean(1)
+    order = sorted(range(len(blocks)), key=lambda block: change[block] / shares[block])
+    found = dict[str, float]()
+    for count in dict.fromkeys(max(1, len(blocks) * quarters // 4) for quarters in (1, 2, 3, 4)):
+        reused = set(order[:count])
+        name = pattern_pass([block not in reused for block in range(len(blocks))])
+        found[name] = 1 - sum(shares[block] for block in reused)
+    return found
+
+
+def _block_times(pipe: FastCachePipeline) -> list[float]:
+    """What each block takes of a pass in full, in turns on the bundle's usual batch; medians."""
+    manifest = pipe.bundle.manifest
+    lane = pipe.runtime.lane(images=manifest.profiles["batch"].opt, guided=not manifest.model.unconditional)
+    roles = [role for role in manifest.chain if role.startswith("block-")]
+    calls = [lane.call(FULL), *(lane.binding(role).run for role in roles)]
+    taken = list[list[float]]()
+    for _ in range(_ROUNDS):
+        marks = [time.perf_counter()]
+        for call in calls:
+            call()
+            marks.append(time.perf_counter())
+        taken.append([end - start for start, end in pairwise(marks)])
+    full, *blocks = (statistics.median(own[1:]) for own in zip(*taken, strict=True))  # the first round warms up
+    return [own / full for own in blocks]

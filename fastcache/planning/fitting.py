@@ -20,6 +20,7 @@ from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid
 from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.blocks import pattern_costs
 from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows
 from fastcache.planning.routes import Route, Scope, find_routes, most_steps
@@ -192,13 +193,28 @@ class Fitting:
         count = self._searched_on
         return self._walks(0, count), [state[:count] for state in self._all[1]]
 
-    def best(self, routes: Sequence[Route], costs: Mapping[str, float], scope: Scope, budget: float) -> CachePlan:
-        """The nearest plan within a budget: of these routes and of even ones the best, climbed from, and fitted."""
+    def patterns(self) -> dict[str, float]:
+        """Patterns of blocks that a plan may run as well, and what they take, in full steps."""
+        return pattern_costs(self._pipe, self._searching[0])
+
+    def best(
+        self,
+        routes: Sequence[Route],
+        costs: Mapping[str, float],
+        scope: Scope,
+        budget: float,
+        patterns: Mapping[str, float],
+    ) -> CachePlan:
+        """The nearest plan within a budget: of these routes and of even ones the best, climbed from, and fitted.
+
+        On the way up its steps may also run `patterns`, at these costs.
+        """
         calls, tries = self.table.num_calls, self._tries(costs, scope, budget)
         within = [route for route in routes if route.full_steps <= budget + 1e-9][-2:]
         starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
         starts += families(calls, costs, budget)
         self._say(f"choosing among {len(starts)} plans and {tries} changes of the best for {budget:g} full steps")
+        costs = {**costs, **patterns}
         stops, score = climb(starts, calls, costs, budget, self._score, tries // 2)
         forecast = max(_FORECASTS, key=lambda one: score if one is None else self._score(stops, one))
         stops, _ = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)

@@ -53,7 +53,8 @@ def _plans(fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say
     steps = fitting.full_steps(costs, scope)
     say(f"planning takes about {steps:.0f} full steps of a picture, {steps * times.full_ms / times.batch / 1e3:.0f} s")
     routes = fitting.routes(costs, scope)
-    return {name: fitting.best(routes, costs, scope, budget) for name, budget in budgets.items()}
+    patterns = fitting.patterns()
+    return {name: fitting.best(routes, costs, scope, budget, patterns) for name, budget in budgets.items()}
 
 
 def rivals(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ import fastcache
 from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.evaluate.quality import psnr_db
+from fastcache.loop.adjustment import ScaleShift
 from fastcache.loop.fit import Fit
 from fastcache.loop.plan import Forecast
 from fastcache.loop.streams import Streams
@@ -70,11 +72,11 @@ def wish(k: int, **changes: Any) -> dict[str, Any]:
 def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     fields = wish(k, **changes)
     interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
-    forecast = fields.pop("forecast", None)
+    forecast, given = fields.pop("forecast", None), fields.pop("plan", None)
     manifest = executor.pipe.bundle.manifest
     table = executor.table(fields["sampler"], fields["num_inference_steps"])
     plan = CachePlan.uniform(table.num_calls, interval, manifest.branch_id)
-    plan = replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
+    plan = given or replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
     request = Request(**fields)
     terms = terms_of(request, manifest)
     drawing = Drawing(request, terms, fields["seed"], table, plan)
@@ -189,6 +191,27 @@ def test_a_fitted_plan_shares_calls_with_others(executor: Executor, pipe: FastCa
     found = drawn(executor, [job_of(executor, 0), job, job_of(executor, 1)], apart=1)["fitted"]
     wanted = pipe("a", guidance_scale=4.0, seed=3, plan=request.plan, output_type="latent").images
     assert psnr_db(found, wanted.reshape(1, -1)) >= 100
+
+
+@pytest.mark.parametrize("threads", [1, 2], ids=["in batches", "in streams"])
+def test_patterns_of_blocks_share_calls_with_others(threads: int, builds: BuildStore, tiny_model: Path) -> None:
+    """Each by its own scales and shifts, beside images without any, at other steps."""
+    pipe = fastcache.load(builds.bundle(tiny_model, blocks="transformer", branch_id="0,2").path, threads=1)
+    executor, channels = (
+        Executor(pipe, 4, threads=threads),
+        sum(block.channels for block in pipe.bundle.manifest.blocks),
+    )
+    passes = ("full", "blocks-1010", "blocks-0000", "shallow-0", "blocks-0111")
+    plans = list[CachePlan]()
+    for k in range(3):
+        table = np.random.default_rng(k).normal(1, 0.2, (5, 2, channels))
+        own = CachePlan((passes[0], *passes[1 + k :], *passes[1 : 1 + k]), scale_shift=ScaleShift.of(table))
+        plans.append(own if k else replace(own, scale_shift=None))
+    common: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 5}
+    jobs = [job_of(executor, k, **common, plan=plan) for k, plan in enumerate(plans)]
+    together = drawn(executor, jobs, apart=1)
+    for k, job in enumerate(jobs):
+        assert psnr_db(together[job.id], from_pipeline(pipe, k, job.plan, **common)) >= 100
 
 
 def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
