@@ -177,14 +177,22 @@ def inspect(
         return
     _show_bundle(Bundle(folder, manifest), False)
     rows: list[list[str]] = []
+    if manifest.blocks:
+        _show_blocks(manifest)
     for role, engine in manifest.engines.items():
+        if role in manifest.chain[1:]:
+            continue  # what lies between pieces is of the builder's making
         for kind, specs in (("in", engine.inputs), ("out", engine.outputs)):
             rows += [[f"{role} {kind}", s.name, s.dtype, "x".join(map(str, s.shape))] for s in specs]
     print_table("Engines", ["engine", "tensor", "dtype", "shape"], rows)
     print_table(
         "What the files say of themselves",
         ["engine", "file", "arithmetic", "facts"],
-        [[role, e.file, e.dtype, _facts_text(facts[role])] for role, e in manifest.engines.items()],
+        [
+            [role, e.file, e.dtype, _facts_text(facts[role])]
+            for role, e in manifest.engines.items()
+            if role not in manifest.chain[1:]
+        ],
     )
     if manifest.work:
         show_branches(*work)
@@ -194,6 +202,18 @@ def inspect(
         f"weights {manifest.weights_bytes:,} bytes, of which full and shallow share {manifest.duplicated_bytes:,}\n"
         f"model weights SHA-256 {manifest.weights_sha256}\nbundle SHA-256        {manifest.bundle_sha256}\n"
         f"built {manifest.created} with {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}"
+    )
+
+
+def _show_blocks(manifest: Manifest) -> None:
+    full = manifest.named_passes["full"].multiply_adds
+    print_table(
+        f"Blocks that a pass may leave out; the other {len(manifest.chain) - len(manifest.blocks)} pieces always run",
+        ["block", "place", "channels", "multiply-adds", "of the full pass"],
+        [
+            [str(k), b.place, str(b.channels), f"{b.multiply_adds:,}", f"{b.multiply_adds / full:.1%}" if full else "?"]
+            for k, b in enumerate(manifest.blocks)
+        ],
     )
 
 
