@@ -64,7 +64,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 def test_the_manifest_holds_what_is_promised(tiny_bundle: Bundle) -> None:
     manifest = json.loads((tiny_bundle.path / MANIFEST).read_text())
     assert [name for name in PROMISED if name not in manifest] == []
-    assert manifest["schema"] == "fastcache.bundle/4"
+    assert manifest["schema"] == "fastcache.bundle/5"
     assert (manifest["branch_id"], manifest["cut"], manifest["backend"]) == (0, "projected", choose("cpu", "fp32")[0])
     assert manifest["components"] == ["unet", "vae", "text"]
     assert (manifest["height"], manifest["width"], manifest["model"]["tokens"]) == (32, 32, 8)

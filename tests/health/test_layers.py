@@ -46,7 +46,9 @@ def test_backends_without_graphs_say_so(built: Bundle) -> None:
 
 
 def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, builds: BuildStore, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 that OpenVINO uses: it computes in float32")
     bundle = copied(builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16"), tmp_path)
     errors = [layer.error for layer in compare_layers(bundle.path, read_manifest(bundle.path)) if layer.role == "full"]
     assert 1e-4 < max(errors) < 0.2

@@ -96,7 +96,7 @@ class Scheduler(Generic[Content]):
         self._slots: dict[int, int] = {}
         self._free: dict[int, list[int]] = {}
         self._most: dict[int, int] = {}
-        self._reserved = 0
+        self._reserved: dict[int, int] = {}  # images of jobs in preparation, by bundle
 
     def open(self, bundle: int, slots: int) -> None:
         """Serve another bundle, with so many images in flight. Jobs of earlier ones go on."""
@@ -105,34 +105,35 @@ class Scheduler(Generic[Content]):
 
     def close_idle(self) -> list[int]:
         """Forget every bundle but the newest that no job needs any more. Returns them."""
-        used = {job.bundle for job in self.jobs.values()}
+        used = {job.bundle for job in self.jobs.values()} | {own for own, images in self._reserved.items() if images}
         idle = [bundle for bundle in self._slots if bundle not in used and bundle != max(self._slots)]
         for bundle in idle:
             del self._slots[bundle], self._free[bundle], self._most[bundle]
+            self._reserved.pop(bundle, None)
         return idle
 
     @property
     def outstanding(self) -> int:
         """Images accepted and not finished, those included that room was only reserved for."""
-        return len(self.waiting) + len(self.running) + self._reserved
+        return len(self.waiting) + len(self.running) + sum(self._reserved.values())
 
     @property
     def capacity(self) -> int:
         return self.queue + (self._slots[max(self._slots)] if self._slots else 0)
 
-    def reserve(self, images: int) -> None:
-        """Keep room for a job that is still being prepared. Raises: `QueueFull`."""
+    def reserve(self, images: int, bundle: int) -> None:
+        """Keep room, and the bundle, for a job that is still being prepared. Raises: `QueueFull`."""
         if self.outstanding + images > self.capacity:
             raise QueueFull(f"expected at most {self.capacity} images at once, got {self.outstanding + images}")
-        self._reserved += images
+        self._reserved[bundle] = self._reserved.get(bundle, 0) + images
 
-    def release(self, images: int) -> None:
+    def release(self, images: int, bundle: int) -> None:
         """Give up what was reserved."""
-        self._reserved -= images
+        self._reserved[bundle] -= images
 
     def add(self, job: Job[Content]) -> None:
         """Put a job, for which room was reserved, into the queue."""
-        self._reserved -= job.count
+        self.release(job.count, job.bundle)
         self.jobs[job.id] = job
         self.waiting.extend(job.images)
 

@@ -105,14 +105,15 @@ class Worker:
         """About when the next image will be done. Units: whole seconds, 1 to 60."""
         return max(1, min(60, round(self._image_s)))
 
-    def reserve(self, images: int) -> None:
-        """Keep room for a job in preparation. Raises: `QueueFull`."""
+    def reserve(self, images: int, bundle: int) -> None:
+        """Keep room, and the bundle, for a job in preparation. Raises: `QueueFull`."""
         with self._changed:
-            self._scheduler.reserve(images)
+            self._scheduler.reserve(images, bundle)
 
-    def release(self, images: int) -> None:
+    def release(self, images: int, bundle: int) -> None:
         with self._changed:
-            self._scheduler.release(images)
+            self._scheduler.release(images, bundle)
+            self._forget_idle()
 
     def submit(self, job: Job[Order]) -> None:
         """Queue a job, for which room was reserved."""

@@ -170,7 +170,7 @@ class Service:
         if name in self._known:
             raise ApiError(409, "job_id: expected a new name, got one in use", code="job_exists", param="job_id")
         try:
-            self.worker.reserve(count)
+            self.worker.reserve(count, served.number)
         except QueueFull as error:
             wait = self.worker.retry_after_s
             raise ApiError(429, f"the queue is full: {error}", code="queue_full", retry_after_s=wait) from None
@@ -182,7 +182,7 @@ class Service:
             if known.ended is not None:
                 raise failure("cancelled")
         except BaseException:
-            self.worker.release(count)
+            self.worker.release(count, served.number)
             if known.ended is None:
                 del self._known[name]
             raise

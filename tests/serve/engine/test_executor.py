@@ -89,7 +89,7 @@ def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[st
     scheduler.open(0, executor.count)
     while coming or scheduler.jobs:
         while coming and turn >= apart * (len(jobs) - len(coming)):
-            scheduler.reserve(1)
+            scheduler.reserve(1, 0)
             scheduler.add(coming.pop(0))
         for image in scheduler.admit():
             executor.fill(slot_of(image), image.job.content, image.index)

@@ -27,7 +27,7 @@ def job(
 
 def added(scheduler: Scheduler, *jobs: Job) -> None:
     for one in jobs:
-        scheduler.reserve(one.count)
+        scheduler.reserve(one.count, one.bundle)
         scheduler.add(one)
 
 
@@ -136,12 +136,12 @@ def test_room_is_exact() -> None:
     scheduler = opened(slots=1, queue=8)
     added(scheduler, *(job(str(k)) for k in range(9)))
     with pytest.raises(QueueFull):
-        scheduler.reserve(1)
+        scheduler.reserve(1, 0)
     scheduler.drop(scheduler.jobs["4"])
-    scheduler.reserve(1)
+    scheduler.reserve(1, 0)
     with pytest.raises(QueueFull):
-        scheduler.reserve(1)
-    scheduler.release(1)
+        scheduler.reserve(1, 0)
+    scheduler.release(1, 0)
     added(scheduler, job("again"))
 
 
@@ -158,6 +158,19 @@ def test_a_bundle_is_forgotten_once_its_last_job_ended() -> None:
     while scheduler.jobs:
         tick(scheduler)
     assert scheduler.close_idle() == []  # the newest stays
+
+
+def test_a_bundle_stays_for_a_job_that_is_being_prepared() -> None:
+    """It may be swapped twice meanwhile: the job still finds its bundle."""
+    scheduler = opened()
+    scheduler.reserve(1, 0)
+    for newer in (1, 2):
+        scheduler.open(newer, 4)
+    assert scheduler.close_idle() == [1]
+    scheduler.add(job("late"))
+    while scheduler.jobs:
+        assert tick(scheduler)
+    assert scheduler.close_idle() == [0]
 
 
 def test_after_a_split_no_batch_is_larger() -> None:
