@@ -25,6 +25,7 @@ from fastcache.bundle.bundle import open_bundle
 from fastcache.compile import worker
 from fastcache.compile.builder import _lines, resolve
 from fastcache.compile.models import find_model
+from fastcache.sampler.stored import TABLES
 
 BUILD = """
 import sys, fastcache
@@ -127,7 +128,9 @@ def test_another_recipe_needs_force(tiny_model: Path, bundle_copy: Path) -> None
 def test_a_damaged_bundle_is_rebuilt(tiny_model: Path, bundle_copy: Path, tiny_bundle: Bundle) -> None:
     (bundle_copy / "unet.weights").unlink()
     bundle = fastcache.build_engines(tiny_model, output=bundle_copy)
-    assert bundle.manifest.files == tiny_bundle.manifest.files  # and a build of the same recipe gives the same bytes
+    # A build of the same recipe gives the same bytes, but for the tables, of which the store builds fewer.
+    built, stored = ({f for f in one.manifest.files if f.name != TABLES} for one in (bundle, tiny_bundle))
+    assert built == stored
     assert names(bundle_copy.parent) == ["bundle"]
 
 
