@@ -46,10 +46,8 @@ class _Pass(nn.Module):
     def _embed(
         self, sample: Tensor, timestep: Tensor, text: Tensor | None, conditioning: Conditioning
     ) -> tuple[Tensor, Signals]:
-        """The embeddings, in the dtype that the layers compute in; their own may be wider (`compile.lower`)."""
         dtype = get_parameter_dtype(self.conv_in)  # which weights may only be stored apart from (layerwise casting)
-        sample, signals = self.embeddings(sample, timestep, text, **conditioning)
-        return sample.to(dtype), signals.to(dtype)
+        return self.embeddings.enter(dtype, sample, timestep, text, conditioning)
 
     def _descend(self, sample: Tensor, signals: Signals, adapter: Sequence[Tensor]) -> list[Tensor]:
         """The skip connections; a T2I-Adapter's residuals join one layer a block, and flow on from there."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from fastcache.cut.chain import ADJUSTMENT, residual, run_order
 from fastcache.cut.names import BlockKind
-from fastcache.cut.signals import Conditioning, Signals
+from fastcache.cut.project import SecondHalf
+from fastcache.cut.signals import Signals, Steered
 from fastcache.cut.unet import Layer, Middle, UNetParts, check_branches, take_apart
 
 Values = Mapping[str, Tensor]  # what lies between pieces, by name
@@ -75,30 +76,20 @@ def _tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2] * x.shape[3], x.shape[1])
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(SecondHalf):
     """The residual branch of a resnet that keeps its size. Shapes: (N, C, H, W) -> (N, C_out, H, W)."""
 
     def __init__(self, resnet: ResnetBlock2D) -> None:
-        super().__init__()
+        super().__init__(resnet)
         model: Any = resnet
-        self.norm1, self.conv1, self.norm2, self.conv2 = model.norm1, model.conv1, model.norm2, model.conv2
-        self.act, self.time_emb_proj, self.dropout = model.nonlinearity, model.time_emb_proj, model.dropout
-        self._time_acts, self._scale_shift = not model.skip_time_act, model.time_embedding_norm == "scale_shift"
+        self.first_norm, self.first_conv = model.norm1, model.conv1
 
     @property
     def channels(self) -> int:
-        return self.conv2.out_channels
+        return self.conv.out_channels
 
     def forward(self, x: Tensor, signals: Signals) -> Tensor:
-        h = self.conv1(self.act(self.norm1(x)))
-        temb = signals.temb
-        if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(self.act(temb) if self._time_acts else temb)[:, :, None, None]
-            if self._scale_shift:
-                scale, shift = temb.chunk(2, dim=1)
-                return self.conv2(self.dropout(self.act(self.norm2(h) * (1 + scale) + shift)))
-            h = h + temb
-        return self.conv2(self.dropout(self.act(self.norm2(h))))
+        return self._transform(self.first_conv(self.act(self.first_norm(x))), signals.temb)
 
 
 class Block(nn.Module):
@@ -297,10 +288,8 @@ class BlockUNet(nn.Module):
 
     def enter(self, sample: Tensor, timestep: Tensor, text: Tensor | None, conditioning: Any) -> tuple[Tensor, Signals]:
         """Skip connection 0, and what every piece receives, in the dtype of the layers."""
-        dtype = get_parameter_dtype(self.conv_in)
-        sample, signals = self.embeddings(sample, timestep, text, **conditioning)
-        signals = signals.to(dtype)
-        return self.conv_in(sample.to(dtype)), signals
+        sample, signals = self.embeddings.enter(get_parameter_dtype(self.conv_in), sample, timestep, text, conditioning)
+        return self.conv_in(sample), signals
 
     def needs_sizes(self, first_skip: Tensor) -> bool:
         """Whether upsamplers must be told what to double back to, as in diffusers."""
@@ -315,10 +304,7 @@ class BlockUNet(nn.Module):
         *,
         reuse: Values | None = None,
         scale_shift: Tensor | None = None,
-        down_block_additional_residuals: Sequence[Tensor] | None = None,
-        mid_block_additional_residual: Tensor | None = None,
-        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
-        **conditioning: Unpack[Conditioning],
+        **conditioning: Unpack[Steered],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run what is not reused. Returns `noise_pred`, and by name what this call computed that another may reuse.
 
@@ -330,19 +316,14 @@ class BlockUNet(nn.Module):
 
         Raises: `ValueError` for values to reuse that this chain does not give.
         """
-        known = self.known
-        given = dict(reuse or {})
+        known, given = self.known, dict(reuse or {})
         if strange := [name for name in given if name not in known]:
             raise ValueError(
                 f"expected to reuse {', '.join(known)}, got {', '.join(strange)}; take what a call returned"
             )
-        values: dict[str, Tensor] = dict(given)
+        values: dict[str, Tensor] = given | self._added(conditioning)
+        values |= {} if scale_shift is None else {ADJUSTMENT: scale_shift}
         values[skip(0)], signals = self.enter(sample, timestep, encoder_hidden_states, conditioning)
-        controls = {f"control_{index}": one for index, one in enumerate(down_block_additional_residuals or ())}
-        adapters = zip(self._adapted, down_intrablock_additional_residuals or (), strict=False)
-        controls |= {f"adapter_{index}": one for index, one in adapters}
-        controls |= {} if mid_block_additional_residual is None else {"control_middle": mid_block_additional_residual}
-        values |= controls | ({} if scale_shift is None else {ADJUSTMENT: scale_shift})
         sizes = dict[int, torch.Size]() if self.needs_sizes(values[skip(0)]) else None
         every = [(piece, piece.takes, piece.gives) for piece in self.pieces]
         for piece in run_order(every, [*given]):
@@ -351,6 +332,15 @@ class BlockUNet(nn.Module):
             values |= zip(piece.gives, piece(values, signals, sizes), strict=True)
         stored = {name: values[name] for name in known if name in values and name not in given}
         return self.embeddings.restore(values["noise_pred"], signals), stored
+
+    def _added(self, conditioning: Steered) -> dict[str, Tensor]:
+        """Takes out what networks beside the U-Net add, by the names that trunks know it by."""
+        controls = conditioning.pop("down_block_additional_residuals", None) or ()
+        adapters = conditioning.pop("down_intrablock_additional_residuals", None) or ()
+        middle = conditioning.pop("mid_block_additional_residual", None)
+        found = {f"control_{index}": one for index, one in enumerate(controls)}
+        found |= {f"adapter_{index}": one for index, one in zip(self._adapted, adapters, strict=False)}
+        return found if middle is None else found | {"control_middle": middle}
 
     @property
     def pieces(self) -> list[Piece]:

@@ -81,21 +81,14 @@ class JoinedLayer(nn.Module):
         return self.layer(torch.cat([*taken, skip], dim=1), signals, size)
 
 
-class ResnetTail(nn.Module):
-    """What `ResnetBlock2D` does after its first convolution, and what follows it in its layer."""
+class SecondHalf(nn.Module):
+    """What `ResnetBlock2D` does after its first convolution, up to the sum with its shortcut."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, resnet: Any) -> None:
         super().__init__()
-        resnet: Any = layer.resnet
         self.act, self.time_emb_proj = resnet.nonlinearity, resnet.time_emb_proj
         self.norm, self.conv = resnet.norm2, resnet.conv2
-        self.rest = Layer(None, layer.attention, layer.motion, layer.resampler)
         self._time_acts, self._scale_shift = not resnet.skip_time_act, resnet.time_embedding_norm == "scale_shift"
-        self._output_scale: float = resnet.output_scale_factor
-
-    def _finish(self, h: Tensor, residual: Tensor, signals: Signals, size: torch.Size | None) -> Tensor:
-        """The layer's output from that of its first convolution and that of its shortcut."""
-        return self.rest((residual + self._transform(h, signals.temb)) / self._output_scale, signals, size)
 
     def _transform(self, h: Tensor, temb: Tensor) -> Tensor:
         if self.time_emb_proj is not None:
@@ -105,6 +98,20 @@ class ResnetTail(nn.Module):
                 return self.conv(self.act(self.norm(h) * (1 + scale) + shift))
             h = h + temb
         return self.conv(self.act(self.norm(h)))
+
+
+class ResnetTail(SecondHalf):
+    """The second half of a layer's resnet, and what follows it in the layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer.resnet)
+        resnet: Any = layer.resnet
+        self.rest = Layer(None, layer.attention, layer.motion, layer.resampler)
+        self._output_scale: float = resnet.output_scale_factor
+
+    def _finish(self, h: Tensor, residual: Tensor, signals: Signals, size: torch.Size | None) -> Tensor:
+        """The layer's output from that of its first convolution and that of its shortcut."""
+        return self.rest((residual + self._transform(h, signals.temb)) / self._output_scale, signals, size)
 
 
 class ProjectedLayer(ResnetTail):

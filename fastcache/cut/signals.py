@@ -7,7 +7,7 @@ The embeddings are the U-Net's own. Knows nothing about blocks, skip connections
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -30,6 +30,14 @@ class Conditioning(TypedDict, total=False):
     cross_attention_kwargs: dict[str, Any] | None
     added_cond_kwargs: dict[str, Any] | None
     added_time_ids: Tensor
+
+
+class Steered(Conditioning, total=False):
+    """The same, and what networks beside the U-Net add to its features."""
+
+    down_block_additional_residuals: Sequence[Tensor] | None
+    mid_block_additional_residual: Tensor | None
+    down_intrablock_additional_residuals: Sequence[Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,13 @@ class Embeddings(nn.Module):
         # blocks carries those methods and no more weights than they need.
         self.embedder: Any = copy.copy(unet)
         self.embedder._modules = {k: m for k, m in unet._modules.items() if k not in without}
+
+    def enter(
+        self, dtype: torch.dtype, sample: Tensor, timestep: Tensor, text: Tensor | None, conditioning: Conditioning
+    ) -> tuple[Tensor, Signals]:
+        """The embeddings, in the dtype that the layers compute in; their own may be wider (`compile.lower`)."""
+        sample, signals = self(sample, timestep, text, **conditioning)
+        return sample.to(dtype), signals.to(dtype)
 
     def restore(self, noise_pred: Tensor, signals: Signals) -> Tensor:
         """The noise prediction in the shape that the U-Net returns it in."""
