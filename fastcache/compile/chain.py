@@ -7,6 +7,7 @@ business.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import widened
 from fastcache.compile.passes import call_unet
 from fastcache.cut.chain import ADJUSTMENT, neutral
-from fastcache.cut.pieces import Block, BlockUNet, Piece, TransformerBlock, skip
+from fastcache.cut.pieces import Block, BlockUNet, Piece, ResnetBlock, Sum, TransformerBlock, skip
 from fastcache.cut.signals import Signals
 
 TIME, TEXT, CONTEXT = "time_embedding", "encoder_hidden_states", "context"  # what pieces may take beside features
@@ -72,7 +73,8 @@ def exportable_chain(unet: BlockUNet, inputs: Inputs, scale: int = 8) -> tuple[E
     values[ADJUSTMENT] = neutral(len(inputs["sample"]), unet.channels)
     sized = unet.needs_sizes(values[skip(0)])
     parts = [Exportable("stem", stem, inputs, stem_outputs, {"sample": scale, skip(0): scale})]
-    for index, piece in enumerate(unet.pieces):
+    trunks = itertools.count()
+    for piece in unet.pieces:
         sizes = {one: values[skip(one)].shape[-2:] for one in unet.skips if skip(one) in values} if sized else None
         link = _Link(piece, dtype, sizes)
         taken = {name: values[name] for name in (*piece.takes, *_signals_of(piece, context))}
@@ -80,26 +82,20 @@ def exportable_chain(unet: BlockUNet, inputs: Inputs, scale: int = 8) -> tuple[E
             given = dict(zip(piece.gives, link(taken), strict=True))
         values |= given
         every = {name: scale * rows // value.shape[-2] for name, value in (taken | given).items() if value.ndim == 4}
-        role = f"block-{piece.index}" if isinstance(piece, Block) else f"trunk-{index - _blocks_before(unet, index)}"
+        role = f"block-{piece.index}" if isinstance(piece, Block) else f"trunk-{next(trunks)}"
         parts.append(Exportable(role, link, taken, piece.gives, every))
     return tuple(parts)
 
 
-def _blocks_before(unet: BlockUNet, index: int) -> int:
-    return sum(isinstance(piece, Block) for piece in unet.pieces[:index])
-
-
 def _signals_of(piece: Piece, context: str) -> tuple[str, ...]:
     """What a piece takes beside features: the time embedding where it has resnets, the text where it has attention."""
-    modules = [*piece.modules()]
-    found = (TIME,) if any(isinstance(one, ResnetBlock2D) for one in modules) or _is(piece, "resnet") else ()
-    texts = (Transformer2DModel, DualTransformer2DModel, TransformerBlock)
-    found += (context,) if any(isinstance(one, texts) for one in modules) else ()
-    return found + ((ADJUSTMENT,) if not isinstance(piece, Block) and piece.entry is not None else ())
+    found = (TIME,) if _has(piece, ResnetBlock2D, ResnetBlock) else ()
+    found += (context,) if _has(piece, Transformer2DModel, DualTransformer2DModel, TransformerBlock) else ()
+    return found + ((ADJUSTMENT,) if _has(piece, Sum) else ())
 
 
-def _is(piece: Piece, kind: str) -> bool:
-    return isinstance(piece, Block) and piece.kind == kind
+def _has(piece: Piece, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(module, kinds) for module in piece.modules())
 
 
 def chain_reference(unet: nn.Module, chain: BlockUNet, inputs: Inputs) -> Inputs:

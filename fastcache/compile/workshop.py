@@ -31,7 +31,7 @@ from fastcache.cut.partition import partition_branches
 from fastcache.cut.pieces import feature, partition_blocks
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache_engines import BuildOptions, Device, DType, LoadOptions, TensorSpec
+from fastcache_engines import BuildOptions, Device, DType, LoadOptions
 
 _LARGEST_FP16 = 65504.0
 
@@ -52,7 +52,7 @@ class Workshop:
     work: tuple[WorkEntry, ...] = ()
     chain: tuple[Role, ...] = ()
     blocks: tuple[BlockEntry, ...] = ()
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()  # of a chain, whose engines give more than that
 
     def __post_init__(self) -> None:
         self.recipe = self.job.recipe
@@ -151,14 +151,12 @@ class Workshop:
     def passes(self) -> dict[str, PassEntry]:
         """What each pass of the bundle runs, takes and stores, read off its engine."""
         counted = {entry.branch_id: entry.layers + entry.attention for entry in self.work}
+        cached = self.features or {spec.name for spec in self.engines[FULL].outputs} - {"noise_pred"}
         found = dict[str, PassEntry]()
         for name in (FULL, *map(shallow_pass, self.recipe.branches)):
             engines = self._engines_of(name)
-            taken, given = (
-                [spec.name for role in engines for spec in specs(self.engines[role])] for specs in (_inputs, _outputs)
-            )
-            cached = self.features or tuple(one for one in given if one != "noise_pred")
-            self.features = cached
+            taken = [spec.name for role in engines for spec in self.engines[role].inputs]
+            given = [spec.name for role in engines for spec in self.engines[role].outputs]
             found[name] = PassEntry(
                 engines=engines,
                 takes=tuple(one for one in dict.fromkeys(taken) if one in cached and one not in given),
@@ -283,14 +281,6 @@ class Workshop:
         if not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
             raise BuildError(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
         self.parity = parity
-
-
-def _inputs(entry: EngineEntry) -> tuple[TensorSpec, ...]:
-    return entry.inputs
-
-
-def _outputs(entry: EngineEntry) -> tuple[TensorSpec, ...]:
-    return entry.outputs
 
 
 def _release(parts: Sequence[export.Exportable]) -> None:

@@ -72,13 +72,13 @@ class EagerBlocks:
 
 def _chain_of(unet: nn.Module, patterns: list[str], branch_ids: tuple[int, ...]) -> BlockUNet:
     """The U-Net with those kinds of blocks that the patterns have as many of."""
-    found = [partition_blocks(unet, kinds, branch_ids) for kinds in _KINDS]
-    for chain in found:
+    counts = list[str]()
+    for kinds in _KINDS:
+        chain = partition_blocks(unet, kinds, branch_ids)
         if all(pattern_of(name, len(chain.blocks)) for name in patterns):
             return chain
-    named = zip(found, _KINDS, strict=True)
-    counts = ", ".join(f"{len(chain.blocks)} ({' and '.join(kinds)})" for chain, kinds in named)
+        counts.append(f"{len(chain.blocks)} ({' and '.join(kinds)})")
     raise ValueError(
-        f"expected patterns of as many blocks as the U-Net has, {counts}, got {patterns[0]}; "
+        f"expected patterns of as many blocks as the U-Net has, {', '.join(counts)}, got {patterns[0]}; "
         "make the plan for this model"
     )
