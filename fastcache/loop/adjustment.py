@@ -36,6 +36,8 @@ class ScaleShift:
         if not is_int(self.channels) or not 1 <= self.channels <= _MOST_BYTES:
             raise expected("channels of 1 or more in scale_shift", self.channels, _REMEDY)
         row = 8 * self.channels
+        if not isinstance(self.data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise expected("the data of scale_shift to be bytes", self.data, _REMEDY)
         if not self.data or len(self.data) % row or len(self.data) > _MOST_BYTES:
             raise expected(f"a multiple of {row} bytes in scale_shift, up to {_MOST_BYTES}", len(self.data), _REMEDY)
         if not np.all(np.abs(self.table) <= _LARGEST):  # False for nan

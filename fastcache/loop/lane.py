@@ -90,8 +90,7 @@ class Lane:
         self.tensors["noise_pred"], self.compared = behind[: len(whole)], behind[-2 * images :].flatten(1)
         self.features = passes[FULL].stores
         self.conditioning = tuple(name for name in outer_inputs(engines, passes) if name not in STEPWISE)
-        if (adjustment := self.tensors.get(ADJUSTMENT)) is not None:
-            adjustment.copy_(neutral(*adjustment.shape[::2]))
+        self._adjust_nothing()
         self.latent_shape = (images, channels, *self.tensors["sample"].shape[2:])
         self.changed = dict.fromkeys((*self.conditioning, *self.features), 0)
         self.run = 0  # which run the tensors belong to, counted by set_inputs
@@ -181,11 +180,17 @@ class Lane:
         if own is self.tensors:
             for name, half in self._copies.items():
                 half.copy_(self.tensors[name][-self.images :])
+        self._adjust_nothing()
         self.run += 1
         # A feature of another run would make a wrong picture; one channel of nan makes none, whatever mixes channels.
         for name in self.features:
             self.tensors[name][:, 0].fill_(torch.nan)
         self.touch(*self.changed)
+
+    def _adjust_nothing(self) -> None:
+        """Residuals of blocks that are reused count as they are, until a step says otherwise."""
+        if (adjustment := self.tensors.get(ADJUSTMENT)) is not None:
+            adjustment.copy_(neutral(*adjustment.shape[::2]))
 
     def _conditional(self, name: str) -> Tensor:
         """The last rows of a tensor in place; of a small one that lies badly a copy, which `set_inputs` renews.

@@ -17,6 +17,7 @@ from fastcache.bundle.bundle import Bundle
 from fastcache.bundle.manifest import Manifest, Parity, Role
 from fastcache.bundle.parity import measure_parity, trials
 from fastcache.bundle.recipe import Size
+from fastcache.cut.chain import ADJUSTMENT
 from fastcache.errors import BackendUnavailable, BundleError
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun, CudaRecorder
@@ -222,7 +223,8 @@ class Runtime:
 
         Raises: as `PlainRun` and `CapturedRun`.
         """
-        if self._recorder is None or lane.halves == 3:  # guidance of three parts is in no graph yet
+        # Neither guidance of three parts nor a step's scales and shifts of blocks are in a graph yet.
+        if self._recorder is None or lane.halves == 3 or ADJUSTMENT in lane.tensors:
             return PlainRun(lane, sampler, plan, guidance, generator=generator, conditioning_scales=conditioning_scales)
         return CapturedRun(
             self._recorder,
