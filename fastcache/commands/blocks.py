@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcache.commands.options import prompts_or_own
+from fastcache.commands.options import prompts_or_own, require_blocks
 from fastcache.console import progress
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def scheduled_blocks(engines: Path, flags: Mapping[str, Any]) -> tuple[CachePlan
     with progress() as say:
         pipe = FastCachePipeline(open_bundle(engines))
         manifest = pipe.bundle.manifest
-        if not manifest.blocks:
-            raise ValueError(f"expected a bundle of blocks, got {engines}; build one with --blocks transformer")
+        require_blocks(manifest, engines)
         usual, wanted = manifest.model.defaults.guidance_scale, flags["guidance_scale"]
         guidance, most = usual if wanted is None else wanted, flags["num_prompts"]
         file = None if flags["prompts"] is None else Path(flags["prompts"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fastcache.commands.options import prompts_or_own
+from fastcache.commands.options import prompts_or_own, require_blocks
 from fastcache.console import figure, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -44,16 +44,20 @@ def fitted(
         if made is not None:
             found = fitting.fit(made, spread(made.num_steps, fitting.table.num_calls))
             return found, said(found)
+        blocks: bool = flags["blocks"]
+        if blocks:
+            require_blocks(manifest, engines)
         times = _times(pipe, reference, branches, say)
         if flags["frontier"] is not None:
-            return write_frontier(pipe, fitting, reference, times, Path(flags["frontier"]), say)
+            return write_frontier(pipe, fitting, reference, times, Path(flags["frontier"]), say, blocks=blocks)
         budget, latency_ms = flags["budget"], flags["max_latency_ms"]
         if latency_ms is not None and not latency_ms >= times.full_ms:
             raise ValueError(
                 f"expected --max-latency-ms of {times.full_ms:.1f} or more, which one step takes at batch "
                 f"{times.batch} on this machine, got {latency_ms:g}; allow more time"
             )
-        found = budget_plan(fitting, times, budget if latency_ms is None else latency_ms / times.full_ms, say)
+        most = budget if latency_ms is None else latency_ms / times.full_ms
+        found = budget_plan(fitting, times, most, say, blocks=blocks)
         return found, said(found, pipe, times)
 
 
@@ -85,7 +89,14 @@ def said(found: CachePlan, pipe: FastCachePipeline | None = None, times: StepTim
 
 
 def write_frontier(
-    pipe: FastCachePipeline, fitting: Fitting, reference: Reference, times: StepTimes, folder: Path, say: Say
+    pipe: FastCachePipeline,
+    fitting: Fitting,
+    reference: Reference,
+    times: StepTimes,
+    folder: Path,
+    say: Say,
+    *,
+    blocks: bool = False,
 ) -> tuple[CachePlan, dict[str, Any]]:
     """draft.json, standard.json and fine.json in a folder, and how they and their rivals do on left-out prompts."""
     from fastcache.evaluate.chart import draw_frontier
@@ -96,7 +107,7 @@ def write_frontier(
     from fastcache.planning.planning import kept_calibration
 
     folder.mkdir(parents=True, exist_ok=True)
-    plans = quality_plans(fitting, times, say)
+    plans = quality_plans(fitting, times, say, blocks=blocks)
     for name, plan in plans.items():
         write_whole(folder / f"{name}.json", (plan.to_json() + "\n").encode())
     sampler, steps = reference.sampler, reference.num_inference_steps

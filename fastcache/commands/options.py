@@ -70,6 +70,12 @@ def check_writable(*outputs: Path | None) -> None:
             ) from None
 
 
+def require_blocks(manifest: Manifest, engines: Path) -> None:
+    """Raises: `ValueError` for a bundle without blocks."""
+    if not manifest.blocks:
+        raise ValueError(f"expected a bundle of blocks, got {engines}; build one with --blocks transformer")
+
+
 def read_plan(path: Path) -> CachePlan:
     """The plan in a file. Raises: `ValueError` naming the file."""
     from fastcache.loop.plan import CachePlan

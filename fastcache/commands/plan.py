@@ -61,7 +61,8 @@ def plan(  # as long as its flags are many
         float | None, typer.Option(help="Refresh where changes add up to more (Block Caching).")
     ] = None,
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="With --threshold: every block by its own changes (a bundle of blocks).")
+        bool,
+        typer.Option("--blocks", help="With --threshold each by its own changes; else patterns may run."),
     ] = False,
     no_scale_shift: Annotated[
         bool, typer.Option("--no-scale-shift", help="With --blocks: reuse residuals as they are.")
@@ -104,7 +105,7 @@ def plan(  # as long as its flags are many
     if frontier is not None:
         show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
         return
-    if blocks:
+    if blocks and threshold is not None:
         made, details = scheduled_blocks(engines, ctx.params)
     elif wish in _CHOICES and not choose_guidance:
         made, details = fitted(engines, branches, ctx.params)
@@ -141,10 +142,7 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
     given = {name for name, value in flags.items() if value not in (None, False)}
     for name in given & {"threshold", "budget", "max_latency_ms"}:
         number(f"--{name.replace('_', '-')}", flags[name], 0)
-    if "blocks" in given and (wish != "--threshold" or given & {"branch_id", "calibration", "forecast"}):
-        raise ValueError("expected --blocks with --threshold and without --branch-id, --calibration and --forecast")
-    if "blocks" not in given and given & {"no_scale_shift", "chart"}:
-        raise ValueError("expected --no-scale-shift and --chart only with --blocks, got them without")
+    _check_blocks(wish, given)
     if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
@@ -157,6 +155,19 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
         raise ValueError(f"expected {wish}, which fits its plan, without --fit, --guidance-steps and --forecast")
     if wish in _FORMULAS and ("calibration" in given or ("prompts" in given and "fit" not in given)):
         raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
+
+
+def _check_blocks(wish: str, given: set[str]) -> None:
+    """Raises: `ValueError` for flags that do not go with --blocks, or only with it."""
+    scheduled = "blocks" in given and wish == "--threshold"
+    if "blocks" in given and (wish not in (*_CHOICES, "--threshold") or "choose_guidance" in given):
+        raise ValueError(
+            f"expected --blocks with --threshold, {', '.join(_CHOICES)}, and without --choose-guidance, got otherwise"
+        )
+    if scheduled and given & {"branch_id", "calibration", "forecast"}:
+        raise ValueError("expected --blocks --threshold without --branch-id, --calibration and --forecast, got both")
+    if not scheduled and given & {"no_scale_shift", "chart"}:
+        raise ValueError("expected --no-scale-shift and --chart only with --blocks --threshold, got them without")
 
 
 def _by_measurement(
@@ -277,15 +288,14 @@ def _conditions(
 
 
 def _show(output: Path, made: CachePlan, details: Mapping[str, Any]) -> None:
-    from fastcache.cut.names import branch_of, shallow_pass
+    from fastcache.cut.names import FULL, branch_of, is_pattern
 
     steps = ", ".join(map(str, made.refresh_steps))
     typer.echo(f"{output}: {len(made.refresh_steps)} of {made.num_steps} U-Net calls run in full: {steps}")
-    shallow = [name for name in made.pass_names if not name.startswith("blocks-")]
-    branches = [branch for branch in map(branch_of, shallow) if branch is not None]
-    for branch in sorted(branches) if len(branches) > 1 else ():
-        own = [str(step) for step, name in enumerate(made.passes) if name == shallow_pass(branch)]
-        typer.echo(f"at branch {branch}: {', '.join(own)}")
+    shallow = [name for name in made.pass_names if name != FULL and not is_pattern(name)]
+    for name in sorted(shallow) if len(shallow) > 1 else ():
+        own = [str(step) for step, one in enumerate(made.passes) if one == name]
+        typer.echo(f"at branch {branch_of(name)}: {', '.join(own)}")
     if made.unguided_steps:
         typer.echo(f"without guidance: {', '.join(map(str, made.unguided_steps))}")
     for name, value in details.items():

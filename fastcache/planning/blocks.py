@@ -123,13 +123,11 @@ def share_reused(plan: CachePlan, blocks: int) -> float:
 
 
 def pattern_costs(pipe: FastCachePipeline, walks: Walks) -> dict[str, float]:
-    """Patterns that a plan may choose from, and what each takes of a pass in full; none for a bundle without blocks.
+    """Patterns that a plan may choose from, and what each takes of a pass in full.
 
     They reuse a quarter, half, three quarters and all of the blocks, those first that change least for their time.
     """
     blocks = pipe.bundle.manifest.blocks
-    if not blocks:
-        return {}
     shares = _block_times(pipe)
     change = measured_changes(walks, blocks).mean(1)
     order = sorted(range(len(blocks)), key=lambda block: change[block] / shares[block])

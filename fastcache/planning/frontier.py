@@ -30,21 +30,23 @@ QUALITIES: Final[Mapping[str, float]] = {"draft": 1 / 6, "standard": 1 / 4, "fin
 _FEWER_STEPS: Final = ("ddim", "dpm++_2m", "unipc", "euler")
 
 
-def budget_plan(fitting: Fitting, times: StepTimes, budget: float, say: Say) -> CachePlan:
-    """The best fitted plan that takes no longer than so many full steps.
+def budget_plan(fitting: Fitting, times: StepTimes, budget: float, say: Say, *, blocks: bool = False) -> CachePlan:
+    """The best fitted plan that takes no longer than so many full steps; with `blocks` it may run patterns of them.
 
     Raises: `ValueError` for a budget below one step.
     """
-    return _plans(fitting, times, {"budget": budget}, say)["budget"]
+    return _plans(fitting, times, {"budget": budget}, say, blocks)["budget"]
 
 
-def quality_plans(fitting: Fitting, times: StepTimes, say: Say) -> dict[str, CachePlan]:
-    """A plan for each of draft, standard and fine, by one search."""
+def quality_plans(fitting: Fitting, times: StepTimes, say: Say, *, blocks: bool = False) -> dict[str, CachePlan]:
+    """A plan for each of draft, standard and fine, by one search; `blocks` as for `budget_plan`."""
     calls = fitting.table.num_calls
-    return _plans(fitting, times, {name: share * calls for name, share in QUALITIES.items()}, say)
+    return _plans(fitting, times, {name: share * calls for name, share in QUALITIES.items()}, say, blocks)
 
 
-def _plans(fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say: Say) -> dict[str, CachePlan]:
+def _plans(
+    fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say: Say, blocks: bool
+) -> dict[str, CachePlan]:
     costs, calls = costs_of(times), fitting.table.num_calls
     if not min(budgets.values()) >= 1:
         raise ValueError(f"expected a budget of 1 full step or more, got {min(budgets.values()):g}; allow more time")
@@ -53,7 +55,7 @@ def _plans(fitting: Fitting, times: StepTimes, budgets: Mapping[str, float], say
     steps = fitting.full_steps(costs, scope)
     say(f"planning takes about {steps:.0f} full steps of a picture, {steps * times.full_ms / times.batch / 1e3:.0f} s")
     routes = fitting.routes(costs, scope)
-    patterns = fitting.patterns()
+    patterns = fitting.patterns() if blocks else {}
     return {name: fitting.best(routes, costs, scope, budget, patterns) for name, budget in budgets.items()}
 
 

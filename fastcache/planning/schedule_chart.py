@@ -5,6 +5,7 @@ matplotlib is imported where it draws.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from fastcache.bundle.manifest import BlockEntry
 from fastcache.cut.names import pattern_of
+from fastcache.files import write_whole
 from fastcache.loop.plan import CachePlan
 from fastcache.planning.calibration import Array
 
@@ -37,4 +39,7 @@ def draw_schedule(plan: CachePlan, blocks: Sequence[BlockEntry], changes: Array,
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yticks(range(len(blocks)), [block.place.removesuffix(".attention") for block in blocks], fontsize=7)
     figure.suptitle(f"{plan.made_by}, {plan.sampler}", fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, picture.getvalue())

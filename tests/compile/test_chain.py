@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from fastcache.cut.names import pattern_of
 from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.adjustment import ScaleShift
+from fastcache.planning.blocks import pattern_costs
+from fastcache.planning.walks import Walks
 from fastcache.sampler.scheduler import make_scheduler
+from fastcache.sampler.table import compile_sampler
 from tiny_model import TEXT_WIDTH, TOKENS
 
 PASSES = ("full", "blocks-1010", "blocks-0000", "shallow-0", "blocks-0111", "full", "blocks-0001")
@@ -210,3 +214,31 @@ def test_a_schedule_by_threshold(bundle: Bundle, tmp_path: Path, command: Callab
     assert fastcache.load(bundle.path)("a", plan=made, seed=0, output_type="latent").images.isfinite().all()
     command("plan", *flags, "--threshold", 1e-9, "--no-scale-shift")
     assert set(CachePlan.from_json(output.read_text()).passes) == {"full"}
+
+
+def test_a_fitted_plan_may_run_patterns(
+    bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path, command: Callable[..., Said]
+) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "plan.json"
+    prompts.write_text("a\nb\nab\n")
+    flags = ("--steps", 6, "--prompts", prompts, "--output", output, "--budget", 3, "--blocks")
+    said = command("plan", "--engines", bundle.path, *flags, "--json")
+    assert said.code == 0
+    made = CachePlan.from_json(output.read_text())
+    assert made.fit is not None
+    assert said.json["full_steps"] <= 3
+    assert all(name in bundle.manifest.passes for name in made.passes)
+    refused = command("plan", "--engines", tiny_bundle.path, *flags)
+    assert refused.code == 2
+    assert "expected a bundle of blocks" in refused.err
+
+
+def test_patterns_of_different_cost(pipe: FastCachePipeline) -> None:
+    """Each leaves out more than the one before, those blocks first that change least for their time."""
+    table = compile_sampler(make_scheduler("ddim", pipe.bundle.manifest.model.scheduler), 4)
+    costs = pattern_costs(pipe, Walks(pipe, ["a", "b"], range(2), table=table, guidance_scale=4.0))
+    runs = [pattern_of(name, 4) or () for name in costs]
+    assert [sum(own) for own in runs] == [3, 2, 1, 0]
+    for more, fewer in pairwise(runs):
+        assert all(one or not other for one, other in zip(more, fewer, strict=True))
+    assert [*costs.values()] == sorted(costs.values(), reverse=True)  # shares of time, all above 0, are taken off
