@@ -14,6 +14,9 @@ from fastcache_engines import BACKENDS, DType
 Kind = Literal["eager", "deepcache", "compile", "engine", "engine+cache", "engine+graph", "engine+cache+graph"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES: tuple[DType, ...] = get_args(DType)
+# What an arm computes in: `int8` are engines with 8-bit layers, the others in the fastest dtype of the device.
+Precision = DType | Literal["int8"]
+PRECISIONS: tuple[Precision, ...] = (*DTYPES, "int8")
 TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "KIND[:BACKEND][:DTYPE]"
@@ -30,7 +33,7 @@ class Arm:
     name: str
     kind: Kind
     backend: str
-    dtype: DType
+    dtype: Precision
     cache_interval: int
     branch_id: int
 
@@ -49,12 +52,12 @@ class Arm:
         return self.kind == "compile" or self.is_graph
 
     @property
-    def bundle_key(self) -> tuple[str, DType, int]:
+    def bundle_key(self) -> tuple[str, Precision, int]:
         """What an engine arm's bundle is built for, beside the settings: backend, dtype and branch."""
         return self.backend, self.dtype, self.branch_id
 
     @property
-    def meaning(self) -> tuple[Kind, str, DType, int, int]:
+    def meaning(self) -> tuple[Kind, str, Precision, int, int]:
         """All but the name: two arms of one meaning run the same thing."""
         return self.kind, self.backend, self.dtype, self.cache_interval, self.branch_id
 
@@ -64,7 +67,7 @@ class Defaults:
     """What an arm's name leaves out: an engine arm's backend and dtype, and for all arms the caching."""
 
     backend: str = AUTO
-    dtype: DType = "fp32"
+    dtype: Precision = "fp32"
     cache_interval: int = 3
     branch_id: int = 0
 
@@ -87,7 +90,7 @@ class BenchSettings:
     width: int
     batch: int
     sampler: str
-    dtype: DType
+    dtype: Precision
     warmup: int
     repeats: int
     threads: int
@@ -106,6 +109,11 @@ def parse_dtype(name: str, where: str = "") -> DType:
     return cast("DType", one_of(f"a dtype{where}", name, DTYPES))
 
 
+def parse_precision(name: str, where: str = "") -> Precision:
+    """What an engine arm computes in, by its name. Raises: `ValueError` naming what there is."""
+    return cast("Precision", one_of(f"a dtype{where}", name, PRECISIONS))
+
+
 def parse_arm(name: str, defaults: Defaults) -> Arm:
     """An arm from its name. Torch arms take a dtype (fp32 without one), engine arms a backend, a dtype, or both.
 
@@ -118,10 +126,11 @@ def parse_arm(name: str, defaults: Defaults) -> Arm:
     backend, dtype = (defaults.backend, defaults.dtype) if kind.startswith("engine") else (TORCH, "fp32")
     if parts and parts[0] == "":  # eager::bf16
         parts.pop(0)
-    elif kind.startswith("engine") and parts and parts[0] not in DTYPES:
+    elif kind.startswith("engine") and parts and parts[0] not in PRECISIONS:
         backend = one_of(f"a backend in arm {name!r}", parts.pop(0), (AUTO, *BACKENDS))
     if parts:
-        dtype = parse_dtype(parts.pop(0), f" in arm {name!r}")
+        parse = parse_precision if kind.startswith("engine") else parse_dtype
+        dtype = parse(parts.pop(0), f" in arm {name!r}")
     if parts:
         raise ValueError(f"expected an arm {GRAMMAR}, got {name!r}, which has {parts[0]!r} left over")
     interval = defaults.cache_interval if kind in _CACHING else 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcache.bench.arms import TORCH, Arm, BenchSettings
 from fastcache.bench.eager import EagerParts, control_pattern
-from fastcache.bench.lineup import BundleKey, Lineup
+from fastcache.bench.lineup import BundleKey, Lineup, precision_of
 from fastcache.bench.loops import Task, TimedRun
 from fastcache.bench.machine import environment, gpus
 from fastcache.bench.work import geometry
@@ -175,7 +175,7 @@ def document(
             {
                 "name": bundle.path.name,
                 "backend": bundle.manifest.backend,
-                "dtype": bundle.manifest.dtype,
+                "dtype": precision_of(bundle.manifest),
                 "branch_id": bundle.manifest.branch_id,
                 "bundle_sha256": bundle.manifest.bundle_sha256,
                 "build_seconds": bundle.manifest.build_seconds,
@@ -228,7 +228,7 @@ def _tasks(
     for arm in lineup.arms:
         if arm in lineup.skipped or _worker_of(arm) in tasks:
             continue
-        task = Task(settings, inputs, arm.dtype, weights_bytes=weights_bytes)
+        task = Task(settings, inputs, "fp32" if arm.dtype == "int8" else arm.dtype, weights_bytes=weights_bytes)
         if arm.is_engine:
             bundle = bundles[arm.bundle_key]
             own = bundle.manifest.weights_bytes

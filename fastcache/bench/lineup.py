@@ -15,10 +15,11 @@ import torch
 
 import fastcache
 import fastcache_engines
-from fastcache.bench.arms import AUTO, Arm, BenchSettings, Defaults, parse_arm, parse_arms, parse_dtype
+from fastcache.bench.arms import AUTO, Arm, BenchSettings, Defaults, Precision, parse_arm, parse_arms, parse_precision
 from fastcache.bench.work import empty_unet, geometry
 from fastcache.bundle.bundle import Bundle, open_bundle
 from fastcache.bundle.manifest import Defaults as ModelDefaults
+from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile.builder import resolve
 from fastcache.compile.describe import defaults_of
@@ -30,7 +31,7 @@ from fastcache.sampler.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
-BundleKey = tuple[str, DType, int]
+BundleKey = tuple[str, Precision, int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def of_bundle(
         ("height", wishes.height, built.height),
         ("width", wishes.width, built.width),
         ("branch-id", wishes.branch_id, built.branch_id),
-        ("dtype", wishes.dtype, built.dtype),
+        ("dtype", wishes.dtype, precision_of(built)),
         ("device", wishes.device, built.device_type),
         ("backend", None if wishes.backend == AUTO else wishes.backend, built.backend),
     ):
@@ -83,14 +84,19 @@ def of_bundle(
         branch_id=built.branch_id,
         height=built.height,
         width=built.width,
-        dtype=built.dtype,
+        dtype=precision_of(built),
         guided_rows=built.model.guided_rows,
         controlnets=built.recipe.controls.get("controlnet", ()),
         **_own_ways(common, built.model.scheduler, built.model.defaults),
     )
-    defaults = Defaults(built.backend, built.dtype, settings.cache_interval, built.branch_id)
-    bundles: dict[BundleKey, Bundle] = {(built.backend, built.dtype, built.branch_id): bundle}
+    defaults = Defaults(built.backend, precision_of(built), settings.cache_interval, built.branch_id)
+    bundles: dict[BundleKey, Bundle] = {(built.backend, precision_of(built), built.branch_id): bundle}
     return settings, line_up_bundle(wishes.arms, defaults, bundle), bundles
+
+
+def precision_of(built: Manifest) -> Precision:
+    """What a bundle computes in, as arms call it."""
+    return built.dtype if built.quantized is None else built.quantized.scheme
 
 
 def of_model(
@@ -104,7 +110,7 @@ def of_model(
     model.require_pictures()
     shapes = geometry(model)
     height, width = shapes.size(wishes.height, wishes.width)
-    dtype = parse_dtype(wishes.dtype or "fp32")
+    dtype = parse_precision(wishes.dtype or "fp32")
     one_of("a backend", wishes.backend, (AUTO, *BACKENDS))
     if wishes.device not in (None, "cpu", "cuda"):
         raise ValueError(f"expected device cpu or cuda, got {wishes.device!r}")
@@ -167,46 +173,47 @@ def line_up_bundle(names: str | None, defaults: Defaults, bundle: Bundle) -> Lin
         for arm in parse_arms(names if names is not None else _USUAL, defaults)
     )
     for arm in arms:
-        if arm.is_engine and (arm.backend, arm.dtype) != (built.backend, built.dtype):
+        if arm.is_engine and (arm.backend, arm.dtype) != (built.backend, precision_of(built)):
             raise ValueError(
-                f"expected engine arms of {built.backend} in {built.dtype}, which {bundle.path} was built for, got "
-                f"{arm.name!r}; name the model (--model) to build others"
+                f"expected engine arms of {built.backend} in {precision_of(built)}, which {bundle.path} was built for, "
+                f"got {arm.name!r}; name the model (--model) to build others"
             )
     missing = {arm: _without_gpu(arm, built.device_type) or _without_package(arm) for arm in arms}
     return Lineup(arms, {arm: reason for arm, reason in missing.items() if reason is not None})
 
 
 def build_bundles(
-    lineup: Lineup, settings: BenchSettings, folder: Path, say: Callable[[str], None]
+    lineup: Lineup, settings: BenchSettings, folder: Path, say: Callable[[str], None], *, whole: bool = False
 ) -> tuple[dict[BundleKey, Bundle], Lineup]:
     """A bundle for every backend, dtype and branch in the line-up, in subfolders that later benchmarks find again.
 
-    Arms whose bundle cannot be built are skipped in the line-up that comes back, with the reason.
+    They hold the U-Net alone or, as a `whole`, the text encoders and the VAE, too. Arms whose bundle cannot be built
+    are skipped in the line-up that comes back, with the reason.
     """
     bundles: dict[BundleKey, Bundle] = {}
     failed: dict[BundleKey, str] = {}
     for key in dict.fromkeys(arm.bundle_key for arm in lineup.arms if arm.is_engine and arm not in lineup.skipped):
         try:
-            bundles[key] = _build(key, settings, folder, say)
+            bundles[key] = _build(key, settings, folder, say, whole)
         except (BackendUnavailable, BuildError, ValueError) as error:
             failed[key] = str(error)
     further = {arm: failed[arm.bundle_key] for arm in lineup.arms if arm.is_engine and arm.bundle_key in failed}
     return bundles, replace(lineup, skipped={**lineup.skipped, **further})
 
 
-def _build(key: BundleKey, settings: BenchSettings, folder: Path, say: Callable[[str], None]) -> Bundle:
+def _build(key: BundleKey, settings: BenchSettings, folder: Path, say: Callable[[str], None], whole: bool) -> Bundle:
     backend, dtype, branch_id = key
     values: dict[str, Any] = {
         "model": settings.model,
         "random_weights": settings.random_weights,
         "backend": backend,
         "device": settings.device,
-        "dtype": dtype,
+        **({"quantize": dtype} if dtype == "int8" else {"dtype": dtype}),
         "branch_id": branch_id,
         "height": settings.height,
         "width": settings.width,
         "batch": f"1:{settings.batch}:{settings.batch}",
-        "components": ("unet",),
+        "components": None if whole else ("unet",),
     }
     recipe = recipe_from(values)
     name = settings.model.replace("/", "-")[-40:].strip("-.")
@@ -220,6 +227,8 @@ def _settle(arm: Arm, device: str) -> Arm:
     if arm.backend != AUTO:
         return arm
     try:
+        if arm.dtype == "int8":
+            return replace(arm, backend=fastcache_engines.choose_with_dtype(device)[0])
         return replace(arm, backend=fastcache_engines.choose(device, arm.dtype)[0])
     except BackendUnavailable:
         return arm
@@ -249,13 +258,15 @@ def _obstacle(arm: Arm, device: str) -> str | None:
         return reason
     if arm.backend == AUTO:
         try:
-            fastcache_engines.choose(device, arm.dtype)
+            fastcache_engines.choose(device, "fp32" if arm.dtype == "int8" else arm.dtype)
         except BackendUnavailable as error:
             return str(error)
     module = fastcache_engines.backend(arm.backend)
     found, dtypes = module.support(device), module.CAPABILITIES.computes(device)
     if not (found.can_build and found.can_run):
         return found.reason
+    if arm.dtype == "int8":
+        return _without_8_bits(arm, device)
     if arm.dtype not in dtypes:
         return f"{arm.backend} computes in {' or '.join(dtypes)} on {device}, not in {arm.dtype}"
     return None
@@ -263,6 +274,14 @@ def _obstacle(arm: Arm, device: str) -> str | None:
 
 def _without_gpu(arm: Arm, device: str) -> str | None:
     return f"a CUDA graph runs on a GPU only, not on {device}" if arm.is_graph and device != "cuda" else None
+
+
+def _without_8_bits(arm: Arm, device: str) -> str | None:
+    if not fastcache_engines.backend(arm.backend).CAPABILITIES.quantized or device != "cpu":
+        return f"8-bit layers run on a CPU with {fastcache_engines.backends_with('quantized')}, not {arm.backend} there"
+    if importlib.util.find_spec("nncf") is None:
+        return "NNCF, which chooses 8-bit ranges, is not installed; run: pip install 'fastcache[int8]'"
+    return None
 
 
 def _without_package(arm: Arm) -> str | None:

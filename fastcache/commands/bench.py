@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,9 @@ def bench(  # as long as its flags are many
     sampler: Sampler = None,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Time prompt to PNG from a process's start, part by part.")
+    ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
@@ -49,6 +53,8 @@ def bench(  # as long as its flags are many
     """Time the denoising loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
 
     With +graph an engine arm's loop is one CUDA graph.
+
+    With --end-to-end each arm draws in a new process each round: start, text encoder, loop, VAE and PNG, and the total.
 
     With --kernels: every kernel against PyTorch eager, torch.compile and a copy of as many bytes, on a GPU.
 
@@ -68,6 +74,8 @@ def bench(  # as long as its flags are many
     if chart is not None:
         check_chartable(arms)
     check_writable(chart, None if str(json_file) == "-" else json_file)
+    if end_to_end and chart is not None:
+        raise ValueError("expected --end-to-end without --chart, got both; leave --chart out")
     source = {"engines": engines} if model is None else {"model": model, "random_weights": random_weights}
     settings, results, result = _measure(
         Wishes(arms, backend, device, dtype, branch_id, height, width),
@@ -78,7 +86,12 @@ def bench(  # as long as its flags are many
         sampler=sampler,
         warmup=warmup,
         repeats=repeats,
+        end_to_end=end_to_end,
     )
+    if end_to_end:
+        if not _write_json(result, json_file):
+            _show_end_to_end(settings, result["arms"])
+        return
     if not _write_json(result, json_file):
         _show_bench(settings, results, result["doubts"])
     if all(arm.skipped is not None for arm in results):
@@ -92,15 +105,16 @@ def bench(  # as long as its flags are many
 
 
 def _measure(
-    wishes: Wishes, source: dict[str, Any], **common: Any
+    wishes: Wishes, source: dict[str, Any], *, end_to_end: bool, **common: Any
 ) -> tuple[BenchSettings, Sequence[ArmResult], dict[str, Any]]:
     """Build what is missing and time every arm: the settings, the results, and all of it as JSON."""
     import platformdirs
     import torch
 
     from fastcache.bench.bench import document, run_bench
+    from fastcache.bench.end_to_end import run_end_to_end, whole_model
     from fastcache.bench.lineup import build_bundles, of_bundle, of_model
-    from fastcache.bench.machine import load_average
+    from fastcache.bench.machine import environment, load_average
 
     load_before = load_average()  # ours counts as soon as something is built
     common["threads"] = torch.get_num_threads()
@@ -110,7 +124,11 @@ def _measure(
         else:
             settings, lineup = of_model(source["model"], source["random_weights"], wishes, common)
             folder = Path(platformdirs.user_cache_dir("fastcache")) / "engines"
-            bundles, lineup = build_bundles(lineup, settings, folder, say)
+            bundles, lineup = build_bundles(lineup, settings, folder, say, whole=end_to_end)
+        if end_to_end:
+            arms = run_end_to_end(settings, lineup, bundles, whole_model(settings), say)
+            machine = {**environment(settings.threads), "load_average_before": load_before}
+            return settings, (), {"environment": machine, "settings": asdict(settings), "arms": arms}
         measured = run_bench(settings, lineup, bundles, say)
     return settings, measured.results, document(settings, bundles, measured, load_before)
 
@@ -140,6 +158,29 @@ def _bench_kernels(batch: int, dtype: str | None, repeats: int, branch_id: int, 
     for row in rows:
         if row.compile_skipped is not None:
             typer.echo(f"{row.kernel} {'x'.join(map(str, row.shape))}: torch.compile skipped, {row.compile_skipped}")
+
+
+def _show_end_to_end(settings: BenchSettings, arms: Sequence[dict[str, Any]]) -> None:
+    ran = [arm for arm in arms if "skipped" not in arm]
+    parts = ("start_ms", "text_ms", "loop_ms", "vae_ms", "png_ms", "total_ms")
+    print_table(
+        f"{settings.model} {settings.width}x{settings.height}, {settings.steps} {settings.sampler} steps, "
+        f"N={settings.cache_interval}, {settings.device}, {settings.threads} threads: one picture, prompt to PNG\n"
+        "ms, medians: the process and its imports, the text encoder, the loop, the VAE, the PNG, and all of it",
+        ["arm", *(name.removesuffix("_ms") for name in parts), "x eager", "PSNR"],
+        [
+            [
+                arm["name"],
+                *(figure(arm[name]) for name in parts),
+                figure(arm["speedup_vs_eager"], ".2f", "x"),
+                figure(arm["psnr_db_vs_eager"]),
+            ]
+            for arm in ran
+        ],
+    )
+    for arm in arms:
+        if "skipped" in arm:
+            typer.echo(f"{arm['name']}: skipped, {arm['skipped']}")
 
 
 def _show_bench(settings: BenchSettings, results: Sequence[ArmResult], doubts: Sequence[str]) -> None:

@@ -88,7 +88,7 @@ def _worst(groups: Sequence[Group], errors: Mapping[Group, float]) -> list[Group
     """
     total, aim = sum(group.work for group in groups), 10 ** (-AIM_DB / 10)
     rest, kept, work = sum(errors.values()), list[Group](), 0
-    for group in sorted(groups, key=lambda one: errors[one] / (one.work + total / 1000), reverse=True):
+    for group in sorted(groups, key=lambda one: errors[one] / (one.work + total / 1000 + 1), reverse=True):
         if rest <= aim:
             break
         if errors[group] > aim / 100 and work + group.work <= MOST_KEPT * total:

@@ -63,6 +63,7 @@ def _build(job: Job, key: str, folder: Path, say: Progress) -> None:
     unet = model.load_unet(fastcache_engines.torch_dtype(job.dtype if typed else "fp32"))
     info = describe.describe(model, unet)
     shapes = describe.shapes(unet, recipe, info)
+    shapes.check_tile(recipe.vae_tile)
     _require_space(folder, state_bytes(unet))
     workshop = Workshop(job, folder, say, info, shapes)
     num_branches = workshop.make_unet(unet)

@@ -151,7 +151,6 @@ class Workshop:
         """Decoder and encoder, each in the recipe's dtype where that is exact enough, else in float32."""
         vae = self.job.model.load_vae()
         sizes, tile = (*self.shapes.latent, self.shapes.scale), self.recipe.vae_tile
-        self.shapes.check_tile(tile)
         usual = self.shapes.sizes[0]
         sides = (tile, tile) if tile else (usual.height, usual.width)
         latents = components.example_latents(vae, *sides)

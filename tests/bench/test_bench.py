@@ -178,7 +178,7 @@ def test_a_graph_arm_draws_what_the_others_draw_and_times_the_loop_alone(
     ("wishes", "says"),
     [
         (Wishes(height=33), "divisible by 4"),
-        (Wishes(dtype="fp8"), "fp32, fp16, bf16"),
+        (Wishes(dtype="fp8"), "fp32, fp16, bf16, int8"),
         (Wishes(device="tpu"), "cpu or cuda"),
         (Wishes(backend="speedy"), "onnxruntime"),
         (Wishes(branch_id=4), "from 0 to 3"),
