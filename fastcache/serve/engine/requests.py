@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,14 +16,13 @@ from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.arguments import Terms, plan_for, terms_of
 from fastcache.pipeline.request import Request
-from fastcache.sampler.scheduler import SAMPLERS
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing, Executor
 from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.schema import ImageRequest, Model, Usual
+from fastcache.serve.http.schema import ImageRequest
 
 _CALLS_A_STEP = 2  # at most: Heun's and its kin
 _MOST_FIELDS = 64
@@ -32,47 +30,19 @@ _LONGEST_TEXT = 256  # of a plan's: they are written into each picture
 
 
 class Served:
-    """A bundle that is loaded and served: its number, its executor, and what requests are checked against."""
+    """A bundle that is loaded and served: its number, its executor, its name, and what requests are checked against."""
 
-    def __init__(self, number: int, executor: Executor) -> None:
-        self.number, self.executor, self.since = number, executor, int(time.time())
+    def __init__(self, number: int, executor: Executor, name: str) -> None:
+        self.number, self.executor, self.model = number, executor, name
 
     @property
     def manifest(self) -> Manifest:
         return self.executor.pipe.bundle.manifest
 
     @property
-    def model(self) -> str:
-        """The model's public name."""
-        return self.manifest.model.public_name
-
-    @property
     def sizes(self) -> list[str]:
         """The sizes of the bundle as WIDTHxHEIGHT, its usual one first."""
         return [str(size) for size in self.manifest.sizes]
-
-    def described(self, limits: Limits) -> Model:
-        """What clients are told of it."""
-        model = self.manifest.model
-        usual = Usual(
-            sampler=self.executor.pipe.bundle.samplers.own,
-            num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
-            guidance_scale=model.defaults.guidance_scale,
-        )
-        return Model(
-            id=self.model,
-            created=self.since,
-            sizes=self.sizes,
-            samplers=list(SAMPLERS),
-            defaults=usual,
-            bundle_sha256=self.manifest.bundle_sha256,
-        )
-
-    def require_model(self, name: str) -> None:
-        """Raises: `ApiError` for another model than this."""
-        if name != self.model:
-            message = f"expected the model {self.model}, got another; /v1/models lists what is served"
-            raise ApiError(404, message, code="model_not_found", param="model")
 
     def tokens_of(self, text: str) -> int:
         """How long a text is for the model, its marks of start and end included."""
@@ -81,8 +51,6 @@ class Served:
 
 def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     """Refuse at once what no preparation is needed for. Raises: `ApiError`."""
-    if asked.model is not None:
-        served.require_model(asked.model)
     if asked.size not in (None, "auto", *served.sizes):
         raise _bad("size", f"expected {', '.join(served.sizes)}, what this server draws, or auto, got another")
     _at_most("n", asked.n, min(limits.max_images, limits.queue + served.executor.count))

@@ -97,34 +97,51 @@ class Scheduler(Generic[Content]):
         self._free: dict[int, list[int]] = {}
         self._most: dict[int, int] = {}
         self._reserved: dict[int, int] = {}  # images of jobs in preparation, by bundle
+        self._retired: set[int] = set()
 
     def open(self, bundle: int, slots: int) -> None:
-        """Serve another bundle, with so many images in flight. Jobs of earlier ones go on."""
+        """Serve one more bundle, with so many images in flight."""
         self._slots[bundle] = self._most[bundle] = slots
         self._free[bundle] = list(range(slots))[::-1]
 
+    def retire(self, bundle: int) -> None:
+        """Let a bundle go once its last job has ended. Until then its jobs go on, and more may be added."""
+        self._retired.add(bundle)
+
     def close_idle(self) -> list[int]:
-        """Forget every bundle but the newest that no job needs any more. Returns them."""
-        used = {job.bundle for job in self.jobs.values()} | {own for own, images in self._reserved.items() if images}
-        idle = [bundle for bundle in self._slots if bundle not in used and bundle != max(self._slots)]
+        """Forget the retired bundles that no job needs any more. Returns them."""
+        idle = [bundle for bundle in self._retired if not self.is_used(bundle)]
         for bundle in idle:
             del self._slots[bundle], self._free[bundle], self._most[bundle]
             self._reserved.pop(bundle, None)
+            self._retired.remove(bundle)
         return idle
+
+    def is_used(self, bundle: int) -> bool:
+        """Whether a job needs a bundle, one in preparation included."""
+        return bool(self._reserved.get(bundle)) or any(job.bundle == bundle for job in self.jobs.values())
 
     @property
     def outstanding(self) -> int:
         """Images accepted and not finished, those included that room was only reserved for."""
         return len(self.waiting) + len(self.running) + sum(self._reserved.values())
 
-    @property
-    def capacity(self) -> int:
-        return self.queue + (self._slots[max(self._slots)] if self._slots else 0)
+    def outstanding_of(self, bundle: int) -> int:
+        """As `outstanding`, of one bundle."""
+        own = sum(image.job.bundle == bundle for image in (*self.waiting, *self.running))
+        return own + self._reserved.get(bundle, 0)
+
+    def room_for(self, bundle: int) -> int:
+        """How many more images of a bundle there is room for: its slots, and what of the one queue others leave."""
+        excess = {own: self.outstanding_of(own) - slots for own, slots in self._slots.items()}
+        others = sum(max(0, images) for own, images in excess.items() if own != bundle)
+        return self.queue - others - excess[bundle]
 
     def reserve(self, images: int, bundle: int) -> None:
         """Keep room, and the bundle, for a job that is still being prepared. Raises: `QueueFull`."""
-        if self.outstanding + images > self.capacity:
-            raise QueueFull(f"expected at most {self.capacity} images at once, got {self.outstanding + images}")
+        room = self.room_for(bundle)
+        if images > room:
+            raise QueueFull(f"expected at most {max(0, room)} images more, got {images}")
         self._reserved[bundle] = self._reserved.get(bundle, 0) + images
 
     def release(self, images: int, bundle: int) -> None:

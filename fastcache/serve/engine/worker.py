@@ -49,15 +49,25 @@ class _TooLarge(Exception):
 
 
 class Worker:
-    """Owns the scheduler and the executors. `broken` is called, once, when only a new process can help."""
+    """Owns the scheduler and the executors.
 
-    def __init__(self, queue: int, metrics: Metrics, broken: Callable[[Exception], None]) -> None:
+    `broken` is called, once, when only a new process can help, and `gone` of each bundle whose memory was given back.
+    """
+
+    def __init__(
+        self,
+        queue: int,
+        metrics: Metrics,
+        broken: Callable[[Exception], None],
+        gone: Callable[[int], None] = lambda bundle: None,
+    ) -> None:
         self._scheduler, self._metrics, self._broken = Scheduler[Order](queue), metrics, broken
+        self._gone = gone
         self._executors: dict[int, Executor] = {}
         self._changed = threading.Condition()
         self._stopping = False
         self._failures = 0
-        self._litter = False  # whether an executor was let go
+        self._litter: list[int] = []  # bundles whose executors were let go
         self._image_s = 1.0  # recent seconds from an image's start to its end, for Retry-After
         self._thread = threading.Thread(target=self._work, name="fastcache-worker", daemon=True)
 
@@ -73,11 +83,21 @@ class Worker:
             self._thread.join()
 
     def install(self, bundle: int, executor: Executor) -> None:
-        """Serve another bundle from now on; what was accepted for earlier ones is finished with those."""
+        """Serve one more bundle from now on."""
         with self._changed:
             self._executors[bundle] = executor
             self._scheduler.open(bundle, executor.count)
+
+    def retire(self, bundle: int) -> None:
+        """Let a bundle go, once what was accepted for it is finished."""
+        with self._changed:
+            self._scheduler.retire(bundle)
             self._forget_idle()
+
+    def is_used(self, bundle: int) -> bool:
+        """Whether a job needs a bundle, one in preparation included."""
+        with self._changed:
+            return self._scheduler.is_used(bundle)
 
     @property
     def waiting(self) -> int:
@@ -145,8 +165,7 @@ class Worker:
                             return
                         self._changed.wait(self._until_deadline())
                 if self._litter:
-                    self._litter = False
-                    _give_back()
+                    self._clear_up()
                 admitted, batch = turn or ([], None)
                 for image in admitted:
                     self._begin(image)
@@ -299,8 +318,15 @@ class Worker:
     def _forget_idle(self) -> None:
         for bundle in self._scheduler.close_idle():
             del self._executors[bundle]
-            self._litter = True
+            self._litter.append(bundle)
             self._changed.notify()
+
+    def _clear_up(self) -> None:
+        with self._changed:
+            bundles, self._litter = self._litter, []
+        _give_back()
+        for bundle in bundles:
+            self._gone(bundle)
 
 
 def _give_back() -> None:

@@ -108,7 +108,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) -> list[bytes]:
     """The bytes of each picture; a PNG says how it was made. The prompt goes back to who sent it and nowhere else."""
-    drawing, manifest = ticket.order.drawing, ticket.served.manifest
+    drawing, manifest = ticket.order.drawing, ticket.manifest
     made = record(manifest, drawing.request, drawing.terms, drawing.plan)
     kind, quality = asked.file_format, asked.output_compression
     return [
@@ -121,7 +121,7 @@ def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResp
     return ImagesResponse(
         id=ticket.job.id,
         created=int(time.time()),
-        model=ticket.served.model,
+        model=ticket.model,
         size=ticket.job.size,
         output_format=asked.file_format,
         data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],

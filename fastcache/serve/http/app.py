@@ -15,11 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from fastcache.serve.engine.requests import Served
 from fastcache.serve.http.answers import answer
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import OWNER, PROBES, Guard
 from fastcache.serve.http.metrics import CONTENT_TYPE
+from fastcache.serve.http.models import ADMIN_PATH, add_admin, add_models, refuse_admin
 from fastcache.serve.http.page import PAGE_PATHS, add_page
 from fastcache.serve.http.schema import (
     JOB_ID,
@@ -29,8 +29,6 @@ from fastcache.serve.http.schema import (
     HealthInDetail,
     ImageRequest,
     ImagesResponse,
-    Model,
-    Models,
 )
 from fastcache.serve.http.service import Service
 
@@ -41,7 +39,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     404: "No such model, job or route",
     406: "An Accept header that nothing here fulfils",
     408: "The body did not arrive in time",
-    409: "The job's name is in use",
+    409: "A name in use, or a model that cannot be loaded or dropped",
     413: "Too large a body",
     415: "A Content-Type other than application/json",
     429: "The queue is full; see Retry-After",
@@ -60,10 +58,17 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in sorted(statuses)}
 
 
-def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[str] | None = None) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[bytes] = (),
+    admin_keys: Sequence[bytes] = (),
+    hosts: Iterable[str] | None = None,
+) -> FastAPI:
     """The application around a service, which it starts in the background and closes at its end.
 
-    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any.
+    `keys` are digests of API keys, as `guard.read_keys` gives them, and `admin_keys` of those who may also change which
+    models there are; `hosts` the names it may be asked by, None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -84,15 +89,27 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.add_middleware(
-        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=_OPEN_PATHS
+        Guard,
+        limits=service.limits,
+        metrics=service.metrics,
+        keys=keys,
+        hosts=hosts,
+        open_paths=_OPEN_PATHS,
+        admin_keys=admin_keys,
+        admin_path=ADMIN_PATH,
     )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     _add_images(app, service)
+    add_models(app, service, _errors, _ALWAYS)
+    if admin_keys:
+        add_admin(app, service, _errors, _ALWAYS)
+    else:
+        refuse_admin(app)
     _add_probes(app, service)
     add_page(app)
-    _describe(app, secured=bool(keys))
+    _describe(app, secured=bool(keys), administered=bool(admin_keys))
     return app
 
 
@@ -127,27 +144,6 @@ def _add_images(app: FastAPI, service: Service) -> None:
         """End a job that was asked for with the same key, and only that one. Twice is as good as once."""
         return Cancelled(id=job_id, status=service.cancel(job_id, owner=getattr(request.state, OWNER, None)))
 
-    _add_models(app, service)
-
-
-def _add_models(app: FastAPI, service: Service) -> None:
-    def served() -> Served:
-        if service.served is None:
-            raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
-        return service.served
-
-    @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
-    async def models() -> Models:
-        """The model that is served."""
-        return Models(data=[served().described(service.limits)])
-
-    @app.get("/v1/models/{model_id:path}", responses=_errors(*_ALWAYS, 404, 503))
-    async def model(model_id: str) -> Model:
-        """One model by its id."""
-        found = served()
-        found.require_model(model_id)
-        return found.described(service.limits)
-
 
 def _add_probes(app: FastAPI, service: Service) -> None:
     busy: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": _ERRORS[503]}}
@@ -174,7 +170,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         served, worker = service.served, service.worker
         return HealthInDetail(
             status=service.state,
-            model=None if served is None else served.model,
+            model=next(iter(service.shelf.entries), None),
+            loaded=[entry.name for entry in service.shelf.entries.values() if entry.served is not None],
             running=worker.running,
             waiting=worker.waiting,
             bundles=worker.bundles,
@@ -193,7 +190,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
-def _describe(app: FastAPI, *, secured: bool) -> None:
+def _describe(app: FastAPI, *, secured: bool, administered: bool) -> None:
     """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
     made = app.openapi
 
@@ -204,14 +201,15 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if secured and path not in _OPEN_PATHS:
+                needs_key = administered if path.startswith(ADMIN_PATH) else secured and path not in _OPEN_PATHS
+                if needs_key:
                     operation["security"] = [{"key": []}]
                 elif "401" in operation["responses"] and not secured:
                     del operation["responses"]["401"]
         schemas: dict[str, Any] = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        if secured:
+        if secured or administered:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document
 

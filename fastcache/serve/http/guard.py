@@ -39,24 +39,20 @@ PROBES: Final = frozenset({"/livez", "/readyz"})
 _SHORTEST_KEY: Final = 16
 
 
-def read_keys(path: Path) -> tuple[bytes, ...]:
+def read_keys(path: Path, flag: str = "--api-key-file") -> tuple[bytes, ...]:
     """The digests of the API keys in a file, one a line. Raises: `ValueError` naming the file, never a key."""
     try:
         mode = path.stat().st_mode if os.name == "posix" else 0
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"expected --api-key-file to be a file of API keys, got {path}: {type(error).__name__}"
-        ) from None
+        raise ValueError(f"expected {flag} to be a file of API keys, got {path}: {type(error).__name__}") from None
     if mode & stat.S_IWOTH:
-        raise ValueError(
-            f"expected --api-key-file to be a file that others cannot write, got {path}; run: chmod 600 {path}"
-        )
+        raise ValueError(f"expected {flag} to be a file that others cannot write, got {path}; run: chmod 600 {path}")
     if mode & stat.S_IROTH:
         _log.warning("every user of this machine can read the API keys in %s; run: chmod 600 %s", path, path)
     if not lines or any(len(line) < _SHORTEST_KEY for line in lines):
         raise ValueError(
-            f"expected --api-key-file {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
+            f"expected {flag} {path} to hold one key a line, of {_SHORTEST_KEY} characters or more; "
             "make one with: openssl rand -hex 32"
         )
     return tuple(hashlib.sha256(line.encode()).digest() for line in lines)
@@ -74,7 +70,8 @@ class Guard:
     """Refuses what no route should see: no key, a foreign Host or Origin, too large a head or body.
 
     `keys` are digests of API keys, none for an open server; `hosts` the names it may be asked by, None for any (only
-    with keys: a page of another site that had its name point here has none). `open_paths` need no key.
+    with keys: a page of another site that had its name point here has none). `open_paths` need no key, and what lies
+    below `admin_path` one of the `admin_keys`, where there are any.
     """
 
     def __init__(
@@ -86,8 +83,12 @@ class Guard:
         keys: Sequence[bytes] = (),
         hosts: Iterable[str] | None = None,
         open_paths: Iterable[str] = PROBES,
+        admin_keys: Sequence[bytes] = (),
+        admin_path: str = "/v1/admin/",
     ) -> None:
-        self._app, self._limits, self._metrics, self._keys = app, limits, metrics, tuple(keys)
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._admin_keys, self._admin_path = tuple(admin_keys), admin_path
+        self._keys = (*keys, *admin_keys) if keys else ()
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self._open = frozenset(open_paths)
 
@@ -133,8 +134,10 @@ class Guard:
             raise ApiError(431, f"expected at most {most} bytes of headers, got more", code="headers_too_large")
         self._check_host(_all(headers, b"host"))
         self._check_origin(_all(headers, b"origin"), _all(headers, b"host"))
-        needed = bool(self._keys) and scope["path"] not in self._open
-        owner = self._check_key(_all(headers, b"authorization")) if needed else None
+        is_admins = bool(self._admin_keys) and scope["path"].startswith(self._admin_path)
+        keys = self._admin_keys if is_admins else self._keys
+        needed = bool(keys) and scope["path"] not in self._open
+        owner = _check_key(_all(headers, b"authorization"), keys) if needed else None
         lengths = _all(headers, b"content-length")
         if lengths and lengths[0].isdecimal() and int(lengths[0][:20]) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
@@ -152,13 +155,15 @@ class Guard:
             if origin.lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}:
                 raise ApiError(403, "expected no Origin, or this server's own, got another", code="invalid_origin")
 
-    def _check_key(self, given: Sequence[str]) -> bytes:
-        scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        fits = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them, so that time tells nothing
-        if scheme.lower() != "bearer" or not any(fits):
-            raise ApiError(401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key")
-        return digest
+
+def _check_key(given: Sequence[str], keys: Sequence[bytes]) -> bytes:
+    """The digest of the key that was given. Raises: `ApiError` for none of these."""
+    scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+    digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+    fits = [hmac.compare_digest(digest, own) for own in keys]  # all of them, so that time tells nothing
+    if scheme.lower() != "bearer" or not any(fits):
+        raise ApiError(401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key")
+    return digest
 
 
 class _Sent:

@@ -23,6 +23,7 @@ class Limits:
     max_body_bytes: int = 128 * 1024
     max_header_bytes: int = 16 * 1024
     timeout_s: float = 300.0
+    load_wait_s: float = 60.0  # that a request waits for its model to be loaded
     body_timeout_s: float = 20.0
     write_timeout_s: float = 20.0
     max_connections: int = 1000
@@ -34,6 +35,6 @@ class Limits:
                 raise ValueError(f"expected {name} of 1 or more, got {getattr(self, name)}")
         if self.queue < 0:
             raise ValueError(f"expected a queue of 0 or more images, got {self.queue}")
-        timeouts = self.timeout_s, self.body_timeout_s, self.write_timeout_s
+        timeouts = self.timeout_s, self.load_wait_s, self.body_timeout_s, self.write_timeout_s
         if not all(0 < timeout < math.inf for timeout in timeouts):
             raise ValueError(f"expected finite timeouts above 0 s, got {', '.join(map(str, timeouts))}")

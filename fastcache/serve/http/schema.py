@@ -111,6 +111,7 @@ class Model(BaseModel):
     samplers: list[str]
     defaults: Usual
     bundle_sha256: str
+    loaded: bool = Field(description="Whether a request need not wait for it to be loaded.")
 
 
 class Models(BaseModel):
@@ -118,6 +119,22 @@ class Models(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class ModelPut(BaseModel):
+    """`PUT /v1/admin/models/{name}`: the bundle to offer under this name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engines: str = Field(min_length=1, max_length=4096, description="The bundle's folder on the server's machine.")
+
+
+class ModelDropped(BaseModel):
+    """The answer to `DELETE /v1/admin/models/{name}`; what was accepted for it is finished."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class Cancelled(BaseModel):
@@ -140,6 +157,7 @@ class HealthInDetail(Health):
     running: int
     waiting: int
     bundles: int
+    loaded: list[str]
     max_batch: int | None
     queue: int
 
