@@ -24,6 +24,10 @@ def serve(
     memory_limit: Annotated[
         str | None, typer.Option(help="What loaded bundles may take together, as 6GiB; others wait outside.")
     ] = None,
+    plans: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="What `plan --frontier` made for one of the bundles; again for others."),
+    ] = None,
     host: Annotated[str, typer.Option(help="The address; one beyond this machine needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
@@ -74,6 +78,7 @@ def serve(
             tuple(offered),
             file=models,
             memory_limit_bytes=None if memory_limit is None else bytes_of(memory_limit),
+            plans=tuple(plans or ()),
             trusted=trusted_key,
         ),
         limits=Limits(max_batch=max_batch, queue=queue, max_steps=max_steps, timeout_s=timeout),

@@ -67,10 +67,16 @@ class Job(Generic[Content]):
     count: int
     deadline: float
     content: Content
+    owner: str = ""  # who asked for it, if that is known; else each job counts as a client of its own
     images: list[Image[Content]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.images = [Image(self, index) for index in range(self.count)]
+
+    @property
+    def client(self) -> str:
+        """Who shares turns with others as one: all jobs of an owner, or the job alone."""
+        return self.owner or self.id
 
     @property
     def has_begun(self) -> bool:
@@ -136,6 +142,11 @@ class Scheduler(Generic[Content]):
         excess = {own: self.outstanding_of(own) - slots for own, slots in self._slots.items()}
         others = sum(max(0, images) for own, images in excess.items() if own != bundle)
         return self.queue - others - excess[bundle]
+
+    def would_wait(self, bundle: int, images: int) -> bool:
+        """Whether there are fewer free slots than images, those of jobs in preparation counted."""
+        waiting = sum(image.job.bundle == bundle for image in self.waiting)
+        return len(self._free[bundle]) < images + waiting
 
     def reserve(self, images: int, bundle: int) -> None:
         """Keep room, and the bundle, for a job that is still being prepared. Raises: `QueueFull`."""

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fastcache.cut.names import FULL
+from fastcache.loop.plan import CachePlan
 from fastcache.serve.engine.events import Done, Drawn, Event, Failure, Preview, Stepped
 from fastcache.serve.engine.executor import DeviceBroken, Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
+from fastcache.serve.engine.speeds import latency_s
 from fastcache.serve.http.metrics import Metrics
 
 _log = logging.getLogger("fastcache.serve")
@@ -36,6 +38,9 @@ class Order:
     notify: Callable[[Event], None]
     preview_steps: Collection[int] = ()
     each_step: bool = False
+    plan_name: str = "uncached"
+    quality: str | None = None
+    psnr_db: float | None = None  # of the plan to uncached pictures, on calibration
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
 
@@ -125,6 +130,28 @@ class Worker:
         """About when the next image will be done. Units: whole seconds, 1 to 60."""
         return max(1, min(60, round(self._image_s)))
 
+    def latency_s(self, bundle: int, plan: CachePlan, guided: bool, count: int) -> float:
+        """When so many images by a plan would be done that were queued now, beside all that is accepted."""
+        with self._changed:
+            left = dict[str, float]()
+            for image in (*self._scheduler.running, *self._scheduler.waiting):
+                job, executor = image.job, self._executors.get(image.job.bundle)
+                if executor is not None:
+                    one = executor.speeds.image_s(job.plan, job.guided, image.step)
+                    left[job.client] = left.get(job.client, 0.0) + one
+            waits = self._scheduler.would_wait(bundle, count)
+            speeds = self._executors[bundle].speeds
+        own = speeds.encode_s + count * speeds.image_s(plan, guided)
+        return latency_s(own, left.values(), waits=waits)
+
+    def position(self, job_id: str) -> int | None:
+        """How many images wait before a job of which none has begun; None of any other job."""
+        with self._changed:
+            job = self._scheduler.jobs.get(job_id)
+            if job is None or job.has_begun:
+                return None
+            return next(k for k, image in enumerate(self._scheduler.waiting) if image.job is job)
+
     def reserve(self, images: int, bundle: int) -> None:
         """Keep room, and the bundle, for a job in preparation. Raises: `QueueFull`."""
         with self._changed:
@@ -207,7 +234,9 @@ class Worker:
             executor.fill(slot, order.drawing, image.index)
         except Exception as error:
             self._blame(error, executor, [image])
-        self._metrics.stages.labels("encode").observe(time.monotonic() - start)
+        took = time.monotonic() - start
+        executor.speeds.note("encode", took)
+        self._metrics.stages.labels("encode").observe(took)
 
     def _run(self, batch: Batch[Order], *, again: bool = False) -> None:
         """A batch's engine call; after running out of memory once more, in two halves."""
@@ -241,8 +270,9 @@ class Worker:
             self._blame(error, executor, images)
             return
         self._failures = 0
-        figures = self._metrics.unet["full" if full else "shallow"]
-        figures.seconds.observe(time.monotonic() - start)
+        figures, took = self._metrics.unet["full" if full else "shallow"], time.monotonic() - start
+        executor.speeds.note_step(batch.kind.name, batch.kind.guided, took / len(steps))
+        figures.seconds.observe(took)
         figures.calls.inc()
         figures.steps.inc(len(steps))
         with self._changed:
@@ -274,6 +304,7 @@ class Worker:
         pictures = executor.pictures([slot for _, slot in left])
         end = time.monotonic()
         self._metrics.stages.labels("decode").observe(end - start)
+        executor.speeds.note("decode", (end - start) / len(left))
         with self._changed:
             for (image, slot), picture in zip(left, pictures, strict=True):
                 if image.slot is None:  # cancelled while it was decoded

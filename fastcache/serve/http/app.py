@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
@@ -16,8 +17,10 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from fastcache.serve.http.answers import answer
+from fastcache.serve.http.edits import body_schema, read_edit
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import OWNER, PROBES, Guard
+from fastcache.serve.http.jobs import Jobs
 from fastcache.serve.http.metrics import CONTENT_TYPE
 from fastcache.serve.http.models import ADMIN_PATH, add_admin, add_models, refuse_admin
 from fastcache.serve.http.page import PAGE_PATHS, add_page
@@ -29,6 +32,7 @@ from fastcache.serve.http.schema import (
     HealthInDetail,
     ImageRequest,
     ImagesResponse,
+    JobStatus,
 )
 from fastcache.serve.http.service import Service
 
@@ -42,6 +46,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     409: "A name in use, or a model that cannot be loaded or dropped",
     413: "Too large a body",
     415: "A Content-Type other than application/json",
+    422: "Not possible in the time asked for",
     429: "The queue is full; see Retry-After",
     431: "Too large headers",
     499: "The job was cancelled",
@@ -50,6 +55,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     504: "Not done in time",
 }
 _OPEN_PATHS: Final = PROBES | PAGE_PATHS  # need no key
+_UPLOAD_PATHS: Final = frozenset({"/v1/images/generations", "/v1/images/edits"})
 _ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
 _PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
 
@@ -79,7 +85,9 @@ def create_app(
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await service.close()
+        await jobs.close()
 
+    jobs = Jobs(service, service.limits)
     app = FastAPI(
         title="fastcache",
         lifespan=lifespan,
@@ -97,11 +105,12 @@ def create_app(
         open_paths=_OPEN_PATHS,
         admin_keys=admin_keys,
         admin_path=ADMIN_PATH,
+        upload_paths=_UPLOAD_PATHS,
     )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    _add_images(app, service)
+    _add_images(app, service, jobs)
     add_models(app, service, _errors, _ALWAYS)
     if admin_keys:
         add_admin(app, service, _errors, _ALWAYS)
@@ -118,7 +127,7 @@ async def _quietly(service: Service) -> None:
         await service.start()
 
 
-def _add_images(app: FastAPI, service: Service) -> None:
+def _add_images(app: FastAPI, service: Service, jobs: Jobs) -> None:
     text: dict[str, Any] = {"type": "string"}
     event: dict[str, Any] = {
         "type": "object",
@@ -130,14 +139,39 @@ def _add_images(app: FastAPI, service: Service) -> None:
         "text/event-stream": {"schema": event},
     }
 
+    accepted: dict[str, Any] = {"model": JobStatus, "description": "A job in the background, of which GET tells"}
+
     @app.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
-        responses={200: {"content": kinds}, **_errors(*_ALWAYS, 404, 406, 409, 415, 429, 499, 503, 504)},
+        responses={
+            200: {"content": kinds},
+            202: accepted,
+            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
+        },
     )
     async def generate(asked: ImageRequest, request: Request) -> Response:
         """Draw images from a text."""
-        return await answer(service, asked, request)
+        return await answer(service, jobs, asked, request)
+
+    @app.post(
+        "/v1/images/edits",
+        response_model=ImagesResponse,
+        responses={
+            200: {"content": kinds},
+            202: accepted,
+            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
+        },
+        openapi_extra={"requestBody": body_schema()},
+    )
+    async def edit(request: Request) -> Response:
+        """Draw on a picture: image to image, or where a mask says. A form, as OpenAI's client sends it, or JSON."""
+        return await answer(service, jobs, await read_edit(request), request)
+
+    @app.get("/v1/jobs/{job_id}", responses=_errors(*_ALWAYS, 404))
+    async def job(job_id: Annotated[str, Path(pattern=JOB_ID)], request: Request) -> JobStatus:
+        """How a job in the background stands, and its result, for the key that asked for it."""
+        return jobs.status(job_id, getattr(request.state, OWNER, None))
 
     @app.post("/v1/jobs/{job_id}/cancel", responses=_errors(*_ALWAYS, 404))
     async def cancel(job_id: Annotated[str, Path(pattern=JOB_ID)], request: Request) -> Cancelled:
@@ -200,7 +234,8 @@ def _describe(app: FastAPI, *, secured: bool, administered: bool) -> None:
         document = made()
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                operation["responses"].pop("422", None)
+                if "HTTPValidationError" in json.dumps(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
                 needs_key = administered if path.startswith(ADMIN_PATH) else secured and path not in _OPEN_PATHS
                 if needs_key:
                     operation["security"] = [{"key": []}]
@@ -223,9 +258,9 @@ async def _api_error(_: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    if first["loc"] == ("body",):
+    if first["loc"] == ("body",) and first["type"] != "value_error":  # else fields that do not go together
         return _no_object(request, empty=first["type"] == "missing").response()
-    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
+    where = next((str(part) for part in first["loc"][1:] if isinstance(part, str)), None)
     said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
     message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
     text = message if where is None else f"{where}: {message}"

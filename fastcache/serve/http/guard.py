@@ -37,6 +37,7 @@ HALF_CLOSED: Final = "half_closed"
 
 PROBES: Final = frozenset({"/livez", "/readyz"})
 _SHORTEST_KEY: Final = 16
+_MOST_SIGNS: Final = 20_000  # of JSON's structure in a body with pictures: as many as a plan may need
 
 
 def read_keys(path: Path, flag: str = "--api-key-file") -> tuple[bytes, ...]:
@@ -71,7 +72,7 @@ class Guard:
 
     `keys` are digests of API keys, none for an open server; `hosts` the names it may be asked by, None for any (only
     with keys: a page of another site that had its name point here has none). `open_paths` need no key, and what lies
-    below `admin_path` one of the `admin_keys`, where there are any.
+    below `admin_path` one of the `admin_keys`, where there are any. Bodies for `upload_paths` may hold pictures.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class Guard:
         open_paths: Iterable[str] = PROBES,
         admin_keys: Sequence[bytes] = (),
         admin_path: str = "/v1/admin/",
+        upload_paths: Iterable[str] = (),
     ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._admin_keys, self._admin_path = tuple(admin_keys), admin_path
         self._keys = (*keys, *admin_keys) if keys else ()
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
-        self._open = frozenset(open_paths)
+        self._open, self._uploads = frozenset(open_paths), frozenset(upload_paths)
+        self._held_bytes = 0  # of bodies larger than others may be
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,8 +105,9 @@ class Guard:
         state[ARRIVED] = start
         try:
             state[OWNER] = self._admit(scope)
-            body = await _read_body(receive, self._limits)
+            body = await self._read_body(receive, self._most_bytes(scope))
             if body is not None:
+                _check_structure(scope, body, self._limits)
                 await self._app(scope, _replayed(body, receive, state), sent)
                 if state.get(HALF_CLOSED) and sent.status and not sent.complete:  # a stream, for one that left
                     await sent({"type": "http.response.body", "body": b""})
@@ -121,6 +125,7 @@ class Guard:
             elif not sent.complete:
                 raise ConnectionAbortedError("the answer had begun") from None
         finally:
+            self._held_bytes -= _excess(body, self._limits)
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(sent.status or 499)).inc()
             took = (time.monotonic() - start) * 1e3
@@ -139,9 +144,43 @@ class Guard:
         needed = bool(keys) and scope["path"] not in self._open
         owner = _check_key(_all(headers, b"authorization"), keys) if needed else None
         lengths = _all(headers, b"content-length")
-        if lengths and lengths[0].isdecimal() and int(lengths[0][:20]) > self._limits.max_body_bytes:
-            raise _too_large(self._limits)
+        most = self._most_bytes(scope)
+        if lengths and lengths[0].isdecimal() and int(lengths[0][:20]) > most:
+            raise _too_large(most)
         return owner
+
+    def _most_bytes(self, scope: MutableMapping[str, Any]) -> int:
+        limits = self._limits
+        return limits.max_upload_bytes if scope["path"] in self._uploads else limits.max_body_bytes
+
+    async def _read_body(self, receive: Receive, most: int) -> bytes | None:
+        """A request's whole body, or None of a client that left.
+
+        Raises: `ApiError` for a body too large or too slow, or one too many of those with pictures.
+        """
+        body, counted = bytearray(), 0
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise _too_large(most)
+                    excess = _excess(body, self._limits)
+                    self._held_bytes, counted = self._held_bytes + excess - counted, excess
+                    if self._held_bytes > self._limits.max_uploads_bytes:
+                        message = "the server has as many pictures at hand as it can hold; ask again"
+                        raise ApiError(503, message, code="too_busy", retry_after_s=5)
+                    if not message.get("more_body", False):
+                        counted = 0  # until it is answered
+                        return bytes(body)
+        except TimeoutError:
+            seconds = self._limits.body_timeout_s
+            raise ApiError(408, f"expected the body within {seconds:g} s", code="body_timeout") from None
+        finally:
+            self._held_bytes -= counted
 
     def _check_host(self, hosts: Sequence[str]) -> None:
         if len(hosts) != 1:
@@ -180,23 +219,9 @@ class _Sent:
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
-async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
-    """A request's whole body, or None of a client that left. Raises: `ApiError` for a body too large or too slow."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                if len(body) > limits.max_body_bytes:
-                    raise _too_large(limits)
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        most = limits.body_timeout_s
-        raise ApiError(408, f"expected the body within {most:g} s", code="body_timeout") from None
+def _excess(body: bytes | bytearray | None, limits: Limits) -> int:
+    """How much larger a body is than one without pictures may be."""
+    return max(0, len(body or b"") - limits.max_body_bytes)
 
 
 def _replayed(body: bytes, receive: Receive, state: Mapping[str, Any]) -> Receive:
@@ -217,8 +242,20 @@ def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return bool(_all(headers, b"transfer-encoding")) or any(length != "0" for length in lengths)
 
 
-def _too_large(limits: Limits) -> ApiError:
-    return ApiError(413, f"expected a body of at most {limits.max_body_bytes} bytes, got more", code="body_too_large")
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"expected a body of at most {most} bytes, got more", code="body_too_large")
+
+
+def _check_structure(scope: MutableMapping[str, Any], body: bytes, limits: Limits) -> None:
+    """Refuse JSON that is large for anything but pictures: in base64 there are no brackets, and no commas.
+
+    A list of a million lists would take a gigabyte to read. Raises: `ApiError`.
+    """
+    is_form = any(kind.lower().startswith("multipart/") for kind in _all(scope["headers"], b"content-type"))
+    if is_form or len(body) <= limits.max_body_bytes:
+        return
+    if sum(body.count(sign) for sign in b",[{") > _MOST_SIGNS:
+        raise _too_large(limits.max_body_bytes)
 
 
 def _all(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:

@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ from fastcache.bundle.manifest import Manifest
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.serve.engine.events import Done, Event
 from fastcache.serve.engine.executor import Executor
-from fastcache.serve.engine.requests import Served, check, prepare, told
+from fastcache.serve.engine.prepare import Arrival, prepare
+from fastcache.serve.engine.requests import Served, check, told
 from fastcache.serve.engine.scheduler import Job, QueueFull
 from fastcache.serve.engine.worker import Order, Worker
 from fastcache.serve.http.errors import ApiError, failure
@@ -32,6 +33,7 @@ from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.metrics import Metrics
 from fastcache.serve.http.schema import ImageRequest, State
 from fastcache.serve.models.listed import Listed, Offer, read_models, require_different
+from fastcache.serve.models.quality import PlanFolder, plans_for, read_plans, require_used
 from fastcache.serve.models.shelf import Entry, Loading, Shelf
 
 _log = logging.getLogger("fastcache.serve")
@@ -83,6 +85,7 @@ class Service:
         self.ended = asyncio.Event()  # nothing more will come: broken
         self._offer = Offer((Listed(offer),)) if isinstance(offer, Path) else offer
         self._listed, self._threads = list(self._offer.models), threads
+        self._plans: list[PlanFolder] = []
         self._numbers = itertools.count()
         self._changing = asyncio.Lock()  # which models there are
         self.loop: asyncio.AbstractEventLoop | None = None  # that serves, once `start` was called
@@ -121,7 +124,10 @@ class Service:
         """Load the first bundle and begin to serve. Raises: as `fastcache.load`; the state is then `broken`."""
         self.loop = asyncio.get_running_loop()
         try:
-            for entry in self.shelf.read(self._listed):
+            self._plans = [read_plans(folder) for folder in self._offer.plans]
+            entries = self.shelf.read(self._listed)
+            require_used(self._plans, [entry.manifest for entry in entries])
+            for entry in entries:
                 self.shelf.add(entry)
             await self.shelf.load(self.shelf.first)
         except Exception as error:
@@ -140,6 +146,7 @@ class Service:
         Raises: the first of what went wrong, as `start`.
         """
         async with self._changing:
+            self._plans = [read_plans(folder) for folder in self._offer.plans]
             if self._offer.file is not None:
                 self._listed = read_models(self._offer.file)
             failures, before = list[Exception](), list(self.shelf.entries.values())
@@ -201,7 +208,7 @@ class Service:
         pipe = FastCachePipeline(open_bundle(folder, self._offer.trusted), threads=self._threads)
         executor = Executor(pipe, self.limits.max_batch, threads=self._threads)
         executor.warm_up()
-        return Served(next(self._numbers), executor, name)
+        return Served(next(self._numbers), executor, name, plans_for(self._plans, pipe.bundle.manifest))
 
     def _install(self, served: Served) -> None:
         self.worker.install(served.number, served.executor)
@@ -250,7 +257,11 @@ class Service:
         known = self._known[name] = _Known(owner)
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            job = await self._prepare(asked, name, served, arrived, lambda event: self._post(job, events, event))
+            who = "" if owner is None else owner.hex()
+            arrival = Arrival(
+                name, arrived, self._deadline(asked, arrived), who, lambda one: self._post(job, events, one)
+            )
+            job = await self._prepare(asked, arrival, served)
             self.require_ready()
             if known.ended is not None:
                 raise failure("cancelled")
@@ -263,14 +274,11 @@ class Service:
         self.worker.submit(job)
         return Ticket(job, served.model, served.manifest, events)
 
-    async def _prepare(
-        self, asked: ImageRequest, name: str, served: Served, arrived: float, notify: Callable[[Event], None]
-    ) -> Job[Order]:
+    async def _prepare(self, asked: ImageRequest, arrival: Arrival, served: Served) -> Job[Order]:
         """The job, from one of few threads; dropped where it has not begun when its client leaves or its time is up."""
-        deadline = self._deadline(asked, arrived)
-        preparing = asyncio.wrap_future(self._pool.submit(prepare, asked, name, served, self.limits, notify, deadline))
+        work = self._pool.submit(prepare, asked, arrival, served, self.limits, self.worker.latency_s)
         try:
-            return await asyncio.wait_for(preparing, max(0.0, deadline - time.monotonic()))
+            return await asyncio.wait_for(asyncio.wrap_future(work), max(0.0, arrival.deadline - time.monotonic()))
         except TimeoutError:
             raise failure("late") from None
 

@@ -49,6 +49,7 @@ class Offer:
     models: tuple[Listed, ...]
     file: Path | None = None
     memory_limit_bytes: int | None = None
+    plans: tuple[Path, ...] = ()  # folders, each fitted for one of the models
     trusted: Path | None = None
 
 

@@ -28,7 +28,10 @@ KEYS = ("the-first-key-of-two", "the-second-key-of-two")
 def keyed(tiny_bundle: Bundle) -> Iterator[Running]:
     keys = [hashlib.sha256(key.encode()).digest() for key in KEYS]
     with running(
-        tiny_bundle.path, limits=Limits(max_batch=4, body_timeout_s=1), keys=keys, hosts=["127.0.0.1"]
+        tiny_bundle.path,
+        limits=Limits(max_batch=4, body_timeout_s=1, max_upload_bytes=128 * 1024),
+        keys=keys,
+        hosts=["127.0.0.1"],
     ) as served:
         yield served
 
