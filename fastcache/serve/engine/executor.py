@@ -77,6 +77,8 @@ class _Made:
 class Executor:
     """A bundle's engines, and a lane for each of at most `most` images in flight, for each size that is drawn.
 
+    There are `express` lanes more, for jobs that are short beside those that hold the others.
+
     `threads` are those of streams on a CPU; 0 means as many as torch uses.
 
     Raises: `BundleError` for a bundle that has no text encoder or VAE decoder, or whose U-Net edits a whole image.
@@ -95,6 +97,7 @@ class Executor:
         for role in ("text_encoder_2" if model.time_ids is not None else "text_encoder", "vae_decoder"):
             pipe.bundle.engine_path(role)
         self.count, self.device = min(most, profile.max), pipe.runtime.device
+        self.express = self.count // 4 if self.count >= 4 else int(self.count > 1)
         self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
         self.speeds = Speeds()
         self._tables = lru_cache(maxsize=128)(lambda *_: _Made())
@@ -129,7 +132,7 @@ class Executor:
             self._lanes[size] = Lanes(
                 runtime.pass_engines,
                 manifest.passes,
-                count=self.count,
+                count=self.count + self.express,
                 channels=manifest.model.latent_channels,
                 sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
                 device=self.device,

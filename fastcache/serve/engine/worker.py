@@ -91,7 +91,7 @@ class Worker:
         """Serve one more bundle from now on."""
         with self._changed:
             self._executors[bundle] = executor
-            self._scheduler.open(bundle, executor.count)
+            self._scheduler.open(bundle, executor.count, executor.express)
 
     def retire(self, bundle: int) -> None:
         """Let a bundle go, once what was accepted for it is finished."""
@@ -276,6 +276,8 @@ class Worker:
         figures.calls.inc()
         figures.steps.inc(len(steps))
         with self._changed:
+            cost = executor.speeds.step_s(batch.kind.name, batch.kind.guided)
+            self._scheduler.note_cost(batch.kind.bundle, batch.kind.name, cost)
             moved = self._scheduler.advance(images)
         if len(moved) < len(images):
             self._metrics.abandoned.inc(len(images) - len(moved))

@@ -202,3 +202,48 @@ def test_after_a_split_no_batch_is_larger() -> None:
         scheduler.advance(half.images)
     while (turn := tick(scheduler)) is not None:
         assert len(turn[0]) <= 3
+
+
+def calls_of_the_light(*others: Job) -> list[float]:
+    """For each of a client's short jobs, one after another, the images' steps until it is done, beside others."""
+    scheduler = Scheduler(queue=100)
+    scheduler.open(0, 8, 2)
+    taken = list[float]()
+    for k in range(6):
+        light = job(f"light {k}", steps=4, interval=1)
+        coming = [*(others if k == 0 else ()), light]
+        added(scheduler, *coming)
+        total = 0.0
+        while light.id in scheduler.jobs:
+            turn = tick(scheduler)
+            assert turn is not None
+            total += len(turn[0])
+            if scheduler.jobs.keys() == {light.id} and others[0].plan.num_steps < 10:
+                added(scheduler, job(f"again {total}", steps=4, interval=1))  # the other light client's next
+        taken.append(total)
+    return taken
+
+
+def test_a_heavy_client_takes_no_more_than_a_light_one() -> None:
+    beside_light = calls_of_the_light(job("other", steps=4, interval=1))
+    beside_heavy = calls_of_the_light(job("heavy", steps=150, interval=1, count=8))
+    assert sorted(beside_heavy)[3] <= 1.5 * sorted(beside_light)[3]
+    beside_cached = calls_of_the_light(job("heavy", steps=150, interval=5, count=8))
+    assert sorted(beside_cached)[3] <= 3 * sorted(beside_light)[3]  # most of these are shallow steps
+
+
+def test_a_short_job_finds_a_slot_where_a_long_one_has_all() -> None:
+    scheduler = Scheduler(queue=100)
+    scheduler.open(0, 4, 1)
+    added(scheduler, job("heavy", steps=100, count=8), job("as long", steps=100, count=8))
+    assert len(scheduler.admit()) == 4
+    added(scheduler, job("short", steps=10))
+    assert [image.job.id for image in scheduler.admit()] == ["short"]
+    added(scheduler, job("shorter", steps=5))
+    assert scheduler.admit() == []
+
+
+def test_free_slots_go_round() -> None:
+    scheduler = opened(slots=4)
+    added(scheduler, job("first", count=6), job("second", count=2), job("third"))
+    assert sorted(image.job.id for image in scheduler.admit()) == ["first", "first", "second", "third"]
