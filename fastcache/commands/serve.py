@@ -40,6 +40,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take; it may ask for less.")] = 300,
     allowed_host: Annotated[list[str] | None, typer.Option(help="A further name to be asked by.")] = None,
     trusted_key: TrustedKey = None,
+    log_format: Annotated[str, typer.Option(help="text, or json: a line of JSON for each line.")] = "text",
     threads: Annotated[int, typer.Option(min=0, help="Threads of the engines; 0 means as many as torch uses.")] = 0,
 ) -> None:
     """Serve bundles over HTTP, as OpenAI's images API; a request's `model` chooses.
@@ -60,7 +61,7 @@ def serve(
             f"expected the packages of serving ({error.name}); pip install 'fastcache[serve]'"
         ) from error
     from fastcache.serve.http.limits import Limits
-    from fastcache.serve.http.log import Unblocked
+    from fastcache.serve.http.log import JsonLines, Lines, Unblocked
     from fastcache.serve.models.listed import Offer, listed, read_models
     from fastcache.serve.models.memory import bytes_of
 
@@ -70,8 +71,11 @@ def serve(
         )
     offered = [listed(one) for one in engines or ()] if models is None else read_models(models)
 
-    form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(format=form, level=logging.WARNING, handlers=[Unblocked()])
+    if log_format not in ("text", "json"):
+        raise ValueError(f"expected --log-format text or json, got {log_format}")
+    handler = Unblocked()
+    handler.setFormatter(JsonLines() if log_format == "json" else Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("fastcache").setLevel(logging.INFO)
     is_over = serve_offer(
         Offer(

@@ -26,7 +26,7 @@ from fastcache.serve.engine.shown import fitted, shown, size_of
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
-from fastcache.serve.http.schema import ImageRequest
+from fastcache.serve.http.schema import EditRequest, ImageRequest
 from fastcache.serve.models.quality import BEST_FIRST, PLAN_NAMES, Quality
 
 # The argument that a refusal of the pipeline names first -> the field.
@@ -85,6 +85,7 @@ def prepare(asked: ImageRequest, arrival: Arrival, served: Served, limits: Limit
         arrival.notify,
         tuple(previews),
         bool(asked.stream_steps or asked.is_job),
+        "edits" if isinstance(asked, EditRequest) else "generations",
         choice.name,
         choice.quality,
         None if plan.fit is None else plan.fit.psnr_db,
@@ -188,6 +189,8 @@ def _schedule(served: Served, request: Request, terms: Terms, steps: int) -> Sch
         wanted = terms.steps if terms.steps.fitted else steps
         schedule = served.executor.schedule(terms.sampler_name, wanted, terms.span)
     except ValueError as error:
+        if terms.steps.fitted:
+            raise bad("strength" if request.image is not None else "plan", str(error)) from None
         raise bad("num_inference_steps", f"{terms.sampler_name} cannot take {steps} steps: {error}") from None
     if request.mask_image is not None and not schedule.takes_new_latents:
         what = "a plan without fitted rows" if terms.steps.fitted else "a sampler that does not look far back, as ddim"

@@ -38,6 +38,7 @@ class Order:
     notify: Callable[[Event], None]
     preview_steps: Collection[int] = ()
     each_step: bool = False
+    route: str = "generations"
     plan_name: str = "uncached"
     quality: str | None = None
     psnr_db: float | None = None  # of the plan to uncached pictures, on calibration
@@ -111,6 +112,17 @@ class Worker:
     @property
     def running(self) -> int:
         return len(self._scheduler.running)
+
+    @property
+    def jobs_waiting(self) -> int:
+        """Jobs of which no image has begun."""
+        with self._changed:
+            return len(self._scheduler.queued)
+
+    @property
+    def jobs_running(self) -> int:
+        with self._changed:
+            return len(self._scheduler.jobs) - len(self._scheduler.queued)
 
     @property
     def outstanding(self) -> int:
@@ -230,6 +242,7 @@ class Worker:
         if order.started is None:
             order.started = start
             self._metrics.stages.labels("queue").observe(start - order.created)
+            self._metrics.queue_time.observe(start - order.created)
         try:
             executor.fill(slot, order.drawing, image.index)
         except Exception as error:
@@ -275,6 +288,8 @@ class Worker:
         figures.seconds.observe(took)
         figures.calls.inc()
         figures.steps.inc(len(steps))
+        self._metrics.passes.labels(batch.kind.name).inc(len(steps))
+        self._metrics.batch.observe(len(steps))
         with self._changed:
             cost = executor.speeds.step_s(batch.kind.name, batch.kind.guided)
             self._scheduler.note_cost(batch.kind.bundle, batch.kind.name, cost)
@@ -295,6 +310,8 @@ class Worker:
                 order.notify(Stepped(image.index, step, image.job.plan.num_steps, full))
             if step in order.preview_steps and slot is not None:
                 picture = executor.preview(slot, step)
+                if step == min(order.preview_steps) and image.index == 0:
+                    self._metrics.first_preview.observe(time.monotonic() - order.created)
                 order.notify(Preview(image.index, sorted(order.preview_steps).index(step), picture))
 
     def _draw(self, finished: list[Image[Order]], executor: Executor) -> None:
@@ -319,6 +336,7 @@ class Worker:
                     self._image_s += 0.2 * (end - order.started - self._image_s)
                 if self._scheduler.finish(image):
                     self._metrics.stages.labels("total").observe(end - order.created)
+                    self._metrics.latency.labels(order.route).observe(end - order.created)
                     self._end(image.job, None)
 
     def _blame(self, error: Exception, executor: Executor, images: Sequence[Image[Order]]) -> None:

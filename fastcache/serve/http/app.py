@@ -55,7 +55,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     504: "Not done in time",
 }
 _OPEN_PATHS: Final = PROBES | PAGE_PATHS  # need no key
-_UPLOAD_PATHS: Final = frozenset({"/v1/images/generations", "/v1/images/edits"})
+UPLOAD_PATHS: Final = frozenset({"/v1/images/generations", "/v1/images/edits"})
 _ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
 _PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
 
@@ -105,10 +105,20 @@ def create_app(
         open_paths=_OPEN_PATHS,
         admin_keys=admin_keys,
         admin_path=ADMIN_PATH,
-        upload_paths=_UPLOAD_PATHS,
+        upload_paths=UPLOAD_PATHS,
     )
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    rejected = service.metrics.rejected
+
+    async def api_error(_: Request, error: Any) -> Response:
+        rejected.labels(error.code).inc()
+        return error.response()
+
+    async def invalid(request: Request, error: Any) -> Response:
+        rejected.labels("invalid_value").inc()
+        return _invalid(request, error)
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, _http_error)
     _add_images(app, service, jobs)
     add_models(app, service, _errors, _ALWAYS)
@@ -251,11 +261,7 @@ def _describe(app: FastAPI, *, secured: bool, administered: bool) -> None:
     app.openapi = openapi
 
 
-async def _api_error(_: Request, error: Any) -> Response:
-    return error.response()
-
-
-async def _invalid(request: Request, error: Any) -> Response:
+def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     if first["loc"] == ("body",) and first["type"] != "value_error":  # else fields that do not go together

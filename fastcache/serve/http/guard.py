@@ -11,6 +11,8 @@ import hmac
 import ipaddress
 import logging
 import os
+import re
+import secrets
 import stat
 import time
 import traceback
@@ -20,7 +22,9 @@ from typing import Any, Final
 
 from fastcache.serve.http.errors import ApiError, internal
 from fastcache.serve.http.limits import Limits
+from fastcache.serve.http.log import REQUEST_ID
 from fastcache.serve.http.metrics import Metrics
+from fastcache.serve.http.tracing import traced
 
 _log = logging.getLogger("fastcache.serve")
 
@@ -100,7 +104,22 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return  # no web sockets here
-        start, body, sent = time.monotonic(), None, _Sent(send)
+        headers = {
+            name: values[-1] for name in (b"traceparent", b"tracestate") if (values := _all(scope["headers"], name))
+        }
+        name, request_id = scope["method"], _request_id(scope["headers"])
+        token = REQUEST_ID.set(request_id)
+        try:
+            with traced(name, {key.decode(): value for key, value in headers.items()}) as tell:
+                sent = _Sent(send, request_id)
+                await self._answer(scope, receive, sent)
+                route = getattr(scope.get("route"), "path", "other")
+                tell({"http.route": route, "http.response.status_code": sent.status or 499, "request.id": request_id})
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, sent: _Sent) -> None:
+        start, body = time.monotonic(), None
         state: dict[str, Any] = scope.setdefault("state", {})
         state[ARRIVED] = start
         try:
@@ -112,6 +131,7 @@ class Guard:
                 if state.get(HALF_CLOSED) and sent.status and not sent.complete:  # a stream, for one that left
                     await sent({"type": "http.response.body", "body": b""})
         except ApiError as error:
+            self._metrics.rejected.labels(error.code).inc()
             answer = error.response()
             if body is None and _has_body(scope["headers"]):  # the rest of it will not be read
                 answer.headers["connection"] = "close"
@@ -208,15 +228,25 @@ def _check_key(given: Sequence[str], keys: Sequence[bytes]) -> bytes:
 class _Sent:
     """An answer on its way: its status once it has begun, and whether it is complete."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send, self.status, self.complete = send, 0, False
+        self._request_id = request_id.encode()
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            own = [(b"x-content-type-options", b"nosniff"), (b"x-request-id", self._request_id)]
+            message["headers"] = [*message.get("headers", ()), *own]
         await self._send(message)
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """What the caller calls the request, if logs can hold it; else a new name."""
+    given = _all(headers, b"x-request-id")
+    if len(given) == 1 and re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given[0]):
+        return given[0]
+    return f"req-{secrets.token_hex(12)}"
 
 
 def _excess(body: bytes | bytearray | None, limits: Limits) -> int:

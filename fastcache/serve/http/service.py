@@ -107,6 +107,11 @@ class Service:
         self._others: asyncio.Task[None] | None = None  # loads what fits beside the first
         for name, what in (("waiting", "Images waiting for a slot"), ("running", "Images being drawn")):
             self.metrics.watch(f"fastcache_images_{name}", what, lambda name=name: getattr(self.worker, name))
+        for name in ("running", "waiting"):
+            what = f"Jobs {name}"
+            self.metrics.watch(
+                f"fastcache_num_requests_{name}", what, lambda name=name: getattr(self.worker, f"jobs_{name}")
+            )
         self.metrics.watch("fastcache_slot_bytes", "Memory of images in flight", lambda: self.worker.slot_bytes)
         self.metrics.watch("fastcache_models_bytes", "Memory of loaded bundles", lambda: self.shelf.held_bytes)
 
@@ -270,6 +275,7 @@ class Service:
             if known.ended is None:
                 del self._known[name]
             raise
+        self.metrics.plans.labels(job.content.plan_name).inc()
         _log.info("job %s: %d images, prompt of %s", name, count, told(asked.prompt))
         self.worker.submit(job)
         return Ticket(job, served.model, served.manifest, events)
