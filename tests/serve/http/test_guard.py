@@ -40,7 +40,7 @@ def test_every_route_but_the_probes_needs_a_key(keyed: Running) -> None:
     asked = {"Authorization": f"Bearer {KEYS[1]}"}
     document = keyed.client.get("/openapi.json", headers=asked).json()
     routes = [(method, path) for path, methods in document["paths"].items() for method in methods]
-    assert len(routes) == 8
+    assert len(routes) == 10
     for method, path in [*routes, ("get", "/openapi.json"), ("get", "/nothing"), ("delete", "/livez/")]:
         refused = keyed.client.request(
             method, path.replace("{job_id}", "a").replace("{model_id}", "a"), json={} if method == "post" else None
