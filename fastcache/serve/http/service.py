@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -262,9 +263,10 @@ class Service:
         known = self._known[name] = _Known(owner)
         events: asyncio.Queue[Event] = asyncio.Queue()
         try:
+            context = copy_context()
             who = "" if owner is None else owner.hex()
             arrival = Arrival(
-                name, arrived, self._deadline(asked, arrived), who, lambda one: self._post(job, events, one)
+                name, arrived, self._deadline(asked, arrived), who, lambda one: self._post(job, events, one, context)
             )
             job = await self._prepare(asked, arrival, served)
             self.require_ready()
@@ -317,8 +319,8 @@ class Service:
             self._remember(job_id, "cancelled")  # it is in preparation
         return known.ended or "cancelled"
 
-    def _post(self, job: Job[Order], events: asyncio.Queue[Event], event: Event) -> None:
-        """An event, from the worker's thread or another, to whoever follows the job."""
+    def _post(self, job: Job[Order], events: asyncio.Queue[Event], event: Event, context: Context) -> None:
+        """An event, from the worker's thread or another, to whoever follows the job, in its request's context."""
 
         def put() -> None:
             events.put_nowait(event)
@@ -329,7 +331,7 @@ class Service:
             self._remember(job.id, event.failure or "drawn")
         if self.loop is not None:
             with suppress(RuntimeError):  # the loop is closed, so nobody follows
-                self.loop.call_soon_threadsafe(put)
+                self.loop.call_soon_threadsafe(put, context=context)
 
     def _remember(self, job_id: str, status: str) -> None:
         self._known[job_id].ended = status
