@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
 from fastcache.serve.http.answers import answer
@@ -107,7 +108,21 @@ def create_app(
         admin_path=ADMIN_PATH,
         upload_paths=UPLOAD_PATHS,
     )
-    rejected = service.metrics.rejected
+    _add_errors(app, service.metrics.rejected)
+    _add_images(app, service, jobs)
+    add_models(app, service, _errors, _ALWAYS)
+    if admin_keys:
+        add_admin(app, service, _errors, _ALWAYS)
+    else:
+        refuse_admin(app)
+    _add_probes(app, service)
+    add_page(app)
+    _describe(app, secured=bool(keys), administered=bool(admin_keys))
+    return app
+
+
+def _add_errors(app: FastAPI, rejected: Counter) -> None:
+    """What is raised becomes an answer of OpenAI's shape, counted by its code."""
 
     async def api_error(_: Request, error: Any) -> Response:
         rejected.labels(error.code).inc()
@@ -120,16 +135,6 @@ def create_app(
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    _add_images(app, service, jobs)
-    add_models(app, service, _errors, _ALWAYS)
-    if admin_keys:
-        add_admin(app, service, _errors, _ALWAYS)
-    else:
-        refuse_admin(app)
-    _add_probes(app, service)
-    add_page(app)
-    _describe(app, secured=bool(keys), administered=bool(admin_keys))
-    return app
 
 
 async def _quietly(service: Service) -> None:
