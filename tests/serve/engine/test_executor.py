@@ -83,10 +83,10 @@ def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     return Job(f"{k}", 0, str(terms.size), plan, terms.guided, 1, 1e9, drawing)
 
 
-def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[str, Tensor]:
+def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0, slots: int = 0) -> dict[str, Tensor]:
     """The latents of jobs that start `apart` turns after each other, by the scheduler's decisions."""
     scheduler, latents, turn, coming = Scheduler(queue=100), dict[str, Tensor](), 0, list(jobs)
-    scheduler.open(0, executor.count)
+    scheduler.open(0, slots or executor.count)
     while coming or scheduler.jobs:
         while coming and turn >= apart * (len(jobs) - len(coming)):
             scheduler.reserve(1, 0)
@@ -218,12 +218,12 @@ def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
     """Forecasts included, whatever plans come: of the highest order in all slots it is the bound, and no more."""
     executor = Executor(pipe, 3, threads=1)
     lanes = executor.lanes(pipe.bundle.manifest.sizes[0])
-    before = lanes.held_bytes
-    drawn(executor, [job_of(executor, k, interval=2) for k in range(3)])
+    before, every = lanes.held_bytes, executor.count + executor.express
+    drawn(executor, [job_of(executor, k, interval=2) for k in range(every)], slots=every)
     plain = lanes.held_bytes
     assert before < plain < lanes.most_bytes
     for order in (1, 2, 1, 2):
-        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(6)])
+        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(8)], slots=every)
         assert plain < executor.held_bytes <= lanes.most_bytes
     assert executor.held_bytes == lanes.most_bytes
 
