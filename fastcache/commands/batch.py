@@ -35,6 +35,7 @@ def batch(
     seed: Annotated[int, typer.Option(min=0, help="With a row's id it gives the row's own seed.")] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
+    plans: Annotated[Path | None, typer.Option(help="A folder of `plan --frontier`, for rows with a quality.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw, each with engines of its own.")] = 1,
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each; those of this machine shared out.")] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each; 1 if the bundle needs one.")] = None,
@@ -46,12 +47,15 @@ def batch(
     """Draw a file of prompts, on this machine or on a Ray cluster; started again, it draws what is left.
 
     Rows of a .jsonl file may have id, prompt, negative_prompt, num_inference_steps, guidance_scale, sampler,
-    cache_interval, plan and seed. A row's seed is the first 63 bits of SHA-256 of "SEED:ID"; its id, if it has none,
-    the number of its line, as 000001. Each picture is OUTPUT/ID.png, and index.jsonl lists all.
+    cache_interval, plan, quality (low, medium, high, with --plans), seed, and image, mask, strength, control_image,
+    adapter_image, ip_adapter_image and their scales; pictures are files, named from the rows' file on.
+    A row's seed is the first 63 bits of SHA-256 of "SEED:ID"; its id, if it has none, the number of its line, as
+    000001. Each picture is OUTPUT/ID.png, and index.jsonl lists all.
 
     Example: fastcache batch --engines demo-output/engines --prompts prompts.txt --output pictures --workers 2
     """
     from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file, read_rows
+    from fastcache.serve.models.quality import read_plans
 
     if plan is not None and cache_interval is not None:
         raise ValueError("expected --cache-interval or --plan, got both")
@@ -64,7 +68,7 @@ def batch(
         "plan": None if plan is None else json.loads(read_plan(plan).to_json()),
     }
     check_writable(output)
-    rows = read_rows(prompts, seed, defaults)
+    rows = read_rows(prompts, seed, defaults, None if plans is None else read_plans(plans))
     cluster = Cluster(workers, cpus, gpus, address or os.environ.get("RAY_ADDRESS"))
     with progress() as say:
         report = draw_file(engines, rows, output, cluster, say=say)

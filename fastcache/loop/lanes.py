@@ -71,6 +71,7 @@ class Lanes:
             self._streams.run([in_turn([self._apart(role, guided, lane) for role in roles]) for lane in lanes])
         else:
             self._gather((*self.lanes[0].conditioning, *self._passes[name].takes), lanes, guided)
+            self._gather_pictures(lanes, guided)
             in_turn([self._binding(role, guided, len(lanes)) for role in self._passes[name].engines])()
             self._scatter(stores, lanes, guided)
             return
@@ -101,6 +102,13 @@ class Lanes:
                 own = [self.lanes[lane].rows(guided).tensors[name] for lane in lanes]
                 torch.cat(own, out=self._shared[name][: len(lanes) * len(own[0])])
                 self._holds[name] = state
+
+    def _gather_pictures(self, lanes: Sequence[int], guided: bool) -> None:
+        """Bring the sample's channels beyond the latents, which a lane keeps for a whole run, to the shared rows."""
+        shared, latents = self._shared["sample"], self.lanes[0].latent_shape[1]
+        if shared.shape[1] > latents:
+            own = torch.cat([self.lanes[lane].rows(guided).tensors["sample"][:, latents:] for lane in lanes])
+            shared[: len(own), latents:].copy_(own)
 
     def _scatter(self, names: Sequence[str], lanes: Sequence[int], guided: bool) -> None:
         """Bring what a pass stored to the lanes. It stays in the shared rows as well."""

@@ -110,7 +110,6 @@ class Controls:
         self.check(given)
         halves = self._info.guided_rows if guided else 1
         inputs: dict[str, Tensor] = {}
-        scales = None
         if "controlnet" in self._names:
             for role, image in zip(self._embeddings, self._control_images(given.control_image), strict=True):
                 found = self._of_picture(role, "control_image", image, size, rows)
@@ -119,7 +118,6 @@ class Controls:
             each = _each(count, "controlnet_conditioning_scale", given.controlnet_conditioning_scale, 1.0)
             every = [each if count > 1 else each[0]] * (rows * halves)
             inputs["conditioning_scale"] = torch.tensor(every, dtype=torch.float32, device="cpu")
-            scales = _scales(given, each, num_calls)
         if "t2i_adapter" in self._names:
             found = self._of_picture("t2i_adapter", "adapter_image", given.adapter_image, size, rows)
             scale = 1.0 if given.adapter_conditioning_scale is None else given.adapter_conditioning_scale
@@ -130,7 +128,15 @@ class Controls:
             inputs["ip_tokens"] = torch.cat([tokens[:1]] * (rows * (halves - 1)) + [tokens[-1:]] * rows)
             scale = 1.0 if given.ip_adapter_scale is None else given.ip_adapter_scale
             inputs["ip_adapter_scale"] = torch.full((rows * halves,), scale, dtype=torch.float32, device="cpu")
-        return Steering(inputs, scales)
+        return Steering(inputs, self.scales(given, num_calls))
+
+    def scales(self, given: ControlArguments, num_calls: int) -> Scales | None:
+        """The ControlNets' scales at each step, where they change from step to step. Raises: as `steer`."""
+        if "controlnet" not in self._names:
+            return None
+        count = len(self._embeddings)
+        each = _each(count, "controlnet_conditioning_scale", given.controlnet_conditioning_scale, 1.0)
+        return _scales(given, each, num_calls)
 
     def _control_images(self, given: Any) -> list[Any]:
         """What each ControlNet is shown. Raises: `ValueError` for no list of as many, where there are several."""

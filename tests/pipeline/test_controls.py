@@ -27,14 +27,13 @@ from torch import Tensor
 import fastcache
 from build_store import BuildStore
 from controlled import STEPS, command, latents, live, picture, pil, seeded, texts
-from fastcache import BundleError, CachePlan, FastCacheHelper, FastCachePipeline
+from fastcache import CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.bench.lineup import Wishes, of_bundle
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.drivers.cudagraph import CapturedRun
 from fastcache.loop.steps import PlainRun
 from fastcache.pipeline.request import Request
-from fastcache.serve.engine.executor import Executor
 from list_recorder import ListRecorder
 from live_pipelines import agreement_db
 from tiny_controls import save_controlnet, save_ip_adapter, save_t2i_adapter
@@ -267,11 +266,6 @@ def test_generate_takes_pictures_that_steer(
     command("inspect", pipe.bundle.path, patch=monkeypatch)
     said = " ".join(capsys.readouterr().out.split())
     assert "with controlnet controlnet with t2i-adapter t2i with ip-adapter ip-adapter.safetensors" in said
-
-
-def test_a_server_refuses_a_bundle_that_needs_pictures_at_its_start(pipe: FastCachePipeline) -> None:
-    with pytest.raises(BundleError, match="text-to-image bundle, got one with controlnet, which needs a picture"):
-        Executor(pipe, 4)
 
 
 @pytest.mark.parametrize("stepwise", [False, True])

@@ -18,6 +18,7 @@ from fastcache.serve.http.app import create_app
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.server import Server, listen
 from fastcache.serve.http.service import Service
+from fastcache.serve.models.listed import Offer
 
 # No test can tell a limit of steps by waiting, so the tiny model may take as many as its scheduler has.
 LIMITS = Limits(max_batch=4, queue=64, max_steps=1000)
@@ -57,8 +58,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, limits: Limits | None = None, wait: bool = True, **options: Any) -> Generator[Running]:
-    service = Service(folder, limits, threads=1)
+def running(
+    offer: Path | Offer,
+    *,
+    limits: Limits | None = None,
+    wait: bool = True,
+    **options: Any,
+) -> Generator[Running]:
+    service = Service(offer, limits, threads=1)
     server = Server(create_app(service, **options), service)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]

@@ -25,7 +25,8 @@ from fastcache.expect import first_problem
 from fastcache.files import read_lines, write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
-from fastcache.serve.cluster.rows import Row, draw_rows, seed_of
+from fastcache.serve.cluster.rows import PICTURES, Row, Shown, draw_rows, seed_of
+from fastcache.serve.models.quality import PLAN_NAMES, PlanFolder
 
 INDEX: Final = "index.jsonl"
 _DIGEST: Final = "row_sha256"
@@ -59,10 +60,11 @@ class Report:
         return [entry for entry in self.entries if "error" in entry]
 
 
-def read_rows(path: Path, seed: int, defaults: dict[str, Any]) -> list[Row]:
+def read_rows(path: Path, seed: int, defaults: dict[str, Any], plans: PlanFolder | None = None) -> list[Row]:
     """The rows of a file: of `.jsonl` one JSON object a line, with the fields of `Row`; of any other one prompt a line.
 
-    A row without an id has its line's number, six digits from 000001; without a seed that of `seed_of`.
+    A row without an id has its line's number, six digits from 000001; without a seed that of `seed_of`. Its pictures
+    are files from the folder of `path` on, and a `quality` stands for one of the `plans`.
 
     Raises: `ValueError` naming the line.
     """
@@ -71,7 +73,9 @@ def read_rows(path: Path, seed: int, defaults: dict[str, Any]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = _row(_fields(line, path.suffix == ".jsonl"), number, seed, defaults)
+            given = _fields(line, path.suffix == ".jsonl")
+            _find_pictures(given, path.parent)
+            row = _row(_with_plan(given, plans), number, seed, defaults)
         except ValidationError as error:
             raise ValueError(f"{path}, line {number}: {first_problem(error, 'the row')}") from None
         except ValueError as error:
@@ -91,6 +95,29 @@ def _fields(line: str, is_json: bool) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def _find_pictures(given: dict[str, Any], folder: Path) -> None:
+    """Put in place of a picture's path what it names. Raises: `ValueError`."""
+    for name in PICTURES.keys() & given.keys():
+        if not isinstance(given[name], str):
+            raise ValueError(f"{name}: expected the path of a picture, from the rows' file on, got {given[name]!r}")
+        given[name] = Shown.of(folder / given[name])
+
+
+def _with_plan(given: dict[str, Any], plans: PlanFolder | None) -> dict[str, Any]:
+    """The plan that a row's quality stands for. Raises: `ValueError` for none, or beside what the plan says itself."""
+    if "quality" not in given:
+        return given
+    left = {name: value for name, value in given.items() if name != "quality"}
+    quality = given["quality"]
+    if plans is None or quality not in PLAN_NAMES:
+        known = f"a quality of {', '.join(PLAN_NAMES)}, with --plans"
+        raise ValueError(f"quality: expected {known}, got {quality!r}{'' if plans else ' and no plans'}")
+    if own := [name for name in ("plan", "cache_interval", "num_inference_steps", "sampler") if name in given]:
+        raise ValueError(f"quality: expected it without {own[0]}, which its plan says itself; leave one out")
+    own_ways = dict.fromkeys(("cache_interval", "num_inference_steps", "sampler"))
+    return {**own_ways, **left, "plan": json.loads(plans.plans[quality].to_json())}
 
 
 def _row(given: dict[str, Any], number: int, seed: int, defaults: dict[str, Any]) -> Row:

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastcache.bundle.bundle import read_manifest
 from fastcache.serve.cluster.answers import merged
 from fastcache.serve.http.answers import ClientLeft, unless_gone
-from fastcache.serve.http.app import create_app
+from fastcache.serve.http.app import UPLOAD_PATHS, create_app
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import Guard, Message, is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
@@ -115,7 +115,7 @@ def application(args: Mapping[str, Any]) -> Application:
     def front() -> ASGIApp:
         handle = serve.get_deployment_handle(GENERATOR, serve.get_replica_context().app_name)
         inner = Front(handle, limits, retries=settings.retries)
-        guarded = Guard(inner, limits=limits, metrics=Metrics(), keys=keys, hosts=hosts)
+        guarded = Guard(inner, limits=limits, metrics=Metrics(), keys=keys, hosts=hosts, upload_paths=UPLOAD_PATHS)
         return guarded if keys else OnlyFromHere(guarded)
 
     # Waiting costs the front nothing: it is the generators that limit how many are drawn and how many wait.
@@ -188,7 +188,7 @@ class Front:
         match scope.get("method"), _path(scope):
             case None, _:
                 await _lifespan(receive, send)
-            case "POST", "/v1/images/generations":
+            case "POST", path if path in UPLOAD_PATHS:
                 await self._draw(scope, receive, send)
             case _, "/livez":  # this process is of use as long as it answers; replicas are Ray Serve's business
                 await Response('{"status":"ready"}', media_type="application/json")(scope, receive, send)

@@ -10,12 +10,15 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 from PIL import Image as Pillow
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from fastcache.files import sha256_of
 from fastcache.loop.plan import CachePlan
+from fastcache.pipeline.images import read_image
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.request import MAX_SEED, Request
 from fastcache.sampler.scheduler import SAMPLERS
@@ -25,6 +28,31 @@ def _known(name: str) -> str:
     if name not in SAMPLERS:
         raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {name!r}")
     return name
+
+
+class Shown(BaseModel):
+    """A picture's file that a row is shown, at the same path on every machine, and the hash of what it holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Shown:
+        """Raises: `ValueError` for a file that is none, or no picture."""
+        read_image(path)
+        return cls(path=str(path.resolve()), sha256=sha256_of(path))
+
+
+PICTURES: Final = {
+    "image": "image",
+    "mask": "mask_image",
+    "control_image": "control_image",
+    "adapter_image": "adapter_image",
+    "ip_adapter_image": "ip_adapter_image",
+}
+_SCALES: Final = ("strength", "controlnet_conditioning_scale", "adapter_conditioning_scale", "ip_adapter_scale")
 
 
 class Row(BaseModel):
@@ -43,17 +71,28 @@ class Row(BaseModel):
     sampler: Annotated[str, AfterValidator(_known)] | None = None
     cache_interval: int | None = Field(None, ge=1)
     plan: dict[str, Any] | None = None
+    image: Shown | None = None
+    mask: Shown | None = None
+    strength: float | None = Field(None, gt=0, le=1)
+    control_image: Shown | None = None
+    controlnet_conditioning_scale: float | None = None
+    adapter_image: Shown | None = None
+    adapter_conditioning_scale: float | None = None
+    ip_adapter_image: Shown | None = None
+    ip_adapter_scale: float | None = None
     seed: int = Field(ge=0, le=MAX_SEED)
 
     @property
     def settings(self) -> str:
-        """What rows must have in common to be drawn in one batch."""
+        """What rows must have in common to be drawn in one batch; each picture begins a batch of its own."""
         own = {"id", "prompt", "negative_prompt", "seed"}
         return json.dumps([self.model_dump(exclude=own), self.negative_prompt is None], sort_keys=True)
 
     def digest(self, bundle_sha256: str) -> str:
         """The hash of everything that decides the picture."""
-        content = [bundle_sha256, self.model_dump(mode="json")]
+        # What came later than the first rows counts only where it says something, so that their pictures stay theirs.
+        later = {name for name in (*PICTURES, *_SCALES) if getattr(self, name) is None}
+        content = [bundle_sha256, self.model_dump(mode="json", exclude=later)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -88,6 +127,9 @@ def draw_rows(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]
 def request_of(rows: Sequence[Row]) -> Request:
     """The request that rows of equal settings stand for, an image each. Raises: `ValueError`."""
     first = rows[0]
+    shown = {argument: getattr(first, name) for name, argument in PICTURES.items()}
+    pictures = {name: read_image(Path(one.path)) for name, one in shown.items() if one is not None}
+    numbers = {name: getattr(first, name) for name in _SCALES}
     return Request(
         [row.prompt for row in rows],
         negative_prompt=None if first.negative_prompt is None else [row.negative_prompt or "" for row in rows],
@@ -97,6 +139,8 @@ def request_of(rows: Sequence[Row]) -> Request:
         cache_interval=first.cache_interval,
         plan=None if first.plan is None else CachePlan.from_json(json.dumps(first.plan)),
         seed=[row.seed for row in rows],
+        **pictures,
+        **{name: number for name, number in numbers.items() if number is not None},
     )
 
 

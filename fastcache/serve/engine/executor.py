@@ -5,17 +5,19 @@ The one place of the serving side that computes. Knows nothing about queues, thr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.recipe import Size
 from fastcache.errors import BundleError
 from fastcache.loop.drivers import Guidance
@@ -25,11 +27,15 @@ from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, foretold
 from fastcache.loop.streams import load_streams
 from fastcache.pipeline.arguments import Terms
+from fastcache.pipeline.controls import Steering
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, unet_inputs
 from fastcache.pipeline.request import Request
-from fastcache.pipeline.schedule import Steps
+from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps
 from fastcache.sampler.table import SamplerTable
+from fastcache.serve.engine.speeds import Speeds
+
+_WORTH_TIMING_AGAIN_S: Final = 1.0
 
 
 class DeviceBroken(RuntimeError):
@@ -40,15 +46,15 @@ class DeviceBroken(RuntimeError):
 class Drawing:
     """What a job draws, the first image with `seed`, and what that means for the bundle.
 
-    `conditioning` is made when its first image starts, for all of them.
+    `steering` is made when its first image starts, for all of them: all that the U-Net takes besides latents.
     """
 
     request: Request
     terms: Terms
     seed: int
-    table: SamplerTable
+    schedule: Schedule
     plan: CachePlan
-    conditioning: dict[str, Tensor] | None = field(default=None, repr=False)
+    steering: Steering | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -57,22 +63,25 @@ class _InFlight:
 
     lanes: Lanes
     run: PlainRun
+    scales: Tensor | None  # of ControlNets, where they change from step to step
 
 
 @dataclass(eq=False)
 class _Made:
-    """A sampler's table, once a thread has made it; the others wait for that one."""
+    """A schedule, once a thread has made it; the others wait for that one."""
 
-    table: SamplerTable | None = None
+    schedule: Schedule | None = None
     making: Lock = field(default_factory=Lock)
 
 
 class Executor:
     """A bundle's engines, and a lane for each of at most `most` images in flight, for each size that is drawn.
 
+    There are `express` lanes more, for jobs that are short beside those that hold the others.
+
     `threads` are those of streams on a CPU; 0 means as many as torch uses.
 
-    Raises: `BundleError` for a bundle that has no text encoder or VAE, or whose U-Net takes an image as well.
+    Raises: `BundleError` for a bundle that has no text encoder or VAE decoder, or whose U-Net edits a whole image.
     """
 
     def __init__(self, pipe: FastCachePipeline, most: int, *, threads: int = 0) -> None:
@@ -80,20 +89,17 @@ class Executor:
         model, profile = manifest.model, manifest.profiles["batch"]
         if profile.min > 1:
             raise BundleError(f"expected a bundle for 1 image or more, got one for {profile}; build with --batch 1:4:8")
-        if model.in_channels != model.latent_channels:
+        if model.edits:
             raise BundleError(
-                f"expected a text-to-image bundle, got one whose U-Net takes {model.in_channels} channels for "
-                f"{model.latent_channels}; serve another"
-            )
-        if model.controls:
-            raise BundleError(
-                f"expected a text-to-image bundle, got one with {model.controls[0].name}, which needs a picture for "
-                "each image; serve another, or draw with `fastcache generate`"
+                f"expected a U-Net that takes an image in at most two rows, got {model.name}, which takes it in three; "
+                "draw with `fastcache generate`"
             )
         for role in ("text_encoder_2" if model.time_ids is not None else "text_encoder", "vae_decoder"):
             pipe.bundle.engine_path(role)
         self.count, self.device = min(most, profile.max), pipe.runtime.device
+        self.express = self.count // 4 if self.count >= 4 else int(self.count > 1)
         self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
+        self.speeds = Speeds()
         self._tables = lru_cache(maxsize=128)(lambda *_: _Made())
         self._asking = Lock()
         # People ask for a prompt again and again, and for the empty negative one always.
@@ -102,22 +108,22 @@ class Executor:
         self._in_flight: dict[int, _InFlight] = {}
         self._paced: Any = None
 
-    def table(self, sampler: str, num_steps: int | Steps) -> SamplerTable:
-        """A sampler's table, made once, however many threads ask for it at the same time.
+    def schedule(self, sampler: str, num_steps: int | Steps, span: Span = WHOLE) -> Schedule:
+        """A sampler's calls as a table, made once, however many threads ask for it at the same time.
 
-        Raises: `ValueError` for steps that the sampler cannot take.
+        Raises: `ValueError` for steps that the sampler cannot take, or a sampler that is no table.
         """
         with self._asking:
-            made = self._tables(sampler, num_steps)
+            made = self._tables(sampler, num_steps, span)
         with made.making:
-            made.table = made.table or self._make_table(sampler, num_steps)
-        return made.table
+            made.schedule = made.schedule or self._make_schedule(sampler, num_steps, span)
+        return made.schedule
 
-    def _make_table(self, sampler: str, num_steps: int | Steps) -> SamplerTable:
-        table = self.pipe.schedule(sampler, num_steps).sampler
-        if not isinstance(table, SamplerTable):
+    def _make_schedule(self, sampler: str, num_steps: int | Steps, span: Span) -> Schedule:
+        schedule = self.pipe.schedule(sampler, num_steps, span=span)
+        if not isinstance(schedule.sampler, SamplerTable):
             raise ValueError(f"expected a sampler that is a table, got {sampler}, which is not; name another sampler")
-        return table
+        return schedule
 
     def lanes(self, size: Size) -> Lanes:
         """The lanes for images of a size, made when it is first drawn."""
@@ -126,7 +132,7 @@ class Executor:
             self._lanes[size] = Lanes(
                 runtime.pass_engines,
                 manifest.passes,
-                count=self.count,
+                count=self.count + self.express,
                 channels=manifest.model.latent_channels,
                 sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
                 device=self.device,
@@ -140,55 +146,89 @@ class Executor:
         return sum(lanes.held_bytes for lanes in list(self._lanes.values()))
 
     def warm_up(self) -> None:
-        """Load every engine and run each once at the usual size, so that the first request pays for none of it."""
+        """Load every engine and run each at the usual size, so that the first request pays for none of it.
+
+        What a step takes is timed here first, in a second run unless that would take long.
+        """
         manifest = self.pipe.bundle.manifest
-        table = self._usual_table()
+        schedule = self._usual_schedule()
         with ThreadPoolExecutor(1) as beside:
             # Native code works, while Python encodes the text.
             loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
             self._embeds("")
             loading.result()
-        plan = CachePlan.all_full(table.num_calls)
-        request = Request("", guidance_scale=2.0)
-        self.fill(0, Drawing(request, self.pipe.terms(request), 0, table, plan), 0)
+        plan = CachePlan.all_full(schedule.sampler.num_calls)
+        request = blank_request(manifest)
+        self.fill(0, Drawing(request, self.pipe.terms(request), 0, schedule, plan), 0)
         for name in manifest.passes:
             for guided in (True, False):
-                self.run([(0, 0)], name=name, guided=guided)
+                if (took := self._timed_step(name, guided)) < _WORTH_TIMING_AGAIN_S:
+                    took = self._timed_step(name, guided)
+                self.speeds.note_step(name, guided, took)
         self.pictures([0])
+        start = time.perf_counter()
+        self.pictures([0])
+        self.speeds.note("decode", time.perf_counter() - start)
         self.clear(0)
 
-    def _usual_table(self) -> SamplerTable:
+    def _timed_step(self, name: str, guided: bool) -> float:
+        start = time.perf_counter()
+        self.run([(0, 0)], name=name, guided=guided)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _usual_schedule(self) -> Schedule:
         """That of a request which names no sampler, or else one of any."""
-        terms = self.pipe.terms(Request(""))
+        terms = self.pipe.terms(blank_request(self.pipe.bundle.manifest))
         try:
-            return self.table(terms.sampler_name, terms.steps.count)
+            return self.schedule(terms.sampler_name, terms.steps.count)
         except ValueError:  # the model's own runs its own step, so that requests must name another
-            return self.table("ddim", terms.steps.count)
+            return self.schedule("ddim", terms.steps.count)
 
     def fill(self, lane: int, drawing: Drawing, index: int) -> None:
-        """Encode the text, unless an image of the same job did, and draw the noise of image `index`."""
-        if drawing.conditioning is None:
-            drawing.conditioning = self._condition(drawing)
-        terms, generator = drawing.terms, torch.Generator("cpu").manual_seed(drawing.seed + index)
+        """Put image `index` at its start: noise, or a picture under noise; and what steers it, unless an image of the
+        same job has made that.
+        """
+        if drawing.steering is None:
+            drawing.steering = self._steer(drawing)
+        terms, schedule, steering = drawing.terms, drawing.schedule, drawing.steering
+        generator = torch.Generator("cpu").manual_seed(drawing.seed + index)
         lanes = self.lanes(terms.size)
         own = lanes.lanes[lane]
-        own.set_inputs(drawing.conditioning, terms.guided)
-        guidance = Guidance(terms.guidance_scale, drawing.request.guidance_rescale)
-        run = PlainRun(own, drawing.table, drawing.plan, guidance, generator=[generator], guided=terms.guided)
-        draw(run.latents, [generator])
-        run.latents.mul_(drawing.table.init_noise_sigma)
-        self._in_flight[lane] = _InFlight(lanes, run)
+        own.set_inputs(steering.inputs, terms.guided)
+        run = PlainRun(
+            own,
+            schedule.sampler,
+            drawing.plan,
+            Guidance(terms.guidance_scale, drawing.request.guidance_rescale),
+            generator=[generator],
+            conditioning_scales=steering.scales,
+            guided=terms.guided,
+        )
+        start = self.pipe.pictures.start(drawing.request, terms, schedule, 1, [generator])
+        if start is None:
+            draw(run.latents, [generator])
+            run.latents.mul_(schedule.sampler.init_noise_sigma)
+        else:
+            start.fill(run)
+        scales = None if steering.scales is None else torch.tensor(steering.scales, device=self.device)
+        self._in_flight[lane] = _InFlight(lanes, run, scales)
 
-    def _condition(self, drawing: Drawing) -> dict[str, Tensor]:
+    def _steer(self, drawing: Drawing) -> Steering:
         """What the U-Net takes besides latents. Shapes: (halves, ...), the unconditional one first."""
         model = self.pipe.bundle.manifest.model
-        request, guided = drawing.request, drawing.terms.guided
+        request, terms = drawing.request, drawing.terms
         wanted, unwanted = str(request.prompt), request.negative_prompt
         negative = Prompt("negative_prompt")
-        if guided and not (unwanted is None and model.zero_negative):
+        if terms.guided and not (unwanted is None and model.zero_negative):
             negative = self._encoded("negative_prompt", str(unwanted or ""))
-        embeds = self.pipe.prompts.condition(self._encoded("prompt", wanted), negative, count=1, guided=guided)
-        return unet_inputs(model, embeds, drawing.terms.size, request, guided=guided)
+        embeds = self.pipe.prompts.condition(self._encoded("prompt", wanted), negative, count=1, guided=terms.guided)
+        from_image = request.image is not None
+        inputs = unet_inputs(model, embeds, terms.size, request, guided=terms.guided, from_image=from_image)
+        calls = drawing.schedule.sampler.num_calls
+        steering = self.pipe.controls.steer(request, rows=1, guided=terms.guided, size=terms.size, num_calls=calls)
+        return Steering(inputs | steering.inputs, steering.scales)
 
     def _encoded(self, name: str, text: str) -> Prompt:
         embeds = self._embeds(text)
@@ -209,6 +249,8 @@ class Executor:
             run.turns[step] if rows is run.lane.rows(guided) else run.turn(step, rows)
             for run, (_, step), rows in zip(runs, steps, lanes.rows(numbers, guided), strict=True)
         ]
+        for lane, (_, step) in zip(numbers, steps, strict=True):
+            self._scale(lane, step, guided)
         for turn in turns:
             for call in turn.input:
                 call()
@@ -218,6 +260,14 @@ class Executor:
                 call()
             run.end(step)
         self._pace()
+
+    def _scale(self, lane: int, step: int, guided: bool) -> None:
+        """Bring a step's ControlNet scales to the lane, from where those in company are gathered."""
+        flight = self._in_flight[lane]
+        if flight.scales is not None:
+            own = flight.lanes.lanes[lane]
+            own.rows(guided).tensors["conditioning_scale"].copy_(flight.scales[step])
+            own.touch("conditioning_scale")
 
     def _pace(self) -> None:
         """Keep one step ahead of a GPU and no more, so that a cancelled image is gone within a step."""
@@ -256,6 +306,23 @@ class Executor:
             raise DeviceBroken(f"expected the device to add, got {type(error).__name__}; start again") from error
         if not alive:
             raise DeviceBroken("expected the device to add, got another sum; start again")
+
+
+def blank_request(manifest: Manifest) -> Request:
+    """A request that a bundle can draw, with black pictures for all that it is shown."""
+    model, size = manifest.model, manifest.sizes[0]
+    black = Pillow.new("RGB", (size.width, size.height))
+    kinds = [entry.kind for entry in model.controls]
+    pictures: dict[str, Any] = {}
+    if (count := kinds.count("controlnet")) > 0:
+        pictures["control_image"] = black if count == 1 else [black] * count
+    if "t2i_adapter" in kinds:
+        pictures["adapter_image"] = black
+    if "ip_adapter" in kinds:
+        pictures["ip_adapter_image"] = black
+    if model.in_channels != model.latent_channels:
+        pictures |= {"image": black, "mask_image": black}
+    return Request("", guidance_scale=2.0, height=size.height, width=size.width, **pictures)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ Decisions only, in plain Python. Knows nothing about tensors, threads or HTTP: `
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -17,6 +17,8 @@ from fastcache.loop.plan import CachePlan
 # Engine calls that an image lets pass before its own group runs: a shallow step costs a tenth of a full one, so this
 # costs it less than a step, and requests that need a full step gather meanwhile.
 PATIENCE: Final = 8
+_SHALLOW: Final = 0.25  # what a shallow step takes of a full one, where nobody has timed it
+_SHORT: Final = 4  # times shorter than another is a job that need not wait for a slot
 
 Content = TypeVar("Content")  # what a job brings along for who runs it
 
@@ -67,10 +69,21 @@ class Job(Generic[Content]):
     count: int
     deadline: float
     content: Content
+    owner: str = ""  # who asked for it, if that is known; else each job counts as a client of its own
     images: list[Image[Content]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.images = [Image(self, index) for index in range(self.count)]
+
+    @property
+    def work(self) -> int:
+        """U-Net calls of all its images."""
+        return self.count * self.plan.num_steps
+
+    @property
+    def client(self) -> str:
+        """Who shares turns with others as one: all jobs of an owner, or the job alone."""
+        return self.owner or self.id
 
     @property
     def has_begun(self) -> bool:
@@ -86,7 +99,12 @@ class Batch(Generic[Content]):
 
 
 class Scheduler(Generic[Content]):
-    """Who runs next. Images wait in order of arrival for a slot of their bundle; those that have one run in groups."""
+    """Who runs next. Images wait for a slot of their bundle; those that have one run in groups.
+
+    Clients share time alike, however many images each has: one that got a full step more than another waits for it,
+    and beside others it brings no more images to a call than the one with the fewest. So a job of eight long images
+    takes from a short one what another short one would take.
+    """
 
     def __init__(self, queue: int) -> None:
         self.queue = queue
@@ -97,34 +115,68 @@ class Scheduler(Generic[Content]):
         self._free: dict[int, list[int]] = {}
         self._most: dict[int, int] = {}
         self._reserved: dict[int, int] = {}  # images of jobs in preparation, by bundle
+        self._retired: set[int] = set()
+        self._express: dict[int, int] = {}
+        self._costs: dict[tuple[int, str], float] = {}
+        self._taken: dict[str, float] = {}  # time that each client with jobs has had
 
-    def open(self, bundle: int, slots: int) -> None:
-        """Serve another bundle, with so many images in flight. Jobs of earlier ones go on."""
+    def open(self, bundle: int, slots: int, express: int = 0) -> None:
+        """Serve one more bundle, with so many images in flight, and `express` more of jobs that are short."""
         self._slots[bundle] = self._most[bundle] = slots
-        self._free[bundle] = list(range(slots))[::-1]
+        self._express[bundle] = express
+        self._free[bundle] = list(range(slots + express))[::-1]
+
+    def note_cost(self, bundle: int, name: str, seconds: float) -> None:
+        """What a step by a pass takes an image."""
+        self._costs[bundle, name] = seconds
+
+    def _cost(self, bundle: int, name: str) -> float:
+        """What a step costs, in seconds or, of a bundle that nobody has timed, in full steps."""
+        return self._costs.get((bundle, name), 1.0 if name == FULL else _SHALLOW)
+
+    def retire(self, bundle: int) -> None:
+        """Let a bundle go once its last job has ended. Until then its jobs go on, and more may be added."""
+        self._retired.add(bundle)
 
     def close_idle(self) -> list[int]:
-        """Forget every bundle but the newest that no job needs any more. Returns them."""
-        used = {job.bundle for job in self.jobs.values()} | {own for own, images in self._reserved.items() if images}
-        idle = [bundle for bundle in self._slots if bundle not in used and bundle != max(self._slots)]
+        """Forget the retired bundles that no job needs any more. Returns them."""
+        idle = [bundle for bundle in self._retired if not self.is_used(bundle)]
         for bundle in idle:
-            del self._slots[bundle], self._free[bundle], self._most[bundle]
+            del self._slots[bundle], self._free[bundle], self._most[bundle], self._express[bundle]
             self._reserved.pop(bundle, None)
+            self._retired.remove(bundle)
         return idle
+
+    def is_used(self, bundle: int) -> bool:
+        """Whether a job needs a bundle, one in preparation included."""
+        return bool(self._reserved.get(bundle)) or any(job.bundle == bundle for job in self.jobs.values())
 
     @property
     def outstanding(self) -> int:
         """Images accepted and not finished, those included that room was only reserved for."""
         return len(self.waiting) + len(self.running) + sum(self._reserved.values())
 
-    @property
-    def capacity(self) -> int:
-        return self.queue + (self._slots[max(self._slots)] if self._slots else 0)
+    def outstanding_of(self, bundle: int) -> int:
+        """As `outstanding`, of one bundle."""
+        own = sum(image.job.bundle == bundle for image in (*self.waiting, *self.running))
+        return own + self._reserved.get(bundle, 0)
+
+    def room_for(self, bundle: int) -> int:
+        """How many more images of a bundle there is room for: its slots, and what of the one queue others leave."""
+        excess = {own: self.outstanding_of(own) - slots for own, slots in self._slots.items()}
+        others = sum(max(0, images) for own, images in excess.items() if own != bundle)
+        return self.queue - others - excess[bundle]
+
+    def would_wait(self, bundle: int, images: int) -> bool:
+        """Whether there are fewer free slots than images, those of jobs in preparation counted."""
+        waiting = sum(image.job.bundle == bundle for image in self.waiting)
+        return len(self._free[bundle]) - self._express[bundle] < images + waiting
 
     def reserve(self, images: int, bundle: int) -> None:
         """Keep room, and the bundle, for a job that is still being prepared. Raises: `QueueFull`."""
-        if self.outstanding + images > self.capacity:
-            raise QueueFull(f"expected at most {self.capacity} images at once, got {self.outstanding + images}")
+        room = self.room_for(bundle)
+        if images > room:
+            raise QueueFull(f"expected at most {max(0, room)} images more, got {images}")
         self._reserved[bundle] = self._reserved.get(bundle, 0) + images
 
     def release(self, images: int, bundle: int) -> None:
@@ -134,12 +186,16 @@ class Scheduler(Generic[Content]):
     def add(self, job: Job[Content]) -> None:
         """Put a job, for which room was reserved, into the queue."""
         self.release(job.count, job.bundle)
+        # As if it had had as much as who had the least: neither credit for having been away, nor a debt.
+        self._taken.setdefault(job.client, min(self._taken.values(), default=0.0))
         self.jobs[job.id] = job
         self.waiting.extend(job.images)
 
     def drop(self, job: Job[Content]) -> None:
         """Take a job out, wherever it is: done, cancelled or late. Twice is as good as once."""
         self.jobs.pop(job.id, None)
+        if not any(other.client == job.client for other in self.jobs.values()):
+            self._taken.pop(job.client, None)
         self.waiting = deque(image for image in self.waiting if image.job is not job)
         for image in job.images:
             self._vacate(image)
@@ -157,16 +213,25 @@ class Scheduler(Generic[Content]):
         return [job for job in self.jobs.values() if not job.has_begun]
 
     def admit(self) -> list[Image[Content]]:
-        """Give the free slots to the images that have waited longest."""
+        """Give the free slots to who has the fewest, and of these to who has waited longest."""
         admitted = list[Image[Content]]()
-        for image in list(self.waiting):
-            free = self._free[image.job.bundle]
-            if free:
-                image.slot = free.pop()
-                self.waiting.remove(image)
-                self.running.append(image)
-                admitted.append(image)
+        held = Counter(image.job.client for image in self.running)
+        while free := [image for image in self.waiting if self._has_slot(image.job)]:
+            image = min(free, key=lambda one: held[one.job.client])
+            image.slot = self._free[image.job.bundle].pop()
+            self.waiting.remove(image)
+            self.running.append(image)
+            held[image.job.client] += 1
+            admitted.append(image)
         return admitted
+
+    def _has_slot(self, job: Job[Content]) -> bool:
+        """Whether there is a slot for a job: an express one only if it is short beside one that holds a slot."""
+        free = len(self._free[job.bundle])
+        if free > self._express[job.bundle] or not free:
+            return bool(free)
+        longest = max((other.job.work for other in self.running if other.job.bundle == job.bundle), default=0)
+        return _SHORT * job.work <= longest
 
     def next_batch(self) -> Batch[Content] | None:
         """The group to run now: shallow before full, for it is cheap and full steps gather; none waits for ever."""
@@ -174,17 +239,35 @@ class Scheduler(Generic[Content]):
             return None
         if len(self.running) == 1:
             return Batch(self.running[0].kind, tuple(self.running))
+        able = self._whose_turn()
         groups: dict[Kind, list[Image[Content]]] = {}
-        for image in sorted(self.running, key=lambda image: -image.waited):
+        for image in sorted(able, key=lambda image: -image.waited):
             groups.setdefault(image.kind, []).append(image)
         oldest, group = next(iter(groups.items()))
         if group[0].waited < PATIENCE:
             oldest = min(groups, key=lambda kind: (kind.name == FULL, -len(groups[kind])))
         chosen = groups[oldest][: self._most[oldest.bundle]]
-        for image in self.running:
+        for image in able:
             image.waited += 1
         # In the same order whenever the same images meet: what they share then lies where it lay.
         return Batch(oldest, sorted(chosen, key=lambda image: image.slot or 0))
+
+    def _whose_turn(self) -> list[Image[Content]]:
+        """The images that may run now: of clients that are not ahead of another, as many of each as of any."""
+        counts = Counter(image.job.client for image in self.running)
+        if len(counts) == 1:
+            return self.running
+        least = min(self._taken[client] for client in counts)
+        most = max(self._cost(bundle, FULL) for bundle in {image.job.bundle for image in self.running})
+        able = {client for client in counts if self._taken[client] <= least + most}
+        left = dict.fromkeys(able, min(counts.values()))
+        turn = list[Image[Content]]()
+        for image in sorted(self.running, key=lambda image: -image.waited):
+            client = image.job.client
+            if client in able and left[client]:
+                left[client] -= 1
+                turn.append(image)
+        return turn
 
     def split(self, batch: Batch[Content]) -> tuple[Batch[Content], Batch[Content]]:
         """After a batch was too large: its two halves, and no larger ones of its bundle from now on."""
@@ -198,6 +281,8 @@ class Scheduler(Generic[Content]):
         """These have run. Returns those that took a step; a finished one keeps its slot until `finish`."""
         moved = [image for image in images if image.slot is not None]
         for image in moved:
+            if image.job.client in self._taken:
+                self._taken[image.job.client] += self._cost(image.job.bundle, image.kind.name)
             image.step, image.waited = image.step + 1, 0
         return moved
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fastcache.cut.names import FULL
+from fastcache.loop.plan import CachePlan
 from fastcache.serve.engine.events import Done, Drawn, Event, Failure, Preview, Stepped
 from fastcache.serve.engine.executor import DeviceBroken, Drawing, Executor, is_out_of_memory
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
+from fastcache.serve.engine.speeds import latency_s
 from fastcache.serve.http.metrics import Metrics
 
 _log = logging.getLogger("fastcache.serve")
@@ -36,6 +38,10 @@ class Order:
     notify: Callable[[Event], None]
     preview_steps: Collection[int] = ()
     each_step: bool = False
+    route: str = "generations"
+    plan_name: str = "uncached"
+    quality: str | None = None
+    psnr_db: float | None = None  # of the plan to uncached pictures, on calibration
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
 
@@ -49,15 +55,25 @@ class _TooLarge(Exception):
 
 
 class Worker:
-    """Owns the scheduler and the executors. `broken` is called, once, when only a new process can help."""
+    """Owns the scheduler and the executors.
 
-    def __init__(self, queue: int, metrics: Metrics, broken: Callable[[Exception], None]) -> None:
+    `broken` is called, once, when only a new process can help, and `gone` of each bundle whose memory was given back.
+    """
+
+    def __init__(
+        self,
+        queue: int,
+        metrics: Metrics,
+        broken: Callable[[Exception], None],
+        gone: Callable[[int], None] = lambda bundle: None,
+    ) -> None:
         self._scheduler, self._metrics, self._broken = Scheduler[Order](queue), metrics, broken
+        self._gone = gone
         self._executors: dict[int, Executor] = {}
         self._changed = threading.Condition()
         self._stopping = False
         self._failures = 0
-        self._litter = False  # whether an executor was let go
+        self._litter: list[int] = []  # bundles whose executors were let go
         self._image_s = 1.0  # recent seconds from an image's start to its end, for Retry-After
         self._thread = threading.Thread(target=self._work, name="fastcache-worker", daemon=True)
 
@@ -73,11 +89,21 @@ class Worker:
             self._thread.join()
 
     def install(self, bundle: int, executor: Executor) -> None:
-        """Serve another bundle from now on; what was accepted for earlier ones is finished with those."""
+        """Serve one more bundle from now on."""
         with self._changed:
             self._executors[bundle] = executor
-            self._scheduler.open(bundle, executor.count)
+            self._scheduler.open(bundle, executor.count, executor.express)
+
+    def retire(self, bundle: int) -> None:
+        """Let a bundle go, once what was accepted for it is finished."""
+        with self._changed:
+            self._scheduler.retire(bundle)
             self._forget_idle()
+
+    def is_used(self, bundle: int) -> bool:
+        """Whether a job needs a bundle, one in preparation included."""
+        with self._changed:
+            return self._scheduler.is_used(bundle)
 
     @property
     def waiting(self) -> int:
@@ -86,6 +112,17 @@ class Worker:
     @property
     def running(self) -> int:
         return len(self._scheduler.running)
+
+    @property
+    def jobs_waiting(self) -> int:
+        """Jobs of which no image has begun."""
+        with self._changed:
+            return len(self._scheduler.queued)
+
+    @property
+    def jobs_running(self) -> int:
+        with self._changed:
+            return len(self._scheduler.jobs) - len(self._scheduler.queued)
 
     @property
     def outstanding(self) -> int:
@@ -104,6 +141,28 @@ class Worker:
     def retry_after_s(self) -> int:
         """About when the next image will be done. Units: whole seconds, 1 to 60."""
         return max(1, min(60, round(self._image_s)))
+
+    def latency_s(self, bundle: int, plan: CachePlan, guided: bool, count: int) -> float:
+        """When so many images by a plan would be done that were queued now, beside all that is accepted."""
+        with self._changed:
+            left = dict[str, float]()
+            for image in (*self._scheduler.running, *self._scheduler.waiting):
+                job, executor = image.job, self._executors.get(image.job.bundle)
+                if executor is not None:
+                    one = executor.speeds.image_s(job.plan, job.guided, image.step)
+                    left[job.client] = left.get(job.client, 0.0) + one
+            waits = self._scheduler.would_wait(bundle, count)
+            speeds = self._executors[bundle].speeds
+        own = speeds.encode_s + count * speeds.image_s(plan, guided)
+        return latency_s(own, left.values(), waits=waits)
+
+    def position(self, job_id: str) -> int | None:
+        """How many images wait before a job of which none has begun; None of any other job."""
+        with self._changed:
+            job = self._scheduler.jobs.get(job_id)
+            if job is None or job.has_begun:
+                return None
+            return next(k for k, image in enumerate(self._scheduler.waiting) if image.job is job)
 
     def reserve(self, images: int, bundle: int) -> None:
         """Keep room, and the bundle, for a job in preparation. Raises: `QueueFull`."""
@@ -145,8 +204,7 @@ class Worker:
                             return
                         self._changed.wait(self._until_deadline())
                 if self._litter:
-                    self._litter = False
-                    _give_back()
+                    self._clear_up()
                 admitted, batch = turn or ([], None)
                 for image in admitted:
                     self._begin(image)
@@ -184,11 +242,14 @@ class Worker:
         if order.started is None:
             order.started = start
             self._metrics.stages.labels("queue").observe(start - order.created)
+            self._metrics.queue_time.observe(start - order.created)
         try:
             executor.fill(slot, order.drawing, image.index)
         except Exception as error:
             self._blame(error, executor, [image])
-        self._metrics.stages.labels("encode").observe(time.monotonic() - start)
+        took = time.monotonic() - start
+        executor.speeds.note("encode", took)
+        self._metrics.stages.labels("encode").observe(took)
 
     def _run(self, batch: Batch[Order], *, again: bool = False) -> None:
         """A batch's engine call; after running out of memory once more, in two halves."""
@@ -222,11 +283,16 @@ class Worker:
             self._blame(error, executor, images)
             return
         self._failures = 0
-        figures = self._metrics.unet["full" if full else "shallow"]
-        figures.seconds.observe(time.monotonic() - start)
+        figures, took = self._metrics.unet["full" if full else "shallow"], time.monotonic() - start
+        executor.speeds.note_step(batch.kind.name, batch.kind.guided, took / len(steps))
+        figures.seconds.observe(took)
         figures.calls.inc()
         figures.steps.inc(len(steps))
+        self._metrics.passes.labels(batch.kind.name).inc(len(steps))
+        self._metrics.batch.observe(len(steps))
         with self._changed:
+            cost = executor.speeds.step_s(batch.kind.name, batch.kind.guided)
+            self._scheduler.note_cost(batch.kind.bundle, batch.kind.name, cost)
             moved = self._scheduler.advance(images)
         if len(moved) < len(images):
             self._metrics.abandoned.inc(len(images) - len(moved))
@@ -244,6 +310,8 @@ class Worker:
                 order.notify(Stepped(image.index, step, image.job.plan.num_steps, full))
             if step in order.preview_steps and slot is not None:
                 picture = executor.preview(slot, step)
+                if step == min(order.preview_steps) and image.index == 0:
+                    self._metrics.first_preview.observe(time.monotonic() - order.created)
                 order.notify(Preview(image.index, sorted(order.preview_steps).index(step), picture))
 
     def _draw(self, finished: list[Image[Order]], executor: Executor) -> None:
@@ -255,6 +323,7 @@ class Worker:
         pictures = executor.pictures([slot for _, slot in left])
         end = time.monotonic()
         self._metrics.stages.labels("decode").observe(end - start)
+        executor.speeds.note("decode", (end - start) / len(left))
         with self._changed:
             for (image, slot), picture in zip(left, pictures, strict=True):
                 if image.slot is None:  # cancelled while it was decoded
@@ -267,6 +336,7 @@ class Worker:
                     self._image_s += 0.2 * (end - order.started - self._image_s)
                 if self._scheduler.finish(image):
                     self._metrics.stages.labels("total").observe(end - order.created)
+                    self._metrics.latency.labels(order.route).observe(end - order.created)
                     self._end(image.job, None)
 
     def _blame(self, error: Exception, executor: Executor, images: Sequence[Image[Order]]) -> None:
@@ -299,8 +369,15 @@ class Worker:
     def _forget_idle(self) -> None:
         for bundle in self._scheduler.close_idle():
             del self._executors[bundle]
-            self._litter = True
+            self._litter.append(bundle)
             self._changed.notify()
+
+    def _clear_up(self) -> None:
+        with self._changed:
+            bundles, self._litter = self._litter, []
+        _give_back()
+        for bundle in bundles:
+            self._gone(bundle)
 
 
 def _give_back() -> None:

@@ -19,10 +19,12 @@ from starlette.types import Receive, Scope, Send
 
 from fastcache.pipeline.provenance import record
 from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
+from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import ARRIVED, OWNER
+from fastcache.serve.http.jobs import Jobs
 from fastcache.serve.http.pictures import encoded, server_sent
-from fastcache.serve.http.schema import ImageData, ImageRequest, ImagesResponse
+from fastcache.serve.http.schema import EditRequest, ImageData, ImageRequest, ImagesResponse, PlanUsed
 from fastcache.serve.http.service import Service, Ticket
 
 T = TypeVar("T")
@@ -50,22 +52,40 @@ def _not_acceptable(offered: str) -> ApiError:
     return ApiError(406, f"expected Accept to allow {offered}, got another", code="not_acceptable")
 
 
-async def answer(service: Service, asked: ImageRequest, request: Request) -> Response:
-    """Draw what was asked for. A client that leaves takes its job with it. Raises: `ApiError`."""
+async def answer(service: Service, jobs: Jobs, asked: ImageRequest, request: Request) -> Response:
+    """Draw what was asked for, or begin to. A client that leaves takes its job with it. Raises: `ApiError`."""
     png = wants_png(",".join(request.headers.getlist("accept")), asked)
     arrived, owner = getattr(request.state, ARRIVED, None), getattr(request.state, OWNER, None)
     async with AsyncExitStack() as stack:
         drawing = service.drawing(asked, arrived=arrived, owner=owner)
         ticket = await unless_gone(request.receive, stack.enter_async_context(drawing))
+        if asked.is_job:
+            return _begun(jobs, ticket, asked, stack.pop_all(), owner)
         if asked.stream:
             return _EventStream(_events(ticket, asked), ticket, stack.pop_all())
         pictures = await unless_gone(request.receive, _pictures(ticket))
         files = await asyncio.to_thread(_files, ticket, asked, pictures)
     if png:
-        seed = str(ticket.order.drawing.seed)
-        return Response(files[0], media_type="image/png", headers={"X-Job-Id": ticket.job.id, "X-Seed": seed})
+        order = ticket.order
+        headers = {"X-Job-Id": ticket.job.id, "X-Seed": str(order.drawing.seed), "X-Plan": order.plan_name}
+        return Response(files[0], media_type="image/png", headers=headers)
     body = _body(ticket, asked, files).model_dump_json()
     return Response(body, media_type="application/json", headers={"X-Job-Id": ticket.job.id})
+
+
+def _begun(jobs: Jobs, ticket: Ticket, asked: ImageRequest, stack: AsyncExitStack, owner: bytes | None) -> Response:
+    """The answer to a request for a job in the background, which goes on."""
+
+    async def answered(pictures: list[Pillow.Image]) -> ImagesResponse:
+        return _body(ticket, asked, await asyncio.to_thread(_files, ticket, asked, pictures))
+
+    async def shown(picture: Pillow.Image) -> str:
+        (file,) = await asyncio.to_thread(_files, ticket, asked, [picture])
+        return _base64(file)
+
+    status = jobs.follow(ticket, stack, owner, answered, shown)
+    where = {"Location": f"/v1/jobs/{ticket.job.id}", "X-Job-Id": ticket.job.id}
+    return Response(status.model_dump_json(), 202, where, media_type="application/json")
 
 
 async def _pictures(ticket: Ticket) -> list[Pillow.Image]:
@@ -108,7 +128,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 def _files(ticket: Ticket, asked: ImageRequest, pictures: list[Pillow.Image]) -> list[bytes]:
     """The bytes of each picture; a PNG says how it was made. The prompt goes back to who sent it and nowhere else."""
-    drawing, manifest = ticket.order.drawing, ticket.served.manifest
+    drawing, manifest = ticket.order.drawing, ticket.manifest
     made = record(manifest, drawing.request, drawing.terms, drawing.plan)
     kind, quality = asked.file_format, asked.output_compression
     return [
@@ -121,11 +141,20 @@ def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResp
     return ImagesResponse(
         id=ticket.job.id,
         created=int(time.time()),
-        model=ticket.served.model,
+        model=ticket.model,
         size=ticket.job.size,
         output_format=asked.file_format,
+        quality=ticket.order.quality,
+        plan=plan_used(ticket.order),
         data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],
     )
+
+
+def plan_used(order: Order) -> PlanUsed:
+    """What the answer says of the plan that drew it."""
+    plan = order.drawing.plan
+    full = sum(plan.is_full(step) for step in range(plan.num_steps))
+    return PlanUsed(name=order.plan_name, unet_calls=plan.num_steps, full_calls=full, psnr_db=order.psnr_db)
 
 
 def _base64(file: bytes) -> str:
@@ -146,9 +175,11 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
-    """OpenAI's `image_generation.*` events, and `fastcache.step` for each U-Net step where asked for."""
+    """OpenAI's `image_generation.*` or `image_edit.*` events, and where asked for `fastcache.step` for each step."""
     common = {"id": ticket.job.id, "created_at": int(time.time()), "size": ticket.job.size}
     common |= {"output_format": asked.file_format, "seed": ticket.order.drawing.seed}
+    common |= {"quality": ticket.order.quality, "plan": plan_used(ticket.order).model_dump()}
+    what = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
     async for event in ticket.events():
         match event:
             case Stepped():
@@ -158,10 +189,10 @@ async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
             case Preview() | Drawn():
                 name = "partial_image" if isinstance(event, Preview) else "completed"
                 (file,) = await asyncio.to_thread(_files, ticket, asked, [event.picture])
-                data = {"type": f"image_generation.{name}", "b64_json": _base64(file), **common}
+                data = {"type": f"{what}.{name}", "b64_json": _base64(file), **common}
                 if isinstance(event, Preview):
                     data["partial_image_index"] = event.number
-                yield server_sent(f"image_generation.{name}", data)
+                yield server_sent(f"{what}.{name}", data)
             case Done():
                 if event.failure is not None:
                     body = failure(event.failure).body

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 
-from fastcache.serve.engine.requests import Served
 from fastcache.serve.http.answers import answer
+from fastcache.serve.http.edits import body_schema, read_edit
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.guard import OWNER, PROBES, Guard
+from fastcache.serve.http.jobs import Jobs
 from fastcache.serve.http.metrics import CONTENT_TYPE
+from fastcache.serve.http.models import ADMIN_PATH, add_admin, add_models, refuse_admin
 from fastcache.serve.http.page import PAGE_PATHS, add_page
 from fastcache.serve.http.schema import (
     JOB_ID,
@@ -29,8 +33,7 @@ from fastcache.serve.http.schema import (
     HealthInDetail,
     ImageRequest,
     ImagesResponse,
-    Model,
-    Models,
+    JobStatus,
 )
 from fastcache.serve.http.service import Service
 
@@ -41,9 +44,10 @@ _ERRORS: Final[Mapping[int, str]] = {
     404: "No such model, job or route",
     406: "An Accept header that nothing here fulfils",
     408: "The body did not arrive in time",
-    409: "The job's name is in use",
+    409: "A name in use, or a model that cannot be loaded or dropped",
     413: "Too large a body",
     415: "A Content-Type other than application/json",
+    422: "Not possible in the time asked for",
     429: "The queue is full; see Retry-After",
     431: "Too large headers",
     499: "The job was cancelled",
@@ -52,6 +56,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     504: "Not done in time",
 }
 _OPEN_PATHS: Final = PROBES | PAGE_PATHS  # need no key
+UPLOAD_PATHS: Final = frozenset({"/v1/images/generations", "/v1/images/edits"})
 _ALWAYS: Final = (400, 401, 403, 408, 413, 431, 500)
 _PROBING: Final = (400, 403, 408, 413, 431, 500, 503)
 
@@ -60,10 +65,17 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in sorted(statuses)}
 
 
-def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[str] | None = None) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[bytes] = (),
+    admin_keys: Sequence[bytes] = (),
+    hosts: Iterable[str] | None = None,
+) -> FastAPI:
     """The application around a service, which it starts in the background and closes at its end.
 
-    `keys` are digests of API keys, as `guard.read_keys` gives them; `hosts` the names it may be asked by, None for any.
+    `keys` are digests of API keys, as `guard.read_keys` gives them, and `admin_keys` of those who may also change which
+    models there are; `hosts` the names it may be asked by, None for any.
     """
 
     @contextlib.asynccontextmanager
@@ -74,7 +86,9 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await service.close()
+        await jobs.close()
 
+    jobs = Jobs(service, service.limits)
     app = FastAPI(
         title="fastcache",
         lifespan=lifespan,
@@ -84,16 +98,43 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Iterable[
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.add_middleware(
-        Guard, limits=service.limits, metrics=service.metrics, keys=keys, hosts=hosts, open_paths=_OPEN_PATHS
+        Guard,
+        limits=service.limits,
+        metrics=service.metrics,
+        keys=keys,
+        hosts=hosts,
+        open_paths=_OPEN_PATHS,
+        admin_keys=admin_keys,
+        admin_path=ADMIN_PATH,
+        upload_paths=UPLOAD_PATHS,
     )
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    _add_images(app, service)
+    _add_errors(app, service.metrics.rejected)
+    _add_images(app, service, jobs)
+    add_models(app, service, _errors, _ALWAYS)
+    if admin_keys:
+        add_admin(app, service, _errors, _ALWAYS)
+    else:
+        refuse_admin(app)
     _add_probes(app, service)
     add_page(app)
-    _describe(app, secured=bool(keys))
+    _describe(app, secured=bool(keys), administered=bool(admin_keys))
     return app
+
+
+def _add_errors(app: FastAPI, rejected: Counter) -> None:
+    """What is raised becomes an answer of OpenAI's shape, counted by its code."""
+
+    async def api_error(_: Request, error: Any) -> Response:
+        rejected.labels(error.code).inc()
+        return error.response()
+
+    async def invalid(request: Request, error: Any) -> Response:
+        rejected.labels("invalid_value").inc()
+        return _invalid(request, error)
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, _http_error)
 
 
 async def _quietly(service: Service) -> None:
@@ -101,7 +142,7 @@ async def _quietly(service: Service) -> None:
         await service.start()
 
 
-def _add_images(app: FastAPI, service: Service) -> None:
+def _add_images(app: FastAPI, service: Service, jobs: Jobs) -> None:
     text: dict[str, Any] = {"type": "string"}
     event: dict[str, Any] = {
         "type": "object",
@@ -113,40 +154,44 @@ def _add_images(app: FastAPI, service: Service) -> None:
         "text/event-stream": {"schema": event},
     }
 
+    accepted: dict[str, Any] = {"model": JobStatus, "description": "A job in the background, of which GET tells"}
+
     @app.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
-        responses={200: {"content": kinds}, **_errors(*_ALWAYS, 404, 406, 409, 415, 429, 499, 503, 504)},
+        responses={
+            200: {"content": kinds},
+            202: accepted,
+            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
+        },
     )
     async def generate(asked: ImageRequest, request: Request) -> Response:
         """Draw images from a text."""
-        return await answer(service, asked, request)
+        return await answer(service, jobs, asked, request)
+
+    @app.post(
+        "/v1/images/edits",
+        response_model=ImagesResponse,
+        responses={
+            200: {"content": kinds},
+            202: accepted,
+            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
+        },
+        openapi_extra={"requestBody": body_schema()},
+    )
+    async def edit(request: Request) -> Response:
+        """Draw on a picture: image to image, or where a mask says. A form, as OpenAI's client sends it, or JSON."""
+        return await answer(service, jobs, await read_edit(request), request)
+
+    @app.get("/v1/jobs/{job_id}", responses=_errors(*_ALWAYS, 404))
+    async def job(job_id: Annotated[str, Path(pattern=JOB_ID)], request: Request) -> JobStatus:
+        """How a job in the background stands, and its result, for the key that asked for it."""
+        return jobs.status(job_id, getattr(request.state, OWNER, None))
 
     @app.post("/v1/jobs/{job_id}/cancel", responses=_errors(*_ALWAYS, 404))
     async def cancel(job_id: Annotated[str, Path(pattern=JOB_ID)], request: Request) -> Cancelled:
         """End a job that was asked for with the same key, and only that one. Twice is as good as once."""
         return Cancelled(id=job_id, status=service.cancel(job_id, owner=getattr(request.state, OWNER, None)))
-
-    _add_models(app, service)
-
-
-def _add_models(app: FastAPI, service: Service) -> None:
-    def served() -> Served:
-        if service.served is None:
-            raise ApiError(503, f"the server is {service.state}", code=f"server_{service.state}", retry_after_s=5)
-        return service.served
-
-    @app.get("/v1/models", responses=_errors(*_ALWAYS, 503))
-    async def models() -> Models:
-        """The model that is served."""
-        return Models(data=[served().described(service.limits)])
-
-    @app.get("/v1/models/{model_id:path}", responses=_errors(*_ALWAYS, 404, 503))
-    async def model(model_id: str) -> Model:
-        """One model by its id."""
-        found = served()
-        found.require_model(model_id)
-        return found.described(service.limits)
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -174,7 +219,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         served, worker = service.served, service.worker
         return HealthInDetail(
             status=service.state,
-            model=None if served is None else served.model,
+            model=next(iter(service.shelf.entries), None),
+            loaded=[entry.name for entry in service.shelf.entries.values() if entry.served is not None],
             running=worker.running,
             waiting=worker.waiting,
             bundles=worker.bundles,
@@ -193,7 +239,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
 
-def _describe(app: FastAPI, *, secured: bool) -> None:
+def _describe(app: FastAPI, *, secured: bool, administered: bool) -> None:
     """Make the OpenAPI document say what is true here: validation errors are 400, and which routes need a key."""
     made = app.openapi
 
@@ -203,31 +249,29 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
         document = made()
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                operation["responses"].pop("422", None)
-                if secured and path not in _OPEN_PATHS:
+                if "HTTPValidationError" in json.dumps(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+                needs_key = administered if path.startswith(ADMIN_PATH) else secured and path not in _OPEN_PATHS
+                if needs_key:
                     operation["security"] = [{"key": []}]
                 elif "401" in operation["responses"] and not secured:
                     del operation["responses"]["401"]
         schemas: dict[str, Any] = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        if secured:
+        if secured or administered:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document
 
     app.openapi = openapi
 
 
-async def _api_error(_: Request, error: Any) -> Response:
-    return error.response()
-
-
-async def _invalid(request: Request, error: Any) -> Response:
+def _invalid(request: Request, error: Any) -> Response:
     """What is wrong with a body or a path, an unknown field before others, without repeating what was sent."""
     first: dict[str, Any] = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    if first["loc"] == ("body",):
+    if first["loc"] == ("body",) and first["type"] != "value_error":  # else fields that do not go together
         return _no_object(request, empty=first["type"] == "missing").response()
-    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str)) or None
+    where = next((str(part) for part in first["loc"][1:] if isinstance(part, str)), None)
     said = {"extra_forbidden": "unknown or unsupported; leave it out", "json_invalid": "expected JSON"}
     message = str(said.get(first["type"], first["msg"])).removeprefix("Value error, ")
     text = message if where is None else f"{where}: {message}"

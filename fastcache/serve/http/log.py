@@ -5,9 +5,15 @@ A pipe that nobody reads is full after some hundred lines, and the thread that w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Final
+
+REQUEST_ID: Final = ContextVar("request_id", default="")  # of the request that is being answered
 
 _LONGEST_BYTES = 4096  # PIPE_BUF on Linux: what a pipe that can be written to takes at once
 
@@ -37,3 +43,28 @@ class Unblocked(logging.Handler):
         waiting = select.poll()  # not select(), whose descriptors end at 1024
         waiting.register(self._descriptor, select.POLLOUT)
         return bool(waiting.poll(0))
+
+
+class Lines(logging.Formatter):
+    """A line of text: the time, the level, the request's name where there is one, and what is said."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(request)s%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = REQUEST_ID.get()
+        record.request = f"{name} " if name else ""
+        return super().format(record)
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON: `time` (UTC), `level`, `message`, `request_id` where there is one, `error` with its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        said = {"time": when, "level": record.levelname.lower(), "message": record.getMessage()}
+        if name := REQUEST_ID.get():
+            said["request_id"] = name
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)[-2000:]
+        return json.dumps(said)

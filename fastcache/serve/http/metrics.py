@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -39,10 +39,30 @@ class Metrics:
         self.stages = Histogram(
             "fastcache_stage_seconds", "Seconds in a stage", ["stage"], buckets=_BUCKETS, registry=self.registry
         )
+        # By the names that dashboards of vLLM's kind know.
+        self.latency = self._seconds("e2e_request_latency", "From a job's arrival to its last image", ["route"])
+        self.queue_time = self._seconds("request_queue_time", "From a job's arrival to its first image's start")
+        self.first_preview = self._seconds("time_to_first_preview", "From a job's arrival to its first partial image")
+        self.passes = Counter(
+            "fastcache_pass_steps", "Images' steps, by the pass that ran", ["pass"], registry=self.registry
+        )
+        self.batch = Histogram(
+            "fastcache_batch_size",
+            "Images in a U-Net turn",
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
+            registry=self.registry,
+        )
+        self.plans = Counter("fastcache_plans", "Jobs accepted, by plan", ["plan"], registry=self.registry)
+        self.rejected = Counter(
+            "fastcache_request_rejected", "Requests refused, by reason", ["reason"], registry=self.registry
+        )
         self.unet = {
             kind: UNetFigures(self.stages.labels(f"{kind}_step"), self.calls.labels(kind), self.steps.labels(kind))
             for kind in ("full", "shallow")
         }
+
+    def _seconds(self, name: str, what: str, labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(f"fastcache_{name}_seconds", what, labels, buckets=_BUCKETS, registry=self.registry)
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""

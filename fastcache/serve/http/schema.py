@@ -5,15 +5,27 @@ Knows JSON only: whether a request fits the bundle that is served is `requests.p
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    WithJsonSchema,
+    model_validator,
+)
 
 from fastcache.sampler.scheduler import SAMPLERS
 
 JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 
+_MOST_PICTURES: Final = 16
+
 OutputFormat = Literal["png", "jpeg", "webp"]
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 State = Literal["loading", "ready", "draining", "broken"]  # of a server
 
 
@@ -28,9 +40,34 @@ def _known(name: str) -> str:
     return name
 
 
+def _background(value: object) -> object:
+    if value is None or isinstance(value, bool) or value in ("auto", "opaque"):
+        return value
+    raise ValueError("expected true or false (a job), or auto or opaque, as pictures are here, got another")
+
+
+def _few(value: object) -> object:
+    if isinstance(value, list) and not 1 <= len(cast("list[object]", value)) <= _MOST_PICTURES:
+        raise ValueError(f"expected 1 to {_MOST_PICTURES} of them in a list, got {len(cast('list[object]', value))}")
+    return cast(object, value)
+
+
+Few = AfterValidator(_few)
 Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Background = Annotated[
+    bool | str, BeforeValidator(_background), WithJsonSchema({"enum": [True, False, "auto", "opaque"]})
+]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
+Numbers = Annotated[Annotated[Number, Field(ge=-10, le=10)] | list[Annotated[Number, Field(ge=-10, le=10)]], Few]
+Shares = Annotated[Annotated[Number, Field(ge=0, le=1)] | list[Annotated[Number, Field(ge=0, le=1)]], Few]
+# A form's files come as bytes, JSON's as text.
+Picture = Annotated[
+    str | bytes,
+    Field(min_length=1),
+    WithJsonSchema({"type": "string", "minLength": 1, "description": "PNG, JPEG or WebP in base64, or a data: URL."}),
+]
+Pictures = Annotated[Picture | list[Picture], Few]
 Sampler = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(SAMPLERS)})]
 
 
@@ -58,12 +95,34 @@ class ImageRequest(BaseModel):
     plan: dict[str, Any] | None = Field(None, description="A plan, as `fastcache plan` writes it.")
     timeout: Number | None = Field(None, ge=1, description="Seconds to wait at most; the server's own limit or less.")
     job_id: str | None = Field(None, pattern=JOB_ID, description="A name to cancel it by (the server gives one).")
+    quality: Literal["auto", "standard", "low", "medium", "high"] | None = Field(
+        None, description="low, medium, high: the server's fitted plans; auto: medium if there are any; else as asked."
+    )
+    max_latency_ms: Number | None = Field(
+        None, ge=1, description="Draw by the best plan that is done in time as the server stands now, or answer 422."
+    )
+    true_cfg_scale: Number | None = Field(None, ge=0, le=100, description="Another word for `guidance_scale`.")
+    background: Background | None = Field(
+        None, description="true: answer 202 at once, with a job to ask for. OpenAI's auto, opaque: pictures are opaque."
+    )
+    control_image: Pictures | None = Field(None, description="For the bundle's ControlNet; of several a list.")
+    controlnet_conditioning_scale: Numbers | None = Field(None, description="How much it counts (1); or a list.")
+    control_guidance_start: Shares | None = Field(None, description="The share of steps before the ControlNet (0).")
+    control_guidance_end: Shares | None = Field(None, description="The share of steps at which it ends (1).")
+    adapter_image: Picture | None = Field(None, description="For the bundle's T2I-Adapter.")
+    adapter_conditioning_scale: Number | None = Field(None, ge=-10, le=10, description="How much it counts (1).")
+    ip_adapter_image: Picture | None = Field(None, description="For the bundle's IP-Adapter.")
+    ip_adapter_scale: Number | None = Field(None, ge=-10, le=10, description="How much it counts (1).")
     # What OpenAI's clients always send, with the values that mean what this server does.
-    quality: Literal["auto", "standard"] | None = Field(None, description="OpenAI's: as the other fields say.")
     style: Literal["vivid"] | None = Field(None, description="OpenAI's default; a style belongs into the prompt here.")
-    background: Literal["auto", "opaque"] | None = Field(None, description="OpenAI's: pictures are opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="OpenAI's: nothing is moderated here.")
     user: str | None = Field(None, max_length=256, description="OpenAI's: not used, kept or logged.")
+
+    @model_validator(mode="after")
+    def _one_guidance(self) -> Self:
+        if None not in (self.true_cfg_scale, self.guidance_scale) and self.true_cfg_scale != self.guidance_scale:
+            raise ValueError("expected guidance_scale or true_cfg_scale, which mean the same, got two numbers")
+        return self
 
     @property
     def count(self) -> int:
@@ -72,6 +131,47 @@ class ImageRequest(BaseModel):
     @property
     def file_format(self) -> OutputFormat:
         return self.output_format or "png"
+
+    @property
+    def guidance(self) -> float | None:
+        return self.guidance_scale if self.true_cfg_scale is None else self.true_cfg_scale
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it is answered at once, and the pictures are asked for later."""
+        return self.background is True
+
+
+class EditRequest(ImageRequest):
+    """`POST /v1/images/edits`, as JSON or as a form: a picture to begin with, and where to draw on it."""
+
+    image: Pictures = Field(description="What to begin with; a second one is shown to the bundle's IP-Adapter.")
+    mask: Picture | None = Field(
+        None, description="Drawn where it is transparent or, without transparency, white; else where `image` is."
+    )
+    strength: Number | None = Field(None, gt=0, le=1, description="How much of it to draw anew (the model's).")
+    input_fidelity: Literal["low", "high"] | None = Field(
+        None, description="OpenAI's: high is a `strength` of 0.5, low the model's own."
+    )
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> Self:
+        if self.input_fidelity == "high" and self.strength is not None:
+            raise ValueError("expected strength or input_fidelity high, which says it as well, got both")
+        return self
+
+    @property
+    def begins_at(self) -> float | None:
+        return 0.5 if self.input_fidelity == "high" else self.strength
+
+
+class PlanUsed(BaseModel):
+    """Which plan drew a picture: draft, standard or fine; uncached; interval; or given, in the request."""
+
+    name: str
+    unet_calls: int
+    full_calls: int
+    psnr_db: float | None = Field(None, description="To uncached pictures, as measured when the plan was fitted.")
 
 
 class ImageData(BaseModel):
@@ -89,7 +189,34 @@ class ImagesResponse(BaseModel):
     model: str
     size: str
     output_format: OutputFormat
+    quality: str | None = None
+    plan: PlanUsed
     data: list[ImageData]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class JobStatus(BaseModel):
+    """The answer to a request with `background` true, and to `GET /v1/jobs/{job_id}`."""
+
+    id: str
+    object: Literal["job"] = "job"
+    created: int
+    status: JobState
+    position: int | None = Field(None, description="Of a queued job how many images are before it.")
+    step: int = Field(description="Steps taken by all its images.")
+    num_steps: int
+    preview_b64_json: str | None = Field(None, description="The last image on the way, with `partial_images`.")
+    result: ImagesResponse | None = None
+    error: ErrorDetail | None = None
+    kept_s: int | None = Field(None, description="For how long an ended job is kept, if no newer ones need its room.")
 
 
 class Usual(BaseModel):
@@ -111,6 +238,7 @@ class Model(BaseModel):
     samplers: list[str]
     defaults: Usual
     bundle_sha256: str
+    loaded: bool = Field(description="Whether a request need not wait for it to be loaded.")
 
 
 class Models(BaseModel):
@@ -118,6 +246,22 @@ class Models(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class ModelPut(BaseModel):
+    """`PUT /v1/admin/models/{name}`: the bundle to offer under this name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engines: str = Field(min_length=1, max_length=4096, description="The bundle's folder on the server's machine.")
+
+
+class ModelDropped(BaseModel):
+    """The answer to `DELETE /v1/admin/models/{name}`; what was accepted for it is finished."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class Cancelled(BaseModel):
@@ -140,17 +284,9 @@ class HealthInDetail(Health):
     running: int
     waiting: int
     bundles: int
+    loaded: list[str]
     max_batch: int | None
     queue: int
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's words."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
 
 
 class ErrorBody(BaseModel):

@@ -1,6 +1,6 @@
 """An application -> a process that serves it: a socket, uvicorn, and what signals mean.
 
-SIGTERM and SIGINT drain and end with 0; SIGHUP loads the bundle again and switches to it. Knows nothing about routes.
+SIGTERM and SIGINT drain and end with 0; SIGHUP loads every bundle again and switches to it. Knows nothing about routes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fastcache.serve.http.guard import is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.protocol import Crowd, Protocol, places
 from fastcache.serve.http.service import Service
+from fastcache.serve.models.listed import Offer
 
 _log = logging.getLogger("fastcache.serve")
 
@@ -34,18 +35,18 @@ _RELOADS: Final = 2  # one that runs, and one for what changed since it began
 
 
 def serve(
-    folder: Path,
+    offer: Offer,
     *,
     limits: Limits | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_file: Path | None = None,
+    admin_key_file: Path | None = None,
     allowed_hosts: Sequence[str] = (),
     threads: int = 0,
-    trusted: Path | None = None,
     listening: Callable[[str], None] = lambda url: None,
 ) -> bool:
-    """Serve a bundle until a signal ends it. `listening` is told the address once there is one.
+    """Serve bundles until a signal ends it. `listening` is told the address once there is one.
 
     Returns whether nothing is left running: False where a signal came while engines were loading.
 
@@ -55,10 +56,11 @@ def serve(
     if api_key_file is None and not is_loopback(host):
         raise ValueError(f"expected --api-key-file to serve on host {host}, got none; or serve on 127.0.0.1")
     keys = read_keys(api_key_file) if api_key_file is not None else ()
+    admin_keys = read_keys(admin_key_file, "--admin-key-file") if admin_key_file is not None else ()
     names = [host, *allowed_hosts, *(("localhost", "127.0.0.1", "[::1]") if is_loopback(host) else ())]
     hosts = names if is_loopback(host) or allowed_hosts else None
-    service = Service(folder, limits, threads=threads, trusted=trusted)
-    app = create_app(service, keys=keys, hosts=hosts)
+    service = Service(offer, limits, threads=threads)
+    app = create_app(service, keys=keys, admin_keys=admin_keys, hosts=hosts)
     with listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
         listening(f"http://{address}:{listener.getsockname()[1]}")
@@ -104,11 +106,11 @@ async def _serve(server: Server, service: Service, listener: socket.socket) -> N
 
 
 async def _reload(service: Service) -> None:
-    _log.info("loading the bundle again")
+    _log.info("loading every bundle again")
     try:
         await service.reload()
     except Exception as error:
-        _log.error("the bundle served before goes on being served: %s", error)
+        _log.error("what was served before goes on being served: %s", error)
 
 
 class Server(uvicorn.Server):

@@ -22,7 +22,7 @@ from fastcache import Bundle, CachePlan
 from fastcache.cli import main
 from fastcache.commands.options import read_prompts
 from fastcache.serve.cluster.batch import INDEX, Artist, read_rows
-from fastcache.serve.cluster.rows import MAX_SEED, seed_of
+from fastcache.serve.cluster.rows import MAX_SEED, draw_rows, seed_of
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -164,3 +164,37 @@ def test_a_line_ends_where_the_file_says_so(tmp_path: Path) -> None:
     assert [row.prompt for row in read_rows(rows, 0, {})] == ["x\u2028y\u0085z"]
     assert [row.prompt for row in read_rows(prompts, 0, {})] == ["one\x0ctwo", "three"]
     assert read_prompts(prompts) == ["one\x0ctwo", "three"]
+
+
+def test_rows_may_be_edits_and_name_a_quality(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    from fastcache.serve.models.quality import read_plans
+    from serve.models.test_quality import fitted
+
+    for name, points in {"draft": (0, 6), "standard": (0, 4, 8), "fine": (0, 3, 6, 9)}.items():
+        (tmp_path / f"{name}.json").write_text(fitted(tiny_bundle, points, 20.0).to_json())
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in" / "a.png")
+    lines = [
+        {"prompt": "a", "quality": "high", "seed": 1},
+        {"prompt": "a", "image": "in/a.png", "strength": 0.5, "num_inference_steps": 4, "seed": 1},
+    ]
+    drawn, edited = read_rows(write(tmp_path / "rows.jsonl", *lines), 0, {"sampler": "euler"}, read_plans(tmp_path))
+    assert (drawn.sampler, drawn.plan and len(drawn.plan["passes"])) == (None, 4)
+    pipe = fastcache.load(tiny_bundle.path, threads=1)
+    outcomes = {outcome.row.id: outcome for outcome in draw_rows(pipe, [drawn, edited])}
+    assert [outcome.error for outcome in outcomes.values()] == [None, None]
+    picture = Image.open(tmp_path / "in" / "a.png")
+    wanted = pipe("a", image=picture, strength=0.5, num_inference_steps=4, sampler="euler", seed=[1]).images[0]
+    assert outcomes[edited.id].picture == wanted
+    before = edited.digest("")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "in" / "a.png")
+    (_, changed) = read_rows(tmp_path / "rows.jsonl", 0, {"sampler": "euler"}, read_plans(tmp_path))
+    assert changed.digest("") != before
+    for line, says in (
+        ({"prompt": "a", "quality": "best"}, "quality"),
+        ({"prompt": "a", "quality": "low", "sampler": "ddim"}, "without sampler"),
+        ({"prompt": "a", "image": "nowhere.png"}, "nowhere.png"),
+        ({"prompt": "a", "image": 1}, "the path of a picture"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read_rows(write(tmp_path / "rows.jsonl", line), 0, {}, read_plans(tmp_path))

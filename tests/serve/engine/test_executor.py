@@ -74,19 +74,19 @@ def job_of(executor: Executor, k: int, **changes: Any) -> Job:
     interval, unguided = fields.pop("interval"), fields.pop("unguided", (0, 0))
     forecast, given = fields.pop("forecast", None), fields.pop("plan", None)
     manifest = executor.pipe.bundle.manifest
-    table = executor.table(fields["sampler"], fields["num_inference_steps"])
-    plan = CachePlan.uniform(table.num_calls, interval, manifest.branch_id)
+    schedule = executor.schedule(fields["sampler"], fields["num_inference_steps"])
+    plan = CachePlan.uniform(schedule.sampler.num_calls, interval, manifest.branch_id)
     plan = given or replace(plan, unguided_steps=tuple(range(*unguided)), forecast=forecast)
     request = Request(**fields)
     terms = terms_of(request, manifest)
-    drawing = Drawing(request, terms, fields["seed"], table, plan)
+    drawing = Drawing(request, terms, fields["seed"], schedule, plan)
     return Job(f"{k}", 0, str(terms.size), plan, terms.guided, 1, 1e9, drawing)
 
 
-def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0) -> dict[str, Tensor]:
+def drawn(executor: Executor, jobs: Sequence[Job], *, apart: int = 0, slots: int = 0) -> dict[str, Tensor]:
     """The latents of jobs that start `apart` turns after each other, by the scheduler's decisions."""
     scheduler, latents, turn, coming = Scheduler(queue=100), dict[str, Tensor](), 0, list(jobs)
-    scheduler.open(0, executor.count)
+    scheduler.open(0, slots or executor.count)
     while coming or scheduler.jobs:
         while coming and turn >= apart * (len(jobs) - len(coming)):
             scheduler.reserve(1, 0)
@@ -185,9 +185,9 @@ def test_a_fitted_plan_shares_calls_with_others(executor: Executor, pipe: FastCa
     passes = ("full", "shallow-0", "full", "shallow-0", "shallow-0")
     request = Request("a", guidance_scale=4.0, seed=3, plan=CachePlan(passes, sampler="ddim", fit=fit))
     terms = terms_of(request, manifest)
-    table = executor.table(terms.sampler_name, terms.steps)
-    plan = plan_for(request, manifest, table.num_calls, terms.sampler)
-    job = Job("fitted", 0, str(terms.size), plan, terms.guided, 1, 1e9, Drawing(request, terms, 3, table, plan))
+    schedule = executor.schedule(terms.sampler_name, terms.steps)
+    plan = plan_for(request, manifest, schedule.sampler.num_calls, terms.sampler)
+    job = Job("fitted", 0, str(terms.size), plan, terms.guided, 1, 1e9, Drawing(request, terms, 3, schedule, plan))
     found = drawn(executor, [job_of(executor, 0), job, job_of(executor, 1)], apart=1)["fitted"]
     wanted = pipe("a", guidance_scale=4.0, seed=3, plan=request.plan, output_type="latent").images
     assert psnr_db(found, wanted.reshape(1, -1)) >= 100
@@ -218,12 +218,12 @@ def test_what_images_in_flight_take_is_bounded(pipe: FastCachePipeline) -> None:
     """Forecasts included, whatever plans come: of the highest order in all slots it is the bound, and no more."""
     executor = Executor(pipe, 3, threads=1)
     lanes = executor.lanes(pipe.bundle.manifest.sizes[0])
-    before = lanes.held_bytes
-    drawn(executor, [job_of(executor, k, interval=2) for k in range(3)])
+    before, every = lanes.held_bytes, executor.count + executor.express
+    drawn(executor, [job_of(executor, k, interval=2) for k in range(every)], slots=every)
     plain = lanes.held_bytes
     assert before < plain < lanes.most_bytes
     for order in (1, 2, 1, 2):
-        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(6)])
+        drawn(executor, [job_of(executor, k, interval=2, forecast=Forecast(order)) for k in range(8)], slots=every)
         assert plain < executor.held_bytes <= lanes.most_bytes
     assert executor.held_bytes == lanes.most_bytes
 
@@ -240,11 +240,11 @@ def test_a_slot_keeps_nothing_of_the_image_before(executor: Executor) -> None:
 
 def test_a_table_is_made_once_for_all_who_ask(executor: Executor) -> None:
     with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(lambda _: executor.table("ddim", 60), range(8)))
+        tables = list(pool.map(lambda _: executor.schedule("ddim", 60), range(8)))
     assert len(set(map(id, tables))) == 1
     with pytest.raises(ValueError, match="num_steps >= 1, got 0"):
-        executor.table("ddim", 0)
-    assert executor.table("ddim", 60) is tables[0]
+        executor.schedule("ddim", 0)
+    assert executor.schedule("ddim", 60) is tables[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 30])
@@ -340,7 +340,7 @@ def test_sdxl_in_two_sizes_and_of_two_branches(builds: BuildStore) -> None:
     sizes = pipe.bundle.manifest.sizes
     jobs = list[Job]()
     for k in range(12):
-        size, table = sizes[k % 2], executor.table("ddim", 6)
+        size, schedule = sizes[k % 2], executor.schedule("ddim", 6)
         plan, negative = plans[k // 2 % 3], None if k % 3 else "z"
         request = Request(
             "abc",
@@ -351,7 +351,7 @@ def test_sdxl_in_two_sizes_and_of_two_branches(builds: BuildStore) -> None:
             height=size.height,
             width=size.width,
         )
-        content = Drawing(request, terms_of(request, pipe.bundle.manifest), k, table, plan)
+        content = Drawing(request, terms_of(request, pipe.bundle.manifest), k, schedule, plan)
         jobs.append(Job(f"{k}", 0, str(size), plan, True, 1, 1e9, content))
     together = drawn(executor, jobs, apart=1)
     for k, job in enumerate(jobs):

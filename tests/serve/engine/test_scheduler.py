@@ -92,7 +92,9 @@ def test_every_job_ends_once_and_no_slot_is_shared(seed: int, slots: int, queue:
         waiting.append(
             job(f"{k}", steps=rng.randint(1, 9), interval=rng.randint(1, 4), count=count, guided=rng.random() < 0.7)
         )
-    waiting = [one for one in waiting if one.count <= scheduler.capacity]
+    capacity = scheduler.room_for(0)
+    assert capacity == slots + queue
+    waiting = [one for one in waiting if one.count <= capacity]
     made = {one.id: one for one in waiting}
     while waiting or scheduler.jobs:
         if waiting and rng.random() < 0.5:
@@ -110,7 +112,7 @@ def test_every_job_ends_once_and_no_slot_is_shared(seed: int, slots: int, queue:
         batch = scheduler.next_batch()
         taken = [image.slot for image in scheduler.running]
         assert len(set(taken)) == len(taken) <= slots
-        assert scheduler.outstanding <= scheduler.capacity
+        assert scheduler.outstanding <= capacity
         if batch is None:
             continue
         assert {image.kind for image in batch.images} == {batch.kind}
@@ -150,6 +152,7 @@ def test_a_bundle_is_forgotten_once_its_last_job_ended() -> None:
     added(scheduler, job("old"), job("older"))
     scheduler.admit()
     scheduler.open(1, 2)
+    scheduler.retire(0)
     assert scheduler.close_idle() == []
     added(scheduler, job("new", bundle=1))
     while {"old", "older"} & scheduler.jobs.keys():
@@ -157,7 +160,19 @@ def test_a_bundle_is_forgotten_once_its_last_job_ended() -> None:
     assert scheduler.close_idle() == [0]
     while scheduler.jobs:
         tick(scheduler)
-    assert scheduler.close_idle() == []  # the newest stays
+    assert scheduler.close_idle() == []  # the other stays
+
+
+def test_bundles_share_one_queue_and_have_slots_of_their_own() -> None:
+    scheduler = opened(slots=2, queue=3)
+    scheduler.open(1, 1)
+    assert (scheduler.room_for(0), scheduler.room_for(1)) == (5, 4)
+    added(scheduler, *(job(str(k)) for k in range(4)))
+    assert (scheduler.room_for(0), scheduler.room_for(1)) == (1, 2)
+    added(scheduler, job("other", count=2, bundle=1))
+    assert (scheduler.room_for(0), scheduler.room_for(1)) == (0, 0)
+    with pytest.raises(QueueFull):
+        scheduler.reserve(1, 1)
 
 
 def test_a_bundle_stays_for_a_job_that_is_being_prepared() -> None:
@@ -166,6 +181,7 @@ def test_a_bundle_stays_for_a_job_that_is_being_prepared() -> None:
     scheduler.reserve(1, 0)
     for newer in (1, 2):
         scheduler.open(newer, 4)
+        scheduler.retire(newer - 1)
     assert scheduler.close_idle() == [1]
     scheduler.add(job("late"))
     while scheduler.jobs:
@@ -186,3 +202,48 @@ def test_after_a_split_no_batch_is_larger() -> None:
         scheduler.advance(half.images)
     while (turn := tick(scheduler)) is not None:
         assert len(turn[0]) <= 3
+
+
+def calls_of_the_light(*others: Job) -> list[float]:
+    """For each of a client's short jobs, one after another, the images' steps until it is done, beside others."""
+    scheduler = Scheduler(queue=100)
+    scheduler.open(0, 8, 2)
+    taken = list[float]()
+    for k in range(6):
+        light = job(f"light {k}", steps=4, interval=1)
+        coming = [*(others if k == 0 else ()), light]
+        added(scheduler, *coming)
+        total = 0.0
+        while light.id in scheduler.jobs:
+            turn = tick(scheduler)
+            assert turn is not None
+            total += len(turn[0])
+            if scheduler.jobs.keys() == {light.id} and others[0].plan.num_steps < 10:
+                added(scheduler, job(f"again {total}", steps=4, interval=1))  # the other light client's next
+        taken.append(total)
+    return taken
+
+
+def test_a_heavy_client_takes_no_more_than_a_light_one() -> None:
+    beside_light = calls_of_the_light(job("other", steps=4, interval=1))
+    beside_heavy = calls_of_the_light(job("heavy", steps=150, interval=1, count=8))
+    assert sorted(beside_heavy)[3] <= 1.5 * sorted(beside_light)[3]
+    beside_cached = calls_of_the_light(job("heavy", steps=150, interval=5, count=8))
+    assert sorted(beside_cached)[3] <= 3 * sorted(beside_light)[3]  # most of these are shallow steps
+
+
+def test_a_short_job_finds_a_slot_where_a_long_one_has_all() -> None:
+    scheduler = Scheduler(queue=100)
+    scheduler.open(0, 4, 1)
+    added(scheduler, job("heavy", steps=100, count=8), job("as long", steps=100, count=8))
+    assert len(scheduler.admit()) == 4
+    added(scheduler, job("short", steps=10))
+    assert [image.job.id for image in scheduler.admit()] == ["short"]
+    added(scheduler, job("shorter", steps=5))
+    assert scheduler.admit() == []
+
+
+def test_free_slots_go_round() -> None:
+    scheduler = opened(slots=4)
+    added(scheduler, job("first", count=6), job("second", count=2), job("third"))
+    assert sorted(image.job.id for image in scheduler.admit()) == ["first", "first", "second", "third"]

@@ -175,6 +175,7 @@ def test_models_and_health(tiny: Running) -> None:
         "running": 0,
         "waiting": 0,
         "bundles": 1,
+        "loaded": ["tiny-model"],
         "max_batch": 4,
         "queue": 64,
     }

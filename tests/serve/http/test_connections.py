@@ -185,7 +185,7 @@ def test_few_descriptors_many_signals_and_nobody_who_reads_the_log(tiny_bundle: 
         assert process.wait(timeout=120) == 0
     assert b"Traceback" not in said
     assert said.count(b"connections are open, the most there may be") == 1
-    assert 2 <= said.count(b"loading the bundle again") < 10  # at once, and what may have changed since
+    assert 2 <= said.count(b"loading every bundle again") < 10  # at once, and what may have changed since
 
 
 def test_lines_that_cannot_be_written_are_counted() -> None:

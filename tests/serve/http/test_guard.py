@@ -28,7 +28,10 @@ KEYS = ("the-first-key-of-two", "the-second-key-of-two")
 def keyed(tiny_bundle: Bundle) -> Iterator[Running]:
     keys = [hashlib.sha256(key.encode()).digest() for key in KEYS]
     with running(
-        tiny_bundle.path, limits=Limits(max_batch=4, body_timeout_s=1), keys=keys, hosts=["127.0.0.1"]
+        tiny_bundle.path,
+        limits=Limits(max_batch=4, body_timeout_s=1, max_upload_bytes=128 * 1024),
+        keys=keys,
+        hosts=["127.0.0.1"],
     ) as served:
         yield served
 
@@ -37,7 +40,7 @@ def test_every_route_but_the_probes_needs_a_key(keyed: Running) -> None:
     asked = {"Authorization": f"Bearer {KEYS[1]}"}
     document = keyed.client.get("/openapi.json", headers=asked).json()
     routes = [(method, path) for path, methods in document["paths"].items() for method in methods]
-    assert len(routes) == 8
+    assert len(routes) == 10
     for method, path in [*routes, ("get", "/openapi.json"), ("get", "/nothing"), ("delete", "/livez/")]:
         refused = keyed.client.request(
             method, path.replace("{job_id}", "a").replace("{model_id}", "a"), json={} if method == "post" else None

@@ -1,0 +1,73 @@
+"""Folders of fitted plans -> the qualities that a model is offered in. Knows plan files and manifests.
+
+`fastcache plan --frontier DIR` writes such a folder: draft.json, standard.json and fine.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from fastcache.bundle.manifest import Manifest
+from fastcache.loop.plan import CachePlan
+
+Quality = Literal["low", "medium", "high"]
+PLAN_NAMES: Final[Mapping[Quality, str]] = {"low": "draft", "medium": "standard", "high": "fine"}
+BEST_FIRST: Final[tuple[Quality, ...]] = ("high", "medium", "low")
+_MOST_BYTES: Final = 4 * 2**20  # a fitted plan of 50 steps takes 10 kB
+
+Plans = Mapping[Quality, CachePlan]
+
+
+@dataclass(frozen=True)
+class PlanFolder:
+    """The plans in a folder, all fitted for the same weights."""
+
+    folder: Path
+    plans: Plans
+    weights_sha256: str
+
+
+def read_plans(folder: Path) -> PlanFolder:
+    """Raises: `ValueError` that names the file that is missing, no plan, not fitted, or fitted for other weights."""
+    plans: dict[Quality, CachePlan] = {}
+    weights = dict[str, str]()
+    for quality, name in PLAN_NAMES.items():
+        file = folder / f"{name}.json"
+        try:
+            if file.stat().st_size > _MOST_BYTES:
+                raise ValueError(f"expected a plan of at most {_MOST_BYTES} bytes, got more")
+            plan = CachePlan.from_json(file.read_text(encoding="utf-8"))
+            if plan.fit is None:
+                raise ValueError(
+                    "expected a fitted plan, got one without rows; make it with `fastcache plan --frontier`"
+                )
+        except OSError as error:
+            raise ValueError(
+                f"expected --plans to be a folder of `fastcache plan --frontier`, got {file}: {error.strerror}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        plans[quality], weights[name] = plan, plan.fit.weights_sha256
+    if len(set(weights.values())) > 1:
+        raise ValueError(f"expected plans fitted for the same weights in {folder}, got others; make them anew")
+    return PlanFolder(folder, plans, weights["draft"])
+
+
+def plans_for(folders: Sequence[PlanFolder], manifest: Manifest) -> Plans:
+    """The plans that were fitted for a bundle's weights; of several folders those of the last."""
+    found = [one.plans for one in folders if one.weights_sha256 == manifest.weights_sha256]
+    return found[-1] if found else {}
+
+
+def require_used(folders: Sequence[PlanFolder], manifests: Sequence[Manifest]) -> None:
+    """Raises: `ValueError` for a folder whose plans were fitted for none of these."""
+    served = {manifest.weights_sha256 for manifest in manifests}
+    for one in folders:
+        if one.weights_sha256 not in served:
+            raise ValueError(
+                f"expected plans fitted for a model that is served, got {one.folder} for other weights; "
+                "make them anew with `fastcache plan --frontier`"
+            )
