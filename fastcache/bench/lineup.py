@@ -28,6 +28,7 @@ from fastcache.errors import BackendUnavailable, BuildError
 from fastcache.expect import one_of
 from fastcache.sampler.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
+from fastcache_engines.extras import install
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
 BundleKey = tuple[str, DType, int]
@@ -267,5 +268,5 @@ def _without_gpu(arm: Arm, device: str) -> str | None:
 
 def _without_package(arm: Arm) -> str | None:
     if arm.kind == "deepcache" and importlib.util.find_spec("DeepCache") is None:
-        return "the DeepCache package is not installed; run: pip install 'fastcache[bench]'"
+        return f"the DeepCache package is not installed; run: {install('bench')}"
     return None

@@ -20,7 +20,7 @@ from fastcache.commands.options import (
     check_writable,
     read_prompts,
 )
-from fastcache.console import print_json, print_table, progress
+from fastcache.console import next_step, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.analysis.measure import Analysis
@@ -102,6 +102,7 @@ def analyze(  # as long as its flags are many
     else:
         _show(analysis)
         typer.echo(f"report: {page}")
+        next_step(f"open {page} in a browser; fastcache plan --help lists the plans that can be made from a bundle")
 
 
 def _interval(text: str) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastcache.commands.options import (
+    BUILD_SHARES,
+    STARTING,
     Device,
     Height,
     Json,
@@ -21,8 +23,9 @@ from fastcache.commands.options import (
     check_writable,
     existing,
     existing_of,
+    generate_with,
 )
-from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
+from fastcache.console import CheckFailed, debug_asked, next_step, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.bundle.bundle import Bundle
@@ -59,6 +62,7 @@ def doctor(json_: Json = False) -> None:
     typer.echo(f"auto picks {result['auto']['backend']} on the {result['auto']['device']}: {result['auto']['reason']}")
     typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
     typer.echo(f"loop on the CPU: {result['cpu_loop']['reason']}")
+    next_step("fastcache build-engines --model demo --output engines/demo")
 
 
 def build_engines(
@@ -98,17 +102,20 @@ def build_engines(
 
     Example: fastcache build-engines --model demo --output engines/demo
     """
-    import fastcache
-
     if (model is None) == (recipe is None):
         raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
     check_writable(output)
     if recipe is not None and (told := _told(ctx)):
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
-    chosen = _recipe(ctx.params)
-    with progress() as say:
+    with progress(BUILD_SHARES) as say:
+        say(STARTING)
+        import fastcache
+
+        chosen = _recipe(ctx.params)
         bundle = fastcache.build_engines(chosen, output, force=force, sign=sign, progress=say)
     _show_bundle(bundle, json_)
+    if not (json_ or onnx_only):
+        next_step(generate_with(output, bundle.manifest.model.name, "--cache-interval 3"))
 
 
 def _told(ctx: typer.Context) -> list[str]:

@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, Steps, check_writable
-from fastcache.console import figure, print_json, print_table, progress
+from fastcache.commands.options import (
+    BUILD_SHARES,
+    STARTING,
+    Json,
+    OutputFolder,
+    Steps,
+    check_writable,
+    generate_with,
+)
+from fastcache.console import figure, next_step, print_json, print_table, progress
 
 
 def demo(
@@ -21,14 +29,16 @@ def demo(
 
     Example: fastcache demo --output demo-output
     """
-    import fastcache
-    from fastcache.bench.demo import report, run_demo
-    from fastcache.files import write_json
-    from fastcache.pipeline.pipeline import FastCachePipeline
-
     check_writable(output)
-    with progress() as say:
+    with progress(BUILD_SHARES) as say:
+        say(STARTING)
+        import fastcache
+        from fastcache.bench.demo import report, run_demo
+        from fastcache.files import write_json
+        from fastcache.pipeline.pipeline import FastCachePipeline
+
         bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
+    with progress() as say:
         pipe = FastCachePipeline(bundle)
         intervals = sorted({2, 3, 5, cache_interval} - {1})
         rows = run_demo(pipe, intervals, steps, output, say)
@@ -51,6 +61,7 @@ def demo(
         ],
     )
     typer.echo(f"pictures: {output / 'grid.png'}\nreport:   {output / 'report.json'}\nengines:  {bundle.path}")
+    next_step(generate_with(output / "engines", "demo", "--cache-interval 3"))
 
 
 def _is_stale(folder: Path) -> bool:

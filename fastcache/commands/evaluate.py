@@ -16,10 +16,11 @@ from fastcache.commands.options import (
     OutputFolder,
     Sampler,
     check_writable,
+    generate_with,
     prompts_or_own,
     read_plan,
 )
-from fastcache.console import figure, print_json, print_table, progress
+from fastcache.console import figure, next_step, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.evaluate.evaluate import Evaluation, Judge, Score
@@ -94,6 +95,7 @@ def evaluate(
         return
     _show(found.rows, title)
     typer.echo(f"chart:   {output / 'chart.png'}\npictures: {output / 'grid.png'}\nresults: {output / 'results.json'}")
+    next_step(generate_with(engines, pipe.bundle.manifest.model.name, f"--plan {plan[0]}"))
 
 
 def _write(result: dict[str, Any], found: Evaluation, output: Path) -> str:

@@ -25,7 +25,7 @@ from fastcache.commands.options import (
     existing_of,
     read_plan,
 )
-from fastcache.console import notes, print_json
+from fastcache.console import next_step, notes, print_json
 
 if TYPE_CHECKING:
     from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
@@ -141,6 +141,8 @@ def generate(  # as long as its flags are many
         )
     else:
         typer.echo("\n".join(image["path"] for image in images))
+        if not given.keys() & {"plan", "cache_interval"}:
+            next_step("nothing was cached; --cache-interval 3 draws faster, and changes the picture a little")
 
 
 def _draw_all(

@@ -14,6 +14,30 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
 
 
+# How much of a build is done when a stage begins: the bundled model's, in whose place a larger one's will do.
+BUILD_SHARES = {
+    "starting": 0.0,
+    "backend": 0.09,
+    "loading": 0.2,
+    "exporting full": 0.26,
+    "exporting a U-Net": 0.26,
+    "building full": 0.8,
+    "checking": 0.8,
+    "exporting the text": 0.82,
+    "exporting the VAE decoder": 0.86,
+    "exporting the VAE encoder": 0.93,
+    "making": 0.96,
+    "sealing": 0.99,
+}
+STARTING = "starting: PyTorch and diffusers are imported, which takes some seconds"
+
+
+def generate_with(engines: Path, model: str, flags: str) -> str:
+    """A command that draws with a bundle, to be typed next."""
+    prompt = "a large blue square at the right on a white background" if model == "demo" else "..."
+    return f'fastcache generate --engines {engines} --prompt "{prompt}" {flags} --output picture.png'
+
+
 def existing(folder: Path | None, flag: str = "DIR") -> Path | None:
     """Raises: `ValueError` for a folder that is not there; what is wrong with one that is, its reader says."""
     if folder is not None and not folder.exists():
@@ -30,10 +54,20 @@ def existing_of(param: typer.CallbackParam, folder: Path | None) -> Path | None:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 EnginesOption = Annotated[
-    Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing_of)
+    Path,
+    typer.Option(
+        "--engines",
+        envvar="FASTCACHE_ENGINES",
+        help="The folder of a bundle, as build-engines makes it.",
+        callback=existing_of,
+    ),
 ]
 TrustedKey = Annotated[
-    Path | None, typer.Option(help="A public key, PEM of Ed25519: a bundle that it has not signed is refused.")
+    Path | None,
+    typer.Option(
+        envvar="FASTCACHE_TRUSTED_KEY",
+        help="A public key (Ed25519, PEM). A bundle that it has not signed is refused.",
+    ),
 ]
 Sampler = Annotated[
     str | None,

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, Sampler, Steps, check_writable, prompts_or_own
-from fastcache.console import print_json, progress
+from fastcache.commands.options import (
+    EnginesOption,
+    Json,
+    Sampler,
+    Steps,
+    check_writable,
+    generate_with,
+    prompts_or_own,
+)
+from fastcache.console import next_step, print_json, progress
 from fastcache.expect import number
 
 if TYPE_CHECKING:
@@ -94,7 +102,6 @@ def plan(  # as long as its flags are many
     from fastcache.commands.blocks import scheduled_blocks
     from fastcache.commands.fitted import fitted, show_frontier
     from fastcache.evaluate.evaluate import num_calls
-    from fastcache.files import write_whole
     from fastcache.sampler.scheduler import own_sampler
 
     _check(wish := _wish(ctx.params), ctx.params)
@@ -104,6 +111,8 @@ def plan(  # as long as its flags are many
     sampler = ctx.params["sampler"] = sampler or own_sampler(manifest.model.scheduler)
     if frontier is not None:
         show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
+        if not json_:
+            next_step(generate_with(engines, manifest.model.name, f"--quality standard --plans {frontier}"))
         return
     if blocks and threshold is not None:
         made, details = scheduled_blocks(engines, ctx.params)
@@ -119,11 +128,18 @@ def plan(  # as long as its flags are many
     if fit:
         made, told = fitted(engines, branches, ctx.params, made)
         details |= told
-    if output is None:
-        return
+    if output is not None:
+        _write(output, made, details, as_json=json_)
+        if not json_:
+            next_step(generate_with(engines, manifest.model.name, f"--plan {output}"))
+
+
+def _write(output: Path, made: CachePlan, details: Mapping[str, Any], *, as_json: bool) -> None:
+    from fastcache.files import write_whole
+
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
-    if json_:
+    if as_json:
         print_json(json.loads(made.to_json()) | details)
     else:
         _show(output, made, details)

@@ -26,6 +26,7 @@ from fastcache.files import read_lines, write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
 from fastcache.serve.cluster.rows import Row, draw_rows, seed_of
+from fastcache_engines.extras import install
 
 INDEX: Final = "index.jsonl"
 _DIGEST: Final = "row_sha256"
@@ -221,7 +222,7 @@ def _ray(cluster: Cluster) -> Generator[None]:
         import ray.data  # pyright: ignore[reportUnusedImport] (needs packages of its own)
     except ImportError as error:
         raise BackendUnavailable(
-            f"expected Ray to draw a file of prompts ({error.name}); pip install 'fastcache[ray]'"
+            f"expected Ray to draw a file of prompts, got none ({error.name}); run: {install('ray')}"
         ) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
