@@ -68,11 +68,15 @@ def doctor(json_: Json = False) -> None:
 def build_engines(
     ctx: typer.Context,
     output: OutputFolder,
-    model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder in diffusers' layout, a hub id, demo, or a preset.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
     revision: Revision = None,
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
-    branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
+    branch_id: Annotated[
+        str, typer.Option(help="Where to cut the U-Net, by commas: 0 is the shallowest place, and the fastest.")
+    ] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
     blocks: Annotated[str | None, typer.Option(help="Engines apart for blocks: transformer, resnet or both.")] = None,
     device: Device = None,
@@ -80,7 +84,9 @@ def build_engines(
     width: Width = None,
     sizes: Annotated[str | None, typer.Option(help="Several, the usual first: 512x512,768x512 (width first).")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
-    max_tokens: Annotated[int | None, typer.Option(help="For longer prompts, as embeddings.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens a prompt may have, if it is given as embeddings.")
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT]; repeatable.")] = None,
     controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet's folder; repeatable.")] = None,
     t2i_adapter: Annotated[str | None, typer.Option(help="A T2I-Adapter's folder.")] = None,
@@ -88,9 +94,13 @@ def build_engines(
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
-    compute_capability: Annotated[str | None, typer.Option(help="GPUs: 8.6,8.9 (tensorrt-rtx).")] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="The GPUs to build for, as 8.6,8.9 (tensorrt-rtx only).")
+    ] = None,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
-    kernels: Annotated[bool, typer.Option("--kernels", help="The first norm by our own kernel (inductor).")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compute the first norm by fastcache's own kernel (inductor only).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     sign: Annotated[
         Path | None,
@@ -98,7 +108,7 @@ def build_engines(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Build a bundle of engines from a model.
+    """Build a bundle from a model: a folder with the U-Net compiled twice, and whatever else draws a picture.
 
     Example: fastcache build-engines --model demo --output engines/demo
     """
@@ -160,9 +170,10 @@ def inspect(
     width: Annotated[int | None, typer.Option(help="With --branches of a model: image width in pixels.")] = None,
     json_: Json = False,
 ) -> None:
-    """Show a bundle's inputs, outputs, weights, versions, device and provenance, without loading it.
+    """Show what a bundle holds: inputs, outputs, weights, versions, device and how it was made. Nothing is loaded.
 
-    With --branches, the multiply-adds at each branch id, of a bundle, or of a model or a preset that is not built.
+    With --branches: how many multiply-adds a step takes at each place where the U-Net can be cut, of a bundle, or of a
+    model or a preset that is not built.
 
     Example: fastcache inspect demo-output/engines, or fastcache inspect sd15 --branches
     """

@@ -21,7 +21,9 @@ from fastcache.console import figure, next_step, print_json, print_table, progre
 
 def demo(
     output: OutputFolder = Path("demo-output"),
-    cache_interval: Annotated[int, typer.Option(min=1, help="A further interval beside 2, 3 and 5.")] = 3,
+    cache_interval: Annotated[
+        int, typer.Option(min=1, help="Also draw with a full step every N, beside 2, 3 and 5.")
+    ] = 3,
     steps: Steps = 50,
     json_: Json = False,
 ) -> None:

@@ -52,7 +52,7 @@ def existing_of(param: typer.CallbackParam, folder: Path | None) -> Path | None:
     return existing(folder, param.metavar or param.opts[0])
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document, and nothing else.")]
 EnginesOption = Annotated[
     Path,
     typer.Option(
@@ -71,20 +71,33 @@ TrustedKey = Annotated[
 ]
 Sampler = Annotated[
     str | None,
-    typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; the model's own."),
+    typer.Option(help="ddim, pndm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; if left out the model's own."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance; 1 or less switches it off; the model's own.")
+    float | None,
+    typer.Option(
+        help="How closely to follow the prompt; 1 or less switches guidance off. If left out the model's own."
+    ),
 ]
-RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
-Revision = Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")]
+RandomWeights = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights", help="Take a preset's shape without its weights: good for timing, not for pictures."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="The commit, tag or branch of a model on the hub.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. If left out, a GPU where there is one.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
-CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
-PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
+CacheInterval = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Run the whole U-Net every N steps, and in the others only its shallow layers; 1 means no caching."
+    ),
+]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file, made by `fastcache plan`, instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
 
