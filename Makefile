@@ -37,7 +37,7 @@ lint: $(TESTS)
 	$(BIN)/lint-imports
 
 docs: $(TESTS)
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # torch goes first, alone and pinned: left to the resolver it may become a build with gigabytes of CUDA packages.
 define install_torch

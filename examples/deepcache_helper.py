@@ -1,5 +1,7 @@
 """A live diffusers pipeline: `FastCacheHelper` takes the place of DeepCacheSDHelper."""
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -11,7 +13,7 @@ pipeline.set_progress_bar_config(disable=True)
 prompt = "a large blue square at the right on a white background"
 
 
-def draw():
+def draw() -> Any:
     generator = torch.Generator().manual_seed(0)
     drawn = pipeline(prompt, num_inference_steps=8, guidance_scale=4.0, generator=generator, output_type="pt")
     return drawn.images[0]
