@@ -179,7 +179,7 @@ def inspect(
     """
     from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
     from fastcache.commands.branches import count_work, show_branches
-    from fastcache.health.verify import engine_facts
+    from fastcache.health.facts import engine_facts
 
     if branches and not (folder / MANIFEST).is_file():
         show_branches(str(folder), *count_work(str(folder), height, width), as_json=json_)

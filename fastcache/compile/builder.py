@@ -151,8 +151,8 @@ def build_engines(
 ) -> Bundle:
     """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.
 
-    `fields` are `RecipeFields` (backend, branch_id, height, width, batch, ...). Sizes are in pixels. `sign` is a private
-    key's file (PEM, Ed25519), which signs the bundle, also one that is there.
+    `fields` are `RecipeFields` (backend, branch_id, height, width, batch, ...). Sizes are in pixels. `sign` is a
+    private key's file (PEM, Ed25519), which signs the bundle, also one that is there.
 
     Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
     build itself fails (nothing is left behind). Another bundle at `output` is a `ValueError` without `force`, a

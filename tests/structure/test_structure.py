@@ -19,6 +19,7 @@ import pytest
 import typer
 
 from build_store import BuildStore
+from fastcache.bundle.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -132,6 +133,22 @@ def test_import_is_lazy():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"missing": [], "loaded": []}
+
+
+def test_inspect_needs_no_torch(tiny_bundle: Bundle):
+    script = (
+        "import sys\n"
+        "from fastcache.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print(*[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(tiny_bundle.path), "--json", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    document, _, loaded = result.stdout.rstrip("\n").rpartition("\n}\n")
+    assert (json.loads(document + "}")["backend"], loaded) == ("onnxruntime", "")
 
 
 @pytest.mark.parametrize("name", PUBLIC)
