@@ -49,11 +49,12 @@ for command in (
     plan.plan,
     evaluate.evaluate,
     analyze.analyze,
-    serve.serve,
     batch.batch,
     export_triton.export_triton,
 ):
     app.command()(command)
+# A server is set up by its environment: every flag of it is a variable, as FASTCACHE_HOST.
+app.command(context_settings={"auto_envvar_prefix": "FASTCACHE"})(serve.serve)
 app.add_typer(models.app, name="models")
 
 

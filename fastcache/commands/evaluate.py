@@ -33,7 +33,7 @@ _HEADERS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
     "scene_right": "all right",
-    "attribute_accuracy": "of it right",
+    "attribute_accuracy": "attributes",
     "lpips": "LPIPS",
     "clip_score": "CLIP",
     "frechet_distance": "Fréchet",

@@ -13,37 +13,16 @@ from fastcache.console import notes
 
 def serve(
     engines: EnginesOption,
-    host: Annotated[
-        str, typer.Option(envvar="FASTCACHE_HOST", help="The address; one beyond this machine needs --api-key-file.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(envvar="FASTCACHE_PORT", min=0, max=65535, help="The port; 0 picks a free one.")
-    ] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(envvar="FASTCACHE_API_KEY_FILE", help="A file of API keys, one a line.")
-    ] = None,
-    queue: Annotated[
-        int, typer.Option(envvar="FASTCACHE_QUEUE", min=0, help="Images that may wait; beyond that 429.")
-    ] = 32,
-    max_batch: Annotated[
-        int,
-        typer.Option(envvar="FASTCACHE_MAX_BATCH", min=1, help="Images at once; above 1 a CPU may hold weights twice."),
-    ] = 8,
-    max_steps: Annotated[
-        int, typer.Option(envvar="FASTCACHE_MAX_STEPS", min=1, max=1000, help="Steps that a request may ask for.")
-    ] = 150,
-    timeout: Annotated[
-        float,
-        typer.Option(envvar="FASTCACHE_TIMEOUT", min=1, help="Seconds that a request may take; it may ask for less."),
-    ] = 300,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(envvar="FASTCACHE_ALLOWED_HOST", help="A further name to be asked by.")
-    ] = None,
+    host: Annotated[str, typer.Option(help="The address; one beyond this machine needs --api-key-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Images that may wait; beyond that 429.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images at once; above 1 a CPU may hold weights twice.")] = 8,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps that a request may ask for.")] = 150,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take; it may ask for less.")] = 300,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="A further name to be asked by.")] = None,
     trusted_key: TrustedKey = None,
-    threads: Annotated[
-        int,
-        typer.Option(envvar="FASTCACHE_THREADS", min=0, help="Threads of the engines; 0 means as many as torch uses."),
-    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of the engines; 0 means as many as torch uses.")] = 0,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's images API. SIGHUP loads it again, SIGTERM finishes what runs.
 
