@@ -1,5 +1,5 @@
 # make demo | test | test-all | lint | docs | clean. The first use creates $(VENV) and installs the pinned dependencies
-# into it: for the demo what draws it (1.5 GB), for the tests everything that is tested (3.8 GB).
+# into it: for the demo what draws it (1.6 GB), for the tests everything that is tested (3.8 GB).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
