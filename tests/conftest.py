@@ -59,12 +59,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gone := [str(file) for file in ranks if not file.is_file()]:
         raise pytest.UsageError(f"expected the files of LONGEST in {__file__}, got none at {', '.join(gone)}")
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    items[:] = _in_share(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _in_share(items: list[pytest.Item]) -> list[pytest.Item]:
+    """All quick tests and, of the files with slow ones, the share `K/N` that FASTCACHE_SLOW_SHARE asks for, or all.
+
+    Another commit's CI takes another share, so that all are run in turn within its time.
+    """
+    share = os.environ.get("FASTCACHE_SLOW_SHARE")
+    if share is None:
+        return items
+    part, of = map(int, share.split("/"))
+    files = sorted({item.path for item in items if "slow" in item.keywords})
+    return [item for item in items if "slow" not in item.keywords or files.index(item.path) % of == part]
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ What is here is all that a user of engines needs; a backend's own module is foun
 
 from __future__ import annotations
 
-from fastcache_engines.dtypes import DTYPES, TOLERANCE, Device, DType, dtype_of, torch_dtype
-from fastcache_engines.machine import BackendUnavailable, device_here, fast_bf16
+from fastcache_engines.dtypes import DTYPES, INT8_TOLERANCE, TOLERANCE, Device, DType, dtype_of, torch_dtype
+from fastcache_engines.machine import BackendUnavailable, device_here, fast_bf16, int8_weight_bits
 from fastcache_engines.protocol import (
     Backend,
     Binding,
@@ -18,12 +18,22 @@ from fastcache_engines.protocol import (
     Support,
     Workspace,
 )
-from fastcache_engines.registry import BACKENDS, REFERENCE, backend, backends_with, choose, preference
+from fastcache_engines.registry import (
+    BACKENDS,
+    REFERENCE,
+    backend,
+    backends_with,
+    choose,
+    choose_with_dtype,
+    fastest_dtype,
+    preference,
+)
 from fastcache_engines.tensors import TensorSpec, check_tensors
 
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "INT8_TOLERANCE",
     "REFERENCE",
     "TOLERANCE",
     "Backend",
@@ -43,9 +53,12 @@ __all__ = [
     "backends_with",
     "check_tensors",
     "choose",
+    "choose_with_dtype",
     "device_here",
     "dtype_of",
     "fast_bf16",
+    "fastest_dtype",
+    "int8_weight_bits",
     "preference",
     "torch_dtype",
 ]

@@ -19,6 +19,7 @@ _TORCH: dict[DType, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloa
 # The largest error of one U-Net call. Eight bits of mantissa through some hundred layers leave 2 to 5% of bfloat16 in
 # single values, on random weights; pictures agree far better than that (docs/measured.md).
 TOLERANCE: dict[DType, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+INT8_TOLERANCE = 0.3  # of engines with 8-bit layers, whatever the dtype of the others
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastcache_engines.dtypes import Device
 
@@ -83,6 +83,19 @@ def fast_bf16() -> bool:
 
     cpu: Any = torch.cpu  # its public get_capabilities is younger than the oldest torch that will do
     return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+def int8_weight_bits() -> Literal[7, 8]:
+    """How many bits an 8-bit layer's weights may have here.
+
+    Without VNNI x86 adds two products of unsigned and signed bytes in 16 bits, which 8-bit weights overflow: on the
+    bundled model a shallow pass then has 13 dB of signal to noise in place of 26.
+    """
+    import torch
+
+    cpu: Any = torch.cpu
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return 7 if on_x86 and not (cpu._is_vnni_supported() or cpu._is_amx_tile_supported()) else 8
 
 
 @contextmanager

@@ -28,6 +28,7 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
     fused_attention=True,
     layers=True,
+    quantized=True,
 )
 
 build, describe, check_targets = onnx_files.keep_graphs, onnx_files.describe, refuse_targets

@@ -29,7 +29,7 @@ from fastcache_engines import compiled, onnx_files
 from fastcache_engines.extras import install
 from fastcache_engines.machine import BackendUnavailable, device_kind, fast_bf16
 from fastcache_engines.onnx_files import refuse_outside_weights
-from fastcache_engines.protocol import Capabilities, LoadOptions, Support
+from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
 from fastcache_engines.registry import refuse_targets
 from fastcache_engines.tensors import TensorSpec, agreed, check_tensors, free_size
 
@@ -41,10 +41,12 @@ CAPABILITIES = Capabilities(
     concurrent=("cpu",),
     free_tokens=True,
     layers=True,
+    quantized=True,
 )
 
-build, describe, check_targets = onnx_files.keep_graphs, onnx_files.describe, refuse_targets
+describe, check_targets = onnx_files.describe, refuse_targets
 
+_NO_BF16 = "no bf16, which this processor lacks: engines in bf16 compute fp32 here"
 _OWN_BYTES = 256 << 20  # of weights, in compilations for shapes after the first
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by the inputs' names
@@ -84,7 +86,19 @@ def support(device: str) -> Support:
     if device_kind(device) != "cpu":
         return Support(found, False, False, "OpenVINO runs on CPUs here; use tensorrt, inductor or onnxruntime")
     speed = "bf16 at the processor's own speed" if fast_bf16() else "bf16 without the processor's help (slow)"
-    return Support(found, True, True, f"ready, on the CPU in fp32, and {speed}")
+    return Support(found, True, True, f"ready, on the CPU in fp32, and {speed if _has_bf16() else _NO_BF16}")
+
+
+def _has_bf16() -> bool:
+    """Whether OpenVINO computes bfloat16 on this processor; where it does not, it takes float32 without a word."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def build(graphs: Mapping[str, Path], folder: Path, options: BuildOptions) -> dict[str, str]:
+    """The ONNX files as they are."""
+    if options.dtype == "bf16" and not _has_bf16():
+        options.progress(f"OpenVINO: {_NO_BF16}")
+    return onnx_files.keep_graphs(graphs, folder, options)
 
 
 def load(path: Path, options: LoadOptions = LoadOptions()) -> OpenVinoEngine:

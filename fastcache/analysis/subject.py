@@ -15,21 +15,10 @@ from torch import Tensor, nn
 
 from fastcache.bench.eager import EagerParts
 from fastcache.bench.work import empty_unet, geometry
+from fastcache.compile.calibrate import PROMPTS
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.demo.scenes import Scene, held_out_scenes
 from fastcache.errors import BackendUnavailable
-
-# For real models, from single things to scenes and styles.
-PROMPTS = (
-    "a photograph of an astronaut riding a horse",
-    "a red bicycle leaning against a brick wall",
-    "a portrait of an old fisherman, oil painting",
-    "a bowl of fruit on a wooden table, morning light",
-    "a city street at night in the rain, neon signs",
-    "a fox in a snowy forest",
-    "a mountain lake under a clear sky, wide angle",
-    "a watercolour of a lighthouse on a cliff",
-)
 
 
 @dataclass(frozen=True)

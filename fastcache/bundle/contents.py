@@ -103,6 +103,10 @@ def _wrong_sizes(manifest: Manifest) -> Iterator[str]:
     lacking = {"batch", "height", "width"} - profiles.keys()
     if lacking:
         yield f"expected profiles of batch, height and width, got none of {', '.join(sorted(lacking))}"
+    tile = manifest.vae_tile
+    fits = tile is None or (tile >= 1 and all(tile <= min(size.height, size.width) for size in sizes))
+    if not fits or (tile or 0) % model.vae_scale_factor:
+        yield f"expected a vae_tile that every size holds, got {tile}"
     for size in sizes:
         for name, pixels in (("height", size.height), ("width", size.width)):
             if not profiles[name].min <= pixels <= profiles[name].max or pixels % model.vae_scale_factor:

@@ -107,6 +107,7 @@ class ModelInfo(_Value):
 
     `time_ids` is how many sizes and scores a U-Net of SDXL's kind is told (6; 5 the refiner), and `zero_negative`
     whether it takes zeros for a negative prompt that is not given, as `force_zeros_for_empty_prompt` in diffusers.
+    `vae_draws` is off where the VAE makes of a picture its latents themselves, and not a distribution of them.
     `tokens` is 0 for a U-Net that reads no text; one that takes nothing but the sample and the timestep is
     `unconditional`.
     """
@@ -123,6 +124,7 @@ class ModelInfo(_Value):
     scheduler: dict[str, Any]
     loras: tuple[LoraEntry, ...]
     unconditional: bool = False
+    vae_draws: bool = True
     controls: tuple[ControlEntry, ...] = ()
     defaults: Defaults = Field(default_factory=Defaults.model_validate({}).model_copy)
 
@@ -158,6 +160,38 @@ class WorkEntry(_Value):
     attention: int
 
 
+class KeptLayers(_Value):
+    """Layers of a quantised engine that stay in its dtype, for in 8 bits they alone move the noise prediction so far.
+
+    `snr_db` is the signal-to-noise ratio of the noise prediction with nothing else in 8 bits.
+    """
+
+    place: str
+    kind: Literal["conv", "linear", "attention"]
+    layers: int = Field(ge=1)
+    snr_db: float
+
+
+class QuantizedEngine(_Value):
+    """How an engine was quantised: its 8-bit layers, those that are not, and the noise prediction's error in dB.
+
+    `calls` is on how many calls of the model's own runs ranges were chosen.
+    """
+
+    layers: int = Field(ge=0)
+    kept: tuple[KeptLayers, ...]
+    snr_db: float
+    calls: int = Field(ge=1)
+
+
+class Quantization(_Value):
+    """Which engines of a bundle compute in 8 bits. With weights of 8 bits, x86 needs VNNI for it."""
+
+    scheme: Literal["int8"]
+    weight_bits: Literal[7, 8]
+    engines: dict[Role, QuantizedEngine]
+
+
 class Parity(_Value):
     """Largest errors relative to the largest reference value, as measured when the bundle was built.
 
@@ -184,8 +218,10 @@ class Manifest(_Value):
     cut: CutKind
     backend: str
     dtype: DType
+    quantized: Quantization | None = None
     height: int
     width: int
+    vae_tile: int | None = None
     sizes: tuple[Size, ...]
     components: tuple[Component, ...]
     profiles: dict[str, Profile]

@@ -45,8 +45,12 @@ def worst_error(found: Tensors, wanted: Tensors) -> float:
 Pair = tuple[Tensors, Tensors]  # what was computed, and what is right
 
 
-def parity_of(measured_on: str, dtype: DType, full: Pair, others: Iterable[Pair]) -> Parity:
+def parity_of(
+    measured_on: str, dtype: DType, full: Pair, others: Iterable[Pair], tolerance: float | None = None
+) -> Parity:
     """How far passes are from what is right: the full one from the model, the others from what it gave.
+
+    Without a `tolerance` it is the dtype's.
 
     Raises: `BundleError` for NaN or infinity among what was computed, of which there is no error to tell.
     """
@@ -61,7 +65,7 @@ def parity_of(measured_on: str, dtype: DType, full: Pair, others: Iterable[Pair]
         measured_on=measured_on,
         full_vs_model=full_vs_model,
         shallow_vs_full=shallow_vs_full,
-        tolerance=TOLERANCE[dtype],
+        tolerance=TOLERANCE[dtype] if tolerance is None else tolerance,
     )
 
 
@@ -92,10 +96,14 @@ def trials(
     return found
 
 
-def measure_parity(backend: Backend, folder: Path, tried: Sequence[Trial], options: LoadOptions) -> Parity:
+def measure_parity(
+    backend: Backend, folder: Path, tried: Sequence[Trial], options: LoadOptions, tolerance: float | None = None
+) -> Parity:
     """Run passes on a bundle's reference input, one after the other, over one set of tensors.
 
-    The first is the full one; the others take what it stored. Raises: as `parity_of`.
+    The first is the full one; the others take what it stored. Without a `tolerance` it is the dtype's.
+
+    Raises: as `parity_of`.
     """
     expected = load_file(folder / REFERENCE)
     adjusted = {"noise_pred": expected.pop(ADJUSTED)} if ADJUSTED in expected else {}
@@ -105,7 +113,7 @@ def measure_parity(backend: Backend, folder: Path, tried: Sequence[Trial], optio
     def run(trial: Trial) -> dict[str, Tensor]:
         engines: list[Engine] = [load(file) for file in trial.files]
         specs = {spec.name: spec for engine in engines for spec in (*engine.inputs, *engine.outputs)}
-        _place(tensors, specs, expected | of_full, options.device)
+        place(tensors, specs, expected | of_full, options.device)
         if ADJUSTMENT in specs and not trial.adjusted:
             tensors[ADJUSTMENT].copy_(neutral(*tensors[ADJUSTMENT].shape[::2]))
         made = [spec.name for engine in engines for spec in engine.outputs]
@@ -118,14 +126,15 @@ def measure_parity(backend: Backend, folder: Path, tried: Sequence[Trial], optio
     of_full |= run(tried[0])
     pairs = ((run(trial), adjusted) if trial.adjusted else (run(trial), of_full) for trial in tried[1:])
     measured_on = backend.CAPABILITIES.name
-    return parity_of(measured_on, options.dtype, (of_full, expected), (_only_known(*pair) for pair in pairs))
+    known = (_only_known(*pair) for pair in pairs)
+    return parity_of(measured_on, options.dtype, (of_full, expected), known, tolerance)
 
 
 def _only_known(found: Tensors, wanted: Tensors) -> Pair:
     return {name: value for name, value in found.items() if name in wanted}, wanted
 
 
-def _place(tensors: dict[str, Tensor], specs: Mapping[str, TensorSpec], known: Tensors, device: str) -> None:
+def place(tensors: dict[str, Tensor], specs: Mapping[str, TensorSpec], known: Tensors, device: str) -> None:
     """Tensors for these inputs and outputs, those that are known with what they hold."""
     sizes = dict[str, int]()
     for name in specs.keys() & known.keys():

@@ -144,7 +144,8 @@ class Recipe(BaseModel):
     blocks: tuple[BlockKind, ...] = ()
     backend: Backend = "auto"
     device: Device | None = None
-    dtype: DType = "fp32"
+    dtype: DType | Literal["auto"] = "auto"
+    quantize: Literal["int8"] | None = None
     height: StrictInt | None = Field(None, ge=8, le=8192)
     width: StrictInt | None = Field(None, ge=8, le=8192)
     sizes: tuple[Annotated[Size, BeforeValidator(Size.parse)], ...] = ()
@@ -154,6 +155,8 @@ class Recipe(BaseModel):
     controlnet: _Path | tuple[_Path, ...] | None = None
     t2i_adapter: str | None = Field(None, min_length=1)
     ip_adapter: str | None = Field(None, min_length=1)
+    vae: str | None = Field(None, min_length=1)
+    vae_tile: StrictInt | None = Field(None, ge=64, le=4096)
     components: tuple[Component, ...] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     onnx_only: StrictBool = False
@@ -195,6 +198,10 @@ class Recipe(BaseModel):
         if self.blocks and (self.cut == "projected" or self.kernels or self.controls):
             raise ValueError(
                 "expected blocks with the plain cut, without kernels or networks beside the U-Net, got both"
+            )
+        if self.quantize and (self.blocks or self.controls or self.kernels):
+            raise ValueError(
+                "expected quantize without blocks, kernels or networks beside the U-Net, got both; leave one out"
             )
         if self.sizes and (self.height or self.width):
             raise ValueError("expected either sizes or height and width, got both")

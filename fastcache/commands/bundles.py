@@ -59,7 +59,9 @@ def doctor(json_: Json = False) -> None:
             for b in result["backends"]
         ],
     )
-    typer.echo(f"auto picks {result['auto']['backend']} on the {result['auto']['device']}: {result['auto']['reason']}")
+    auto = result["auto"]
+    picked = f"{auto['backend']} in {auto['dtype']}" if auto["backend"] else "nothing"
+    typer.echo(f"auto picks {picked} on the {auto['device']}\n{auto['reason']}")
     typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
     typer.echo(f"loop on the CPU: {result['cpu_loop']['reason']}")
     next_step("fastcache build-engines --model demo --output engines/demo")
@@ -91,7 +93,10 @@ def build_engines(
     controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet's folder; repeatable.")] = None,
     t2i_adapter: Annotated[str | None, typer.Option(help="A T2I-Adapter's folder.")] = None,
     ip_adapter: Annotated[str | None, typer.Option(help="An IP-Adapter, its image_encoder folder beside it.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="auto (the fastest here whose check holds), fp32, fp16 or bf16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8: the U-Net's layers in 8 bits (OpenVINO, ORT).")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE's folder: AutoencoderKL or AutoencoderTiny.")] = None,
+    vae_tile: Annotated[int | None, typer.Option(help="Decode in overlapping squares of so many pixels.")] = None,
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
     compute_capability: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -34,9 +35,10 @@ from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.bundle.signing import signer
 from fastcache.compile.fields import RecipeFields
 from fastcache.compile.models import SourceModel, find_model
+from fastcache.compile.quantize import require_nncf
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
 from fastcache.expect import expected, flag, path_text
-from fastcache_engines import Device
+from fastcache_engines import Capabilities, Device, DType
 
 Progress = Callable[[str], None]
 _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendUnavailable, BuildError)}
@@ -44,18 +46,23 @@ _ERRORS = {kind.__name__: kind for kind in (ValueError, PartitionError, BackendU
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with nothing left to choose, for a model that was found."""
+    """A recipe with nothing left to choose, for a model that was found.
+
+    `dtype` is what the U-Net's engines are built in. Where the recipe leaves it open and they do not pass their check
+    in it, they are built in fp32.
+    """
 
     recipe: Recipe
+    dtype: DType
     model: SourceModel
     versions: dict[str, str]
     device: str
-    reason: str = field(compare=False)  # why this backend
+    reason: str = field(compare=False)  # why this backend and this dtype, where the recipe leaves them open
 
     @property
     def key(self) -> str:
         """The hash of everything that decides what the bundle contains."""
-        recipe = self.recipe.model_dump(mode="json")
+        recipe = self.recipe.model_dump(mode="json") | {"dtype": self.dtype}
         content = [SCHEMA, recipe, self.model.weights_sha256, self.versions, self.device]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -72,6 +79,7 @@ def resolve(recipe: Recipe) -> Job:
         revision=recipe.revision,
         loras=recipe.lora,
         controls=recipe.controls,
+        vae=recipe.vae,
     )
     model.require_engines()
     components: tuple[Component, ...] = recipe.components or model.components
@@ -80,7 +88,7 @@ def resolve(recipe: Recipe) -> Job:
         raise ValueError(
             f"expected components of {recipe.model} ({', '.join(model.components)}), got {', '.join(missing)}"
         )
-    name, device, reason = _settle_backend(recipe)
+    name, device, dtype, reason = _settle_backend(recipe)
     backend = fastcache_engines.backend(name)
     if recipe.compute_capability:
         backend.check_targets(recipe.compute_capability)
@@ -91,6 +99,8 @@ def resolve(recipe: Recipe) -> Job:
     if recipe.kernels and not backend.CAPABILITIES.kernels:
         holding = fastcache_engines.backends_with("kernels")
         raise BackendUnavailable(f"expected a backend whose graphs can hold kernels ({holding}), got {name}")
+    if recipe.quantize:
+        _require_quantized(backend.CAPABILITIES, device)
     settled = recipe.model_copy(update={"backend": name, "device": device, "components": components})
     versions = {
         "fastcache": fastcache.__version__,
@@ -99,19 +109,35 @@ def resolve(recipe: Recipe) -> Job:
     }
     if not recipe.onnx_only:  # graphs need no library, and are for whatever version builds engines from them
         versions[name] = backend.version()
-    return Job(settled, model, versions, _target(settled, device), reason)
+    if recipe.quantize:
+        versions["nncf"] = importlib.metadata.version("nncf")
+    return Job(settled, dtype, model, versions, _target(settled, device), reason)
 
 
-def _settle_backend(recipe: Recipe) -> tuple[str, Device, str]:
-    """The backend, the device and why, with every wish that cannot be met refused.
+def _require_quantized(backend: Capabilities, device: Device) -> None:
+    """Raise `BackendUnavailable` where 8-bit layers would not be computed as such, or not be made."""
+    if not backend.quantized or device != "cpu":
+        having = fastcache_engines.backends_with("quantized")
+        raise BackendUnavailable(
+            f"expected a backend with 8-bit layers on a CPU ({having}), got {backend.name} on {device}; "
+            "leave --quantize out"
+        )
+    require_nncf()
+
+
+def _settle_backend(recipe: Recipe) -> tuple[str, Device, DType, str]:
+    """The backend, the device, the dtype and why, with every wish that cannot be met refused.
 
     Raises: `BackendUnavailable`.
     """
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.backend == "auto":
         device = recipe.device or here
+        if recipe.dtype == "auto":
+            name, dtype, reason = fastcache_engines.choose_with_dtype(device)
+            return name, device, dtype, reason
         name, reason = fastcache_engines.choose(device, recipe.dtype)
-        return name, device, reason
+        return name, device, recipe.dtype, f"backend {name}: {reason}"
     backend = fastcache_engines.backend(recipe.backend)
     can = backend.CAPABILITIES
     devices = tuple(can.dtypes)
@@ -119,16 +145,20 @@ def _settle_backend(recipe: Recipe) -> tuple[str, Device, str]:
     dtypes = can.dtypes.get(device)
     if dtypes is None:
         raise BackendUnavailable(f"expected device {' or '.join(devices)}, which {can.name} runs on, got {device}")
-    if recipe.dtype not in dtypes:
+    fastest, why = fastcache_engines.fastest_dtype(device)
+    if fastest not in dtypes:
+        fastest, why = dtypes[0], f"{can.name} computes no {fastest} on a {device.upper()}"
+    dtype = fastest if recipe.dtype == "auto" else recipe.dtype
+    if dtype not in dtypes:
         raise BackendUnavailable(
-            f"expected dtype {' or '.join(dtypes)}, which {can.name} has on a {device.upper()}, got {recipe.dtype}"
+            f"expected dtype {' or '.join(dtypes)}, which {can.name} has on a {device.upper()}, got {dtype}"
         )
     found = backend.support(device)
     if not (found.can_build or recipe.onnx_only):
         raise BackendUnavailable(found.reason)
     if recipe.onnx_only and can.source != "onnx":
         raise BackendUnavailable(f"expected a backend that builds from ONNX for --onnx-only, got {can.name}")
-    return recipe.backend, device, "as asked for"
+    return recipe.backend, device, dtype, f"dtype {dtype}: {why}" if recipe.dtype == "auto" else ""
 
 
 def _target(recipe: Recipe, device: Device) -> str:
@@ -174,8 +204,8 @@ def build_engines(
                     add_signature(folder, signs, by_way_of=temporary)
             return bundle
         with _aside(folder) as temporary:
-            if given.get("backend", "auto") == "auto":
-                progress(f"backend {job.recipe.backend}: {job.reason}")
+            for reason in job.reason.splitlines():
+                progress(reason)
             _run_worker(job, temporary, progress)
             if signs is not None:
                 add_signature(temporary, signs, by_way_of=temporary)
@@ -248,10 +278,10 @@ def _same_bundle(folder: Path, job: Job) -> Bundle | None:
     if not folder.exists() or not any(folder.iterdir()):
         return None
     try:
-        key = read_manifest(folder).key
+        manifest = read_manifest(folder)
     except BundleError as error:
         raise ValueError(f"{error}; force the build (--force) to replace it") from None
-    if key != job.key:
+    if manifest.key != job.key or (manifest.dtype != job.dtype and job.recipe.dtype != "auto"):
         raise ValueError(f"{folder} holds a bundle of another model, recipe or version; force (--force) to replace it")
     try:
         return open_bundle(folder)

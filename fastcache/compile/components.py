@@ -6,6 +6,7 @@ nothing of the model's configuration.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from fastcache.bundle.manifest import Family
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lora import Part
+from fastcache.compile.models import VAE
+from fastcache_engines import DType, torch_dtype
 
 
 class _TextEncoder(nn.Module):
@@ -45,9 +48,9 @@ class VAEDecoder(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: VAE) -> None:
         super().__init__()
-        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.decoder, self.post_quant_conv = vae.decoder, getattr(vae, "post_quant_conv", None)
         scale, shift = _scale_and_shift(vae)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -62,14 +65,18 @@ class VAEDecoder(nn.Module):
 
 
 class _VAEEncoder(nn.Module):
-    """Images in [-1, 1] -> the mean and the deviation of their latents, as the sampler takes them."""
+    """Images in [-1, 1] -> the mean and the deviation of their latents, as the sampler takes them.
+
+    An AutoencoderTiny's latents have no deviation.
+    """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, vae: AutoencoderKL, scaled: bool) -> None:
+    def __init__(self, vae: VAE, scaled: bool) -> None:
         super().__init__()
-        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
+        self.draws = draws(vae)
         scale, shift = _scale_and_shift(vae) if scaled else (torch.ones(1), torch.zeros(1))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -78,13 +85,21 @@ class _VAEEncoder(nn.Module):
         moments = self.encoder(inputs["image"].to(next(self.encoder.parameters()).dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
+        scale = self.scale.float()
+        if not self.draws:
+            mean = (moments.float() - self.shift.float()) * scale
+            return mean, torch.zeros_like(mean)
         mean, log_variance = moments.float().chunk(2, dim=1)
         deviation = torch.exp(log_variance.clamp(-30.0, 20.0) / 2)  # as DiagonalGaussianDistribution of diffusers
-        scale = self.scale.float()
         return (mean - self.shift.float()) * scale, deviation * scale
 
 
-def _scale_and_shift(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+def draws(vae: VAE) -> bool:
+    """Whether the latents of a picture are drawn from a distribution: an AutoencoderTiny's are not."""
+    return isinstance(vae, AutoencoderKL)
+
+
+def _scale_and_shift(vae: VAE) -> tuple[Tensor, Tensor]:
     """The sampler's latents are (the VAE's - shift) * scale. Shapes: each (1, C or 1, 1, 1)."""
     config: Any = vae.config
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -103,18 +118,37 @@ def exportable_text_encoder(
     return Exportable(role, module, {"input_ids": ids}, names)
 
 
-def exportable_vae_decoder(vae: AutoencoderKL, height: int, width: int, scale: int) -> Exportable:
-    """Shapes: the latents' `height` and `width`; `scale` is how many pixels each is."""
+def exportable_vae_decoder(vae: VAE, height: int, width: int, scale: int, tile: int | None = None) -> Exportable:
+    """Shapes: the latents' `height` and `width`; `scale` is how many pixels each is.
+
+    With a `tile`, in pixels, it decodes squares of that size and nothing else.
+    """
     config: Any = vae.config
-    latents = torch.randn(2, config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return Exportable(
-        "vae_decoder", VAEDecoder(vae), {"latents": latents}, ("image",), strides={"latents": scale, "image": 1}
-    )
+    sides = (height, width) if tile is None else (tile // scale, tile // scale)
+    latents = torch.randn(2, config.latent_channels, *sides, generator=torch.Generator().manual_seed(0))
+    strides = {"latents": scale, "image": 1} if tile is None else {}
+    return Exportable("vae_decoder", VAEDecoder(vae), {"latents": latents}, ("image",), strides)
 
 
-def exportable_vae_encoder(
-    vae: AutoencoderKL, height: int, width: int, scale: int, *, scaled: bool = True
-) -> Exportable:
+def example_latents(vae: VAE, height: int, width: int) -> Tensor:
+    """Latents of two pictures, rings on a gradient and their negative, as the sampler leaves them.
+
+    Shapes: `height` and `width` are in pixels; returns (2, C, h, w).
+    """
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    rings = (torch.cos(6 * torch.pi * torch.hypot(x, y)) > 0.5).float()
+    picture = torch.stack([0.8 * x * rings, 0.8 * y, rings - 0.5])
+    with torch.no_grad():
+        return _VAEEncoder(vae, scaled=True)({"image": torch.stack([picture, -picture])})[0]
+
+
+def decoded_in(decoder: nn.Module, latents: Tensor, *dtypes: DType) -> list[Tensor]:
+    """What a decoder makes of latents in several dtypes; it stays as it is."""
+    with torch.no_grad():
+        return [deepcopy(decoder).to(torch_dtype(dtype))({"latents": latents}) for dtype in dtypes]
+
+
+def exportable_vae_encoder(vae: VAE, height: int, width: int, scale: int, *, scaled: bool = True) -> Exportable:
     """Shapes: as `exportable_vae_decoder`. Not `scaled` are the latents that InstructPix2Pix is shown."""
     image = torch.rand(2, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(0)) * 2 - 1
     names = ("latent_mean", "latent_deviation")

@@ -48,6 +48,14 @@ class Shapes:
         """The usual size's rows and columns of latents."""
         return self.sizes[0].height // self.scale, self.sizes[0].width // self.scale
 
+    def check_tile(self, tile: int | None) -> None:
+        """Refuse tiles of the decoder that do not fit the sizes. Raises: `ValueError`."""
+        least = min(min(size.height, size.width) for size in self.sizes)
+        if tile is not None and (tile % self.scale or tile > least):
+            raise ValueError(
+                f"expected a vae_tile of {least} pixels or fewer, in steps of {self.scale}, got {tile}; leave it out"
+            )
+
     @property
     def profiles(self) -> dict[str, Profile]:
         """The least, usual and largest of each size that may vary."""
@@ -75,9 +83,19 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
     preset = PRESETS[model.name] if model.folder is None else None
     scale, tokens = (preset.scale, preset.tokens) if preset is not None else (8, None)
     latent_channels = config.out_channels
-    if model.folder is not None and "vae" in model.components:
-        vae = read_json(model.folder / "vae" / "config.json")
-        scale, latent_channels = 2 ** (len(vae["block_out_channels"]) - 1), vae["latent_channels"]
+    vae_draws = True
+    if model.vae_folder is not None:
+        vae = read_json(model.vae_folder / "config.json")
+        vae_draws = vae["_class_name"] == "AutoencoderKL"
+        stages = len(vae["block_out_channels"] if vae_draws else vae["decoder_block_out_channels"])
+        if preset is not None and 2 ** (stages - 1) != scale:
+            raise ValueError(f"expected a VAE whose latents are {scale} pixels, got {2 ** (stages - 1)}; give another")
+        scale, latent_channels = 2 ** (stages - 1), vae["latent_channels"]
+        if latent_channels != config.out_channels:
+            raise ValueError(
+                f"expected a VAE of {config.out_channels} latent channels, as the U-Net has, got {latent_channels} in "
+                f"{model.vae_folder}; give the model's own, or one for its latents"
+            )
     if "text" in model.components:
         tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
     told = config.get("addition_embed_type") == "text_time"
@@ -89,6 +107,7 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
         in_channels=config.in_channels,
         latent_channels=latent_channels,
         vae_scale_factor=scale,
+        vae_draws=vae_draws,
         tokens=tokens,
         time_ids=(5 if model.settings.get("requires_aesthetics_score") else 6) if told else None,
         zero_negative=model.family == "sdxl" and bool(model.settings.get("force_zeros_for_empty_prompt", True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from fastcache.bundle.recipe import Component, Lora, Profile, Size
 from fastcache.cut.names import BlockKind, CutWish
@@ -22,7 +22,10 @@ class RecipeFields(TypedDict, total=False):
     blocks: str | Sequence[BlockKind]
     backend: str
     device: Device | None
-    dtype: DType
+    dtype: DType | Literal["auto"]
+    quantize: Literal["int8"] | None
+    vae: str | None
+    vae_tile: int | None
     height: int | None
     width: int | None
     sizes: Sequence[str | Size]

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNetSpatioTemporalConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastcache.bundle.manifest import Family, LoraEntry
@@ -37,15 +43,17 @@ _PIPELINES: dict[str, Family] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
 }
+VAE = AutoencoderKL | AutoencoderTiny
+_VAES: dict[str, type[VAE]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 DEFAULTS = "fastcache.json"  # in a model's folder, what it draws best with: {"guidance_scale": 4.0}
-# Each part of a pipeline that is read: its component, and the class it must be of.
-_PARTS: dict[str, tuple[Component, str]] = {
-    "unet": ("unet", "UNet2DConditionModel"),
-    "vae": ("vae", "AutoencoderKL"),
-    "text_encoder": ("text", "CLIPTextModel"),
-    "text_encoder_2": ("text", "CLIPTextModelWithProjection"),
-    "tokenizer": ("text", "CLIPTokenizer"),
-    "tokenizer_2": ("text", "CLIPTokenizer"),
+# Each part of a pipeline that is read: its component, and the classes of which it must be one.
+_PARTS: dict[str, tuple[Component, tuple[str, ...]]] = {
+    "unet": ("unet", ("UNet2DConditionModel",)),
+    "vae": ("vae", tuple(_VAES)),
+    "text_encoder": ("text", ("CLIPTextModel",)),
+    "text_encoder_2": ("text", ("CLIPTextModelWithProjection",)),
+    "tokenizer": ("text", ("CLIPTokenizer",)),
+    "tokenizer_2": ("text", ("CLIPTokenizer",)),
 }
 _TEXT_CLASSES: dict[lora.Part, Any] = {
     "text_encoder": CLIPTextModel,
@@ -60,7 +68,7 @@ class SourceModel:
 
     `parts` are the subfolders it is read from, `pipeline` is its class in diffusers, `settings` what that is configured
     with, and `defaults` what its folder says of how it draws best. LoRAs are merged into whatever is loaded; `controls`
-    lie beside it.
+    lie beside it, and so may a VAE that takes the place of its own.
     """
 
     name: str
@@ -75,6 +83,7 @@ class SourceModel:
     controls: tuple[Control, ...] = ()
     pipeline: str = "StableDiffusionPipeline"
     defaults: dict[str, Any] = field(default_factory=dict)
+    vae: Path | None = None
 
     @property
     def random_weights(self) -> bool:
@@ -124,8 +133,16 @@ class SourceModel:
             unet = load(UNet2DConditionModel, self.folder / "unet")
         return self._merged(unet, "unet")
 
-    def load_vae(self) -> AutoencoderKL:
-        return load(AutoencoderKL, self._folder("vae") / "vae")
+    @property
+    def vae_folder(self) -> Path | None:
+        """Where its VAE is, if it has one."""
+        if self.vae is not None or self.folder is None or "vae" not in self.components:
+            return self.vae
+        return self.folder / "vae"
+
+    def load_vae(self) -> VAE:
+        folder = self.vae_folder or self._folder("vae")
+        return load(_vae_class(folder), folder)
 
     def load_text_encoder(self, name: lora.Part = "text_encoder") -> CLIPTextModel | CLIPTextModelWithProjection:
         return self._merged(load(_TEXT_CLASSES[name], self._folder("text") / name), name)
@@ -156,22 +173,40 @@ def find_model(
     revision: str | None = None,
     loras: Sequence[Lora] = (),
     controls: Mapping[ControlKind, Sequence[str]] | None = None,
+    vae: str | None = None,
 ) -> SourceModel:
     """Find a model and hash its weights, without loading them; LoRAs and networks beside it count among the weights.
+
+    `vae` is the folder of another VAE than its own.
 
     Raises: `ValueError` for a name that is nothing known, a folder that is no model, pickled weights, or a class
     that is not on the allow-list.
     """
     found = _find(name, random_weights, revision)
     beside = tuple(find_control(kind, path) for kind, paths in (controls or {}).items() for path in paths)
-    if not (loras or beside):
+    if not (loras or beside or vae):
         return found
     entries = [lora.entry_of(chosen) for chosen in loras]
     identity: list[Any] = [found.weights_sha256, *([entry.sha256, entry.weight] for entry in entries)]
     identity += [[control.entry.kind, control.entry.sha256] for control in beside]
+    own_vae, components = None if vae is None else Path(vae), found.components
+    if own_vae is not None:
+        _vae_class(own_vae)
+        identity.append([sha256_of(file) for file in (own_vae / "config.json", *weight_files(own_vae))])
+        components = tuple(dict.fromkeys((*components, "vae")))
     weights = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     merged = tuple(zip(loras, entries, strict=True))
-    return replace(found, weights_sha256=weights, loras=merged, controls=beside)
+    return replace(found, weights_sha256=weights, loras=merged, controls=beside, vae=own_vae, components=components)
+
+
+def _vae_class(folder: Path) -> type[VAE]:
+    """The class of the VAE in a folder. Raises: `ValueError` for a folder of anything else."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"expected a VAE's folder (with config.json), got {folder}; give the folder that holds it")
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in _VAES:
+        raise ValueError(f"expected {' or '.join(_VAES)} in {folder}, got {name}; give another VAE")
+    return _VAES[name]
 
 
 def _find(name: str, random_weights: bool, revision: str | None) -> SourceModel:
@@ -212,9 +247,10 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
         raise ValueError(
             f"expected a pipeline of {', '.join(sorted(_PIPELINES))} in {folder}, got {index.get('_class_name')}"
         )
-    for part, (_, wanted) in _PARTS.items():
-        if index.get(part, wanted) not in (wanted, [None, None], ["diffusers", wanted], ["transformers", wanted]):
-            raise ValueError(f"expected {part} of {folder} to be a {wanted}, got {index[part]}")
+    for part, (_, kinds) in _PARTS.items():
+        allowed = [[library, kind] for library in ("diffusers", "transformers") for kind in kinds]
+        if index.get(part) not in (None, *kinds, [None, None], *allowed):
+            raise ValueError(f"expected {part} of {folder} to be a {' or '.join(kinds)}, got {index[part]}")
     parts = tuple(part for part in _PARTS if (folder / part).is_dir() and index.get(part) != [None, None])
     if any((encoder in parts) != (tokenizer in parts) for encoder, tokenizer in TOKENIZERS.items()):
         parts = tuple(part for part in parts if _PARTS[part][0] != "text")  # text that cannot be encoded

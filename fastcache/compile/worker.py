@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fastcache.bundle.recipe import Recipe
 from fastcache.compile import describe
 from fastcache.compile.builder import Job, Progress, resolve
 from fastcache.compile.models import state_bytes
-from fastcache.compile.workshop import Workshop
+from fastcache.compile.workshop import OutOfTolerance, Workshop
 from fastcache.errors import BackendUnavailable, BuildError, BundleError
 from fastcache.expect import first_line
 from fastcache.files import write_whole
@@ -38,14 +39,28 @@ _SPARE_BYTES = 2**26  # graphs, tokenizer, reference and the file system's own n
 def build(job: Job, folder: Path, say: Progress) -> None:
     """Build every engine of a job into `folder` and seal it.
 
+    Where the recipe leaves the dtype open, engines that do not pass their check in it are built again in fp32.
+
     Raises: `ValueError` for a size that does not fit; `PartitionError`; `BuildError` for a disk that is too small, or
     engines that do not compute what the model does.
     """
+    try:
+        _build(job, job.key, folder, say)
+    except (OutOfTolerance, BundleError) as error:  # a BundleError: what they compute is no number
+        if job.recipe.dtype != "auto" or job.dtype == "fp32":
+            raise
+        say(f"{job.dtype} does not pass its check, so fp32 it is: {first_line(error)}")
+        for part in folder.iterdir():
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        _build(replace(job, dtype="fp32"), job.key, folder, say)
+
+
+def _build(job: Job, key: str, folder: Path, say: Progress) -> None:
     start = time.monotonic()
     recipe, model, wanted = job.recipe, job.model, job.recipe.components or ()
     say(f"loading {model.name}")
     typed = fastcache_engines.backend(recipe.backend).CAPABILITIES.typed
-    unet = model.load_unet(fastcache_engines.torch_dtype(recipe.dtype if typed else "fp32"))
+    unet = model.load_unet(fastcache_engines.torch_dtype(job.dtype if typed else "fp32"))
     info = describe.describe(model, unet)
     shapes = describe.shapes(unet, recipe, info)
     _require_space(folder, state_bytes(unet))
@@ -60,15 +75,14 @@ def build(job: Job, folder: Path, say: Progress) -> None:
     write_whole(folder / TABLES, tables_file(info.scheduler, info.defaults.num_inference_steps))
     say("sealing the bundle")
     fields = _manifest_fields(job, num_branches, workshop)
-    seal(folder, fields | {"build_seconds": round(time.monotonic() - start, 2)})
+    seal(folder, fields | {"key": key, "build_seconds": round(time.monotonic() - start, 2)})
 
 
 def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, Any]:
-    """Everything that the manifest says but the files, their hashes and the time it took."""
+    """Everything that the manifest says but its key, the files, their hashes and the time it took."""
     recipe = job.recipe
     return {
         "schema": SCHEMA,
-        "key": job.key,
         "model": made.info,
         "weights_sha256": job.model.weights_sha256,
         "branch_id": recipe.branch_id,
@@ -76,9 +90,11 @@ def _manifest_fields(job: Job, num_branches: int, made: Workshop) -> dict[str, A
         "num_branches": num_branches,
         "cut": made.cut,
         "backend": recipe.backend,
-        "dtype": recipe.dtype,
+        "dtype": job.dtype,
+        "quantized": made.quantized,
         "height": made.shapes.sizes[0].height,
         "width": made.shapes.sizes[0].width,
+        "vae_tile": recipe.vae_tile,
         "sizes": made.shapes.sizes,
         "components": recipe.components,
         "profiles": {"batch": recipe.batch, **made.shapes.profiles},

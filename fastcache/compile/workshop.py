@@ -9,20 +9,32 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
-from fastcache.bundle.manifest import BlockEntry, EngineEntry, ModelInfo, Parity, PassEntry, Role, WorkEntry
+from fastcache.bundle.manifest import (
+    BlockEntry,
+    EngineEntry,
+    ModelInfo,
+    Parity,
+    PassEntry,
+    Quantization,
+    QuantizedEngine,
+    Role,
+    WorkEntry,
+)
 from fastcache.bundle.parity import measure_parity, trials
 from fastcache.bundle.patterns import chain_pass
-from fastcache.compile import chain, components, describe, export, graph_passes, lower, passes
+from fastcache.compile import calibrate, chain, components, describe, export, graph_passes, lower, passes, quantize
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, state_bytes
@@ -31,9 +43,14 @@ from fastcache.cut.partition import partition_branches
 from fastcache.cut.pieces import feature, partition_blocks
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache_engines import BuildOptions, Device, DType, LoadOptions
+from fastcache_engines import INT8_TOLERANCE, BuildOptions, Device, DType, LoadOptions, int8_weight_bits
 
 _LARGEST_FP16 = 65504.0
+LEAST_VAE_PSNR_DB = 50.0  # of a decoder in bfloat16 to float32; half a step of 8 bits is 58.9 dB on average
+
+
+class OutOfTolerance(BuildError):
+    """Engines that were built, and do not compute what the model does."""
 
 
 @dataclass
@@ -52,12 +69,13 @@ class Workshop:
     work: tuple[WorkEntry, ...] = ()
     chain: tuple[Role, ...] = ()
     blocks: tuple[BlockEntry, ...] = ()
+    quantized: Quantization | None = None
     features: tuple[str, ...] = ()  # of a chain, whose engines give more than that
 
     def __post_init__(self) -> None:
         self.recipe = self.job.recipe
         self.device: Device = self.recipe.device or "cpu"
-        self.dtype: DType = self.recipe.dtype
+        self.dtype: DType = self.job.dtype
         self.backend = fastcache_engines.backend(self.recipe.backend)
         self.can = self.backend.CAPABILITIES
         self.runs_here = self.backend.support(self.device).can_run and not self.recipe.onnx_only
@@ -132,20 +150,48 @@ class Workshop:
     def make_vae(self) -> None:
         """Decoder and encoder, each in the recipe's dtype where that is exact enough, else in float32."""
         vae = self.job.model.load_vae()
-        sizes = *self.shapes.latent, self.shapes.scale
+        sizes, tile = (*self.shapes.latent, self.shapes.scale), self.recipe.vae_tile
+        self.shapes.check_tile(tile)
+        usual = self.shapes.sizes[0]
+        sides = (tile, tile) if tile else (usual.height, usual.width)
+        latents = components.example_latents(vae, *sides)
         for part in (
-            components.exportable_vae_decoder(vae, *sizes),
+            components.exportable_vae_decoder(vae, *sizes, tile),
             components.exportable_vae_encoder(vae, *sizes, scaled=not self.info.edits),
         ):
             name = f"VAE {part.role.removeprefix('vae_')}"
             self.say(f"exporting the {name}")
-            dtype = self._vae_dtype(part, name)
+            dtype = self._vae_dtype(part, name, latents)
             if self.can.typed:
                 part.module.to(fastcache_engines.torch_dtype(dtype))
             images = self.recipe.batch
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
             self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
+            if part.role == "vae_decoder" and self.dtype == "bf16" and not self.can.typed:
+                self._lower_decoder(latents)
+
+    def _lower_decoder(self, latents: Tensor) -> None:
+        """Let a backend that lowers graphs itself decode in bfloat16 where its pictures stay near float32's."""
+        entry = self.engines["vae_decoder"]
+        if not (self.runs_here and fastcache_engines.fast_bf16()):
+            self.say("the VAE decoder stays in fp32: this machine cannot tell what bf16 would do to pictures")
+            return
+        wide, narrow = (
+            self.backend.evaluate(self.folder / entry.file, {"latents": latents}, LoadOptions(self.device, dtype))
+            for dtype in ("fp32", "bf16")
+        )
+        near = self._near_enough("VAE decoder", wide["image"], narrow["image"])
+        self.engines["vae_decoder"] = entry.model_copy(update={"dtype": near})
+
+    def _near_enough(self, name: str, wide: Tensor, narrow: Tensor) -> DType:
+        """bfloat16 where a picture of it is near the one in float32, by PSNR in dB; else float32."""
+        psnr = -10 * math.log10(max(float((wide - narrow).square().mean()), 1e-12))
+        if psnr >= LEAST_VAE_PSNR_DB:
+            self.say(f"the {name} runs in bf16: {psnr:.1f} dB from fp32 ({LEAST_VAE_PSNR_DB:.0f} needed)")
+            return "bf16"
+        self.say(f"the {name} stays in fp32: bf16 is {psnr:.1f} dB from it, {LEAST_VAE_PSNR_DB:.0f} needed")
+        return "fp32"
 
     @property
     def passes(self) -> dict[str, PassEntry]:
@@ -173,8 +219,10 @@ class Workshop:
         given = [] if branch is None else [feature(branch, self.recipe.branch_id)]
         return chain_pass(self.engines, self.chain, given)
 
-    def _vae_dtype(self, part: export.Exportable, name: str) -> DType:
-        """float16 where the largest activation leaves it room. bfloat16 bands a picture: never here."""
+    def _vae_dtype(self, part: export.Exportable, name: str, latents: Tensor) -> DType:
+        """float16 where the largest activation leaves it room, bfloat16 where a picture stays near float32's."""
+        if self.dtype == "bf16" and self.can.typed and part.role == "vae_decoder":
+            return self._near_enough(name, *components.decoded_in(part.module, latents, "fp32", "bf16"))
         if self.dtype != "fp16":
             return "fp32"
         largest = lower.largest_activation(part.module, part.inputs)
@@ -194,6 +242,8 @@ class Workshop:
     ) -> None:
         """Export parts that share weights and build their engines; `checked` ones are compared with the model."""
         graphs, total, shared = self._export(parts, stem, dtype, translations)
+        if checked and self.recipe.quantize:
+            total, shared = self._quantize(graphs, parts[0].inputs, stem)
         if checked:
             self.weights_bytes, self.duplicated_bytes = total, shared
         if checked and not self.runs_here:
@@ -210,6 +260,33 @@ class Workshop:
         if checked and self.runs_here:
             self.say(f"checking the {self.recipe.backend} engines against the model")
             self._measure(self.backend, LoadOptions(self.device, dtype))
+
+    def _quantize(self, graphs: Mapping[Role, Path], inputs: export.Inputs, stem: str) -> tuple[int, int]:
+        """Put 8-bit graphs in the place of those in float32, which are checked first. Returns bytes as `_export`.
+
+        The reference becomes a call of the model's own: 8-bit ranges hold for what it meets, not for random inputs.
+        """
+        if self.info.in_channels != self.info.latent_channels:
+            raise BuildError(f"expected a text-to-image U-Net to quantise, got {self.info.name}; leave --quantize out")
+        exact = fastcache_engines.backend(fastcache_engines.REFERENCE)
+        self._measure(exact, LoadOptions())
+        calls = dict[Role, list[export.Inputs]]()
+        for role in graphs:
+            if role != FULL:
+                self.say(f"running the model for the inputs that full and {role} meet")
+                calls |= calibrate.calibration_runs(self.job.model, self.info, self.folder, self.engines, role, inputs)
+        middle = calls[FULL][len(calls[FULL]) // 2]
+        write_whole(self.folder / REFERENCE, save(middle | exact.evaluate(graphs[FULL], middle)))
+        bits, models, entries = int8_weight_bits(), list[tuple[str, Any]](), dict[Role, QuantizedEngine]()
+        for role, path in graphs.items():
+            self.say(f"quantising {role} on {len(calls[role])} calls")
+            made, entries[role] = quantize.quantize(path, calls[role], bits)
+            models.append((path.name, made))
+            self.say(_quantized_text(role, entries[role]))
+        self.quantized = Quantization(scheme="int8", weight_bits=bits, engines=entries)
+        (self.folder / f"{stem}.weights").unlink()
+        shared = export.save_graphs(models, self.folder, f"{stem}.weights")
+        return (self.folder / f"{stem}.weights").stat().st_size, shared
 
     def _export(
         self, parts: Sequence[export.Exportable], stem: str, dtype: DType, translations: graph_passes.Translations
@@ -275,11 +352,12 @@ class Workshop:
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         tried = trials(self.engines, self.passes, self.chain, self.blocks)
-        self._keep(measure_parity(backend, self.folder, tried, options))
+        tolerance = None if self.quantized is None else INT8_TOLERANCE
+        self._keep(measure_parity(backend, self.folder, tried, options, tolerance))
 
     def _keep(self, parity: Parity) -> None:
         if not max(parity.full_vs_model, parity.shallow_vs_full) <= parity.tolerance:
-            raise BuildError(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
+            raise OutOfTolerance(f"expected engines within {parity.tolerance:g} of the model, got {parity}")
         self.parity = parity
 
 
@@ -290,3 +368,9 @@ def _release(parts: Sequence[export.Exportable]) -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, TypeError):  # glibc's alone, which keeps what is freed in its heap
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _quantized_text(role: Role, entry: QuantizedEngine) -> str:
+    """What a build says of an engine in 8 bits."""
+    kept = ", ".join(f"{one.place} {one.kind} ({one.snr_db:.0f} dB alone)" for one in entry.kept)
+    return f"{role}: {entry.layers} layers in 8 bits, {entry.snr_db:.1f} dB; not in 8 bits: {kept or 'none'}"

@@ -61,7 +61,7 @@ def _kernels() -> dict[str, str]:
 
 def _auto(device: Device) -> dict[str, Any]:
     try:
-        name, reason = fastcache_engines.choose(device, "fp32")
+        name, dtype, reason = fastcache_engines.choose_with_dtype(device)
     except BackendUnavailable as error:
-        return {"backend": None, "device": device, "reason": str(error)}
-    return {"backend": name, "device": device, "reason": reason}
+        return {"backend": None, "dtype": None, "device": device, "reason": str(error)}
+    return {"backend": name, "dtype": dtype, "device": device, "reason": reason}

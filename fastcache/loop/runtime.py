@@ -25,7 +25,7 @@ from fastcache.loop.lane import Lane, allocate
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, Run, Sampler, Scales
-from fastcache_engines import Binding, Engine, LoadOptions, Workspace
+from fastcache_engines import INT8_TOLERANCE, Binding, Engine, LoadOptions, Workspace
 
 
 def check_version(manifest: Manifest) -> None:
@@ -58,6 +58,12 @@ def check_here(manifest: Manifest) -> None:
     if not support.can_run:
         raise BackendUnavailable(f"{manifest.backend} engines cannot run here: {support.reason}")
     here = fastcache_engines.device_here(device)
+    quantized = manifest.quantized
+    if device == "cpu" and quantized is not None and quantized.weight_bits > fastcache_engines.int8_weight_bits():
+        raise BackendUnavailable(
+            "expected a processor with VNNI, which this bundle's 8-bit engines were built for, got one without; "
+            "build it on this machine"
+        )
     if targets != "any" and here not in [f"{device}-{target}" for target in targets.split("+")]:
         raise BackendUnavailable(
             f"expected a bundle for {here}, got one for {manifest.device}; build it on this machine"
@@ -71,8 +77,9 @@ def measure_here(folder: Path, manifest: Manifest) -> Parity:
     """
     backend, options = fastcache_engines.backend(manifest.backend), LoadOptions(manifest.device_type, manifest.dtype)
     tried = trials(manifest.engines, manifest.named_passes, manifest.chain, manifest.blocks)
+    tolerance = None if manifest.quantized is None else INT8_TOLERANCE
     try:
-        return measure_parity(backend, folder, tried, options)
+        return measure_parity(backend, folder, tried, options, tolerance)
     except ValueError as error:
         raise _does_not_load(folder, error) from error
 

@@ -6,7 +6,9 @@ nothing about prompts or steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -139,8 +141,9 @@ class Pictures:
             return Start(started, torch.cat([small, visible], dim=1))
         if latents is None:
             raise ValueError("expected an image to blend in, got none")
-        own = list(generator)[: len(masked)] if isinstance(generator, Sequence) else generator
-        self._drawn(torch.Size((len(masked), *noise.shape[1:])), own)  # diffusers encodes the masked image here, too
+        if self._info.vae_draws:  # diffusers encodes the masked image here, too
+            own = list(generator)[: len(masked)] if isinstance(generator, Sequence) else generator
+            self._drawn(torch.Size((len(masked), *noise.shape[1:])), own)
         return Start(started, known=Known(latents, noise, small, schedule.noised))
 
     def _prepared(self, name: str, image: Images, size: Size) -> Tensor:
@@ -174,6 +177,8 @@ class Pictures:
         if pixels.shape[1] == self._info.latent_channels:
             return pixels.to(self._runtime.device, torch.float32)
         mean, deviation = self._moments(pixels)
+        if not self._info.vae_draws:
+            return mean
         return mean + deviation * self._drawn(mean.shape, generator)
 
     def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,13 +197,53 @@ class Pictures:
         """Images of latents as the sampler leaves them, in the form asked for."""
         if output_type == "latent":
             return latents
-        pictures = self._runtime.once("vae_decoder", {"latents": latents})["image"]
+        pictures = self._pictures(latents)
         if output_type == "pt":
             return pictures
         array = cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).cpu().numpy())
         if output_type == "np":
             return array
         return [Image.fromarray(pixels) for pixels in (array * 255).round().astype(np.uint8)]
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """The pictures of latents, whole or in tiles, as the bundle's decoder takes them."""
+
+        def decoded(part: Tensor) -> Tensor:
+            return self._runtime.once("vae_decoder", {"latents": part})["image"]
+
+        tile, scale = self._bundle.manifest.vae_tile, self._info.vae_scale_factor
+        return decoded(latents) if tile is None else in_tiles(decoded, latents, tile // scale, scale)
+
+
+def in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int, scale: int) -> Tensor:
+    """Pictures decoded in square tiles, which overlap by a quarter or more and fade into each other there.
+
+    Shapes: latents (N, C, h, w), of `tile` or more rows and columns; `decode` takes (N, C, tile, tile). Returns
+    (N, 3, h * scale, w * scale). Source: as `AutoencoderKL.tiled_decode` of diffusers, but that every tile is whole.
+    """
+    height, width = latents.shape[2:]
+    weight = torch.linspace(0, 1, tile * scale // 4 + 2)[1:-1]  # of the rows that fade, the outermost first
+    profile = torch.ones(tile * scale)
+    profile[: len(weight)], profile[-len(weight) :] = weight, weight.flip(0)
+    picture, total = None, torch.zeros(height * scale, width * scale)
+    for top, left in itertools.product(_tile_starts(height, tile), _tile_starts(width, tile)):
+        part = decode(latents[:, :, top : top + tile, left : left + tile].contiguous())
+        if picture is None:
+            picture = part.new_zeros(*part.shape[:2], *total.shape)
+            total = total.to(part)
+        rows, columns = (slice(start * scale, (start + tile) * scale) for start in (top, left))
+        weights = (profile[:, None] * profile).to(part)
+        picture[:, :, rows, columns] += weights * part
+        total[rows, columns] += weights
+    if picture is None:
+        raise ValueError(f"expected latents of {tile} rows and columns or more, got {height}x{width}")
+    return picture / total
+
+
+def _tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length evenly, and overlap by a quarter of a tile or more."""
+    count = max(1, math.ceil((length - tile) / (tile - tile // 4)) + 1)
+    return [round(k * (length - tile) / max(count - 1, 1)) for k in range(count)]
 
 
 def processed(name: str, processor: Any, image: Any, size: Size) -> Tensor:

@@ -315,6 +315,7 @@ def test_a_bundle_opens_while_others_take_its_place(bundle_copy: Path, tiny_bund
             temporary = bundle_copy.with_name(f".{bundle_copy.name}.{count}.tmp")
             shutil.copytree(others[count % 2], temporary)
             publish(temporary, bundle_copy)
+            over.wait(0.02)  # a busy machine must be able to read a bundle between two swaps
 
     with ThreadPoolExecutor(1) as pool:
         replacing = pool.submit(replace)

@@ -21,7 +21,7 @@ from fastcache.cli import app, main
 from fastcache.commands.options import check_writable
 from fastcache.console import print_table
 from fastcache.loop.plan import CachePlan
-from fastcache_engines import BACKENDS, choose
+from fastcache_engines import BACKENDS, choose_with_dtype
 from fastcache_kernels import cpu_step
 
 
@@ -79,7 +79,7 @@ def test_doctor_names_every_backend_and_what_auto_picks(command: Any) -> None:
     assert rows["onnxruntime", "cpu"]["can_build"]
     assert rows["onnxruntime", "cpu"]["can_run"]
     assert all(row["reason"] and row["dtypes"] for row in rows.values())
-    assert report["auto"]["backend"] == choose(report["auto"]["device"], "fp32")[0]
+    assert (report["auto"]["backend"], report["auto"]["dtype"]) == choose_with_dtype(report["auto"]["device"])[:2]
     assert report["auto"]["reason"]
     assert (report["cpu_loop"]["source"], report["cpu_loop"]["reason"]) == cpu_step.source()
 
@@ -247,6 +247,7 @@ def test_a_traceback_only_with_debug(tmp_path: Path, monkeypatch: pytest.MonkeyP
         main()
 
 
+@pytest.mark.slow
 def test_bench_times_all_arms_side_by_side(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     arms = "eager,deepcache,engine,engine+cache"

@@ -146,6 +146,7 @@ def test_embeddings_in_a_file_take_the_place_of_a_prompt(command: Any, tiny_bund
         assert says in " ".join(refused.err.split())
 
 
+@pytest.mark.slow
 def test_flags_of_build_engines_reach_the_recipe(command: Any, tiny_model: Path, tmp_path: Path) -> None:
     common = ("build-engines", "--model", tiny_model, "--output", tmp_path / "out")
     for flags, says in (

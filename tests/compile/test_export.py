@@ -25,7 +25,7 @@ from tensorrt_graphs import built, cuda, few_layers
 
 TOLERANCE = 1e-5  # parity.TOLERANCE, 1e-3, is for engines of any size; these graphs are a hundred times nearer
 CASES = [
-    pytest.param(name, branch_id, marks=[pytest.mark.slow] * (name != "sd15"))
+    pytest.param(name, branch_id, marks=[pytest.mark.slow] * ((name, branch_id) != ("sd15", 0)))
     for name in ("sd15", "sdxl", "class-labels")
     for branch_id in (0, 2)
 ]
@@ -146,6 +146,7 @@ def free_shapes(cut: Cut) -> dict[str, tuple[int | str, ...]]:
     return shapes | {name: ("batch", channels, *latents) for name, channels in cut.cached.items()}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
     unet = with_few_layers("sd15")
@@ -167,6 +168,7 @@ def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
             assert relative_error(tensors["noise_pred"], expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_one_size_that_is_left_free() -> None:
     unet = with_few_layers("sd15")
     part = passes.exportable_unet(partition_unet(unet, 0), passes.unet_inputs(unet, 2, 8, 8, 7))[1]
@@ -183,6 +185,7 @@ def test_a_refiner_is_told_one_thing_less() -> None:
     assert passes.call_unet(unet, inputs).sample.isfinite().all()
 
 
+@pytest.mark.slow
 @built
 def test_tensorrt_builds_for_a_range_of_sizes(tmp_path: Path) -> None:
     unet = few_layers()
@@ -228,6 +231,7 @@ def test_norms_in_float32_of_any_rank(batch: int, tmp_path: Path) -> None:
     assert relative_error(found["tokens_out"].float(), expected.flatten(2)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [components.exportable_vae_decoder, components.exportable_vae_encoder])
 def test_vaes_in_float16_are_those_in_float32(make: Callable[..., export.Exportable], tmp_path: Path) -> None:
     """No build checks them; their attention normalises rows of tokens."""

@@ -123,7 +123,12 @@ def arithmetic(model: ir.Model) -> list[ir.Node]:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if backend(name).CAPABILITIES.source == "onnx"])
+# One export each: the first is enough for a quick look.
+ONNX_BACKENDS = [name for name in BACKENDS if backend(name).CAPABILITIES.source == "onnx"]
+EXPORTED = [pytest.param(name, marks=[pytest.mark.slow] * (name != ONNX_BACKENDS[0])) for name in ONNX_BACKENDS]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_unet_of_fixed_size_holds_no_arithmetic_of_sizes(name: str) -> None:
     """Every backend's own graphs, in the dtype whose translations add most."""
     unet = few_layers()
@@ -134,6 +139,7 @@ def test_a_unet_of_fixed_size_holds_no_arithmetic_of_sizes(name: str) -> None:
         assert arithmetic(model) == []
 
 
+@pytest.mark.slow
 def test_the_pictures_own_networks_hold_none_either(tiny_model: Path) -> None:
     model = find_model(str(tiny_model), random_weights=False)
     vae = model.load_vae()

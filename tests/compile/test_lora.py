@@ -24,7 +24,7 @@ from fastcache.compile.models import find_model
 from fastcache.evaluate.quality import psnr_db
 from fastcache.files import sha256_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning"), pytest.mark.slow]
 
 WEIGHTS = (0.8, -0.5)
 
@@ -81,7 +81,6 @@ def images(pipeline: Any, **arguments: Any) -> Tensor:
     return pipeline("a cat", num_inference_steps=6, output_type="latent", generator=own, **arguments).images
 
 
-@pytest.mark.slow
 def test_a_bundle_with_loras_draws_what_diffusers_draws_with_them_fused(
     files: list[Path], tiny_model: Path, merged: FastCachePipeline
 ) -> None:

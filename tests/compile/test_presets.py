@@ -117,7 +117,8 @@ def test_an_image_model_without_conditioning_draws_what_diffusers_draws(built: B
         drawn(bundle, guided=False, encoder_hidden_states=random(2, 1, 24))
 
 
-@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=ONCE_MORE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_a_class_conditional_model_draws_what_diffusers_draws(built: Built, backend: str) -> None:
     """LDM-4-G attends to one token, the class's embedding."""
     bundle = built(LDM, backend)

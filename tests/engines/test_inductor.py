@@ -44,6 +44,8 @@ from inductor_modules import (
 )
 from small_unets import small_unet
 
+pytestmark = pytest.mark.slow  # a C++ compiler's minutes
+
 
 @contextlib.contextmanager
 def all_output(into: Path) -> Generator[None]:
@@ -480,7 +482,6 @@ class UNetPass(nn.Module):
         return self.unet(**inputs)
 
 
-@pytest.mark.slow
 def test_full_and_shallow_of_a_unet(tmp_path: Path) -> None:
     """Invariants 1, 2 and 5, at another batch than the exported one."""
     unet = small_unet("two-blocks", layers_per_block=1)

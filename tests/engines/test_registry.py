@@ -46,6 +46,7 @@ def small_bundle(small: str, tiny_model: Path, tmp_path: Path) -> fastcache.Bund
     return open_bundle(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_new_backend_is_a_file_and_a_line(small_bundle: fastcache.Bundle, tiny_model: Path) -> None:
     """Built, checked, served in threads, drawn with, and known to `doctor` and `bench`, with no other line changed."""
     manifest = small_bundle.manifest

@@ -99,6 +99,7 @@ def test_a_plan_within_a_time(run: Any, tiny_bundle: Bundle, prompts_file: Path,
     assert "calibrating" not in short.err
 
 
+@pytest.mark.slow
 def test_plan_writes_fitted_plans_and_generate_draws_with_them(
     run: Any, tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def test_calibration_and_evaluation_share_no_prompt() -> None:
     assert not set(judges.calibration_prompts(64)) & set(judges.held_out_prompts(400))
 
 
+@pytest.mark.slow
 def test_the_distance_sees_spoiled_pictures() -> None:
     captions = [scene.caption() for scene in held_out_scenes(150)]
     truth, images = judges.true_features(captions), pictures(150, seed=9)

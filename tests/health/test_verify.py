@@ -40,6 +40,7 @@ def graphs(tiny_model: Path, builds: BuildStore) -> Bundle:
     return builds.bundle(tiny_model, backend="tensorrt", onnx_only=True, components=("unet",))
 
 
+@pytest.mark.slow
 def test_graphs_are_checked_by_their_hashes_and_not_run(graphs: Bundle) -> None:
     """The library that would build engines from them is not needed, so the manifest names no version of it."""
     assert "tensorrt" not in graphs.manifest.versions
@@ -54,6 +55,7 @@ def test_graphs_are_checked_by_their_hashes_and_not_run(graphs: Bundle) -> None:
         fastcache.load(graphs.path)
 
 
+@pytest.mark.slow
 def test_engines_of_another_machine_are_read_as_far_as_they_can_be(
     tiny_model: Path, builds: BuildStore, tmp_path: Path
 ) -> None:

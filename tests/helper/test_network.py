@@ -177,6 +177,7 @@ def test_weights_that_come_and_go_are_no_change(own_pipe: StableDiffusionPipelin
         assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "computed"), [(torch.bfloat16, torch.float32), (torch.float8_e4m3fn, torch.bfloat16)]
 )

@@ -162,6 +162,7 @@ def test_check_covers_every_backend_and_interval(gpu_check: Any) -> None:
         assert reasons["sd15 torch"] is None
 
 
+@pytest.mark.slow
 def test_the_loop_is_timed_without_a_unet(gpu_check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = gpu_check.run_loop(gpu_check.Task("loop", steps=3, repeats=1, device="cpu"), tmp_path)
     assert len(found["rows"]) == 8
