@@ -1,4 +1,5 @@
-# make demo | test | test-all | lint | clean. The first use creates $(VENV) and installs the pinned dependencies into it.
+# make demo | test | test-all | lint | docs | clean. The first use creates $(VENV) and installs the pinned dependencies
+# into it: for the demo what draws it (1.6 GB), for the tests everything that is tested (3.8 GB).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
@@ -7,42 +8,61 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # An editable install knows its modules by name: one that is added, moved or removed makes it due again.
 MODULES := $(shell find fastcache engines kernels -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
-STAMP := $(VENV)/.installed-$(MODULES)
+DEMO := $(VENV)/.installed-demo-$(MODULES)
+TESTS := $(VENV)/.installed-tests-$(MODULES)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
 
 PYTEST := $(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all lint clean
+.PHONY: demo test test-slow test-all lint docs clean
 .NOTPARALLEL:
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/fastcache demo --output demo-output
+	@echo "the command: $(BIN)/fastcache, or after 'source $(BIN)/activate' just fastcache"
 
 test: lint
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(STAMP)
+test-slow: $(TESTS)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+docs: $(TESTS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
 # torch goes first, alone and pinned: left to the resolver it may become a build with gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+define install_torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)' || \
+	  echo "installing PyTorch: on Linux this may be the build for NVIDIA GPUs, of several gigabytes. Without such a GPU" \
+	  "stop here, and run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make for the small one"
 	$(PIP) torch
 	$(PIP) scikit-build-core
-	$(PIP) --no-build-isolation -e '.[bench,cpu,openvino,ray,serve,tensorrt-rtx,test]'
+	@$(BIN)/python -m pip --disable-pip-version-check uninstall -qy fastcache 2>/dev/null  # what this was called before
 	rm -f $(VENV)/.installed*
-	touch $@
+endef
+
+$(DEMO): pyproject.toml constraints.txt
+	$(install_torch)
+	$(PIP) --no-build-isolation -e '.[cpu]'
+	touch $(DEMO)
+
+# What the tests need holds what the demo needs.
+$(TESTS): pyproject.toml constraints.txt
+	$(install_torch)
+	$(PIP) --no-build-isolation -e '.[bench,cpu,docs,openvino,ray,serve,tensorrt-rtx,test]'
+	touch $(DEMO) $(TESTS)
 
 # build/ may hold trained weights: only what this Makefile, .ci/run and the tests made goes.
 clean:
-	rm -rf .venv build/ci-venv build/test-store build/test-caches demo-output dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build/ci-venv build/test-store build/test-caches build/site demo-output dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find fastcache kernels engines tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

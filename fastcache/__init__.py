@@ -69,6 +69,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastcache' has no attribute {name!r}")
+    importlib.import_module("fastcache.installed").require_alone()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -13,15 +13,27 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from fastcache.commands import analyze, batch, bench, bundles, demo, evaluate, export_triton, generate, plan, serve
-from fastcache.console import debug_asked, end, exit_code, quiet_libraries
+from fastcache.commands import (
+    analyze,
+    batch,
+    bench,
+    bundles,
+    demo,
+    evaluate,
+    export_triton,
+    generate,
+    models,
+    plan,
+    serve,
+)
+from fastcache.console import GLOBAL_FLAGS, debug_asked, end, exit_code, log_level, set_up
+from fastcache.installed import require_alone
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C, without a word
 
 app = typer.Typer(
     name="fastcache",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -37,19 +49,25 @@ for command in (
     plan.plan,
     evaluate.evaluate,
     analyze.analyze,
-    serve.serve,
     batch.batch,
     export_triton.export_triton,
 ):
     app.command()(command)
+# A server is set up by its environment: every flag of it is a variable, as FASTCACHE_HOST.
+app.command(context_settings={"auto_envvar_prefix": "FASTCACHE"})(serve.serve)
+app.add_typer(models.app, name="models")
 
 
 def main() -> None:
     """Run the command line; an error is one line on stderr, with a traceback only under `--debug`."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = [a for a in sys.argv[1:] if a not in GLOBAL_FLAGS]
     debug = debug_asked()
-    quiet_libraries()
     try:
+        require_alone()
+    except ImportError as error:
+        end(str(error), 3)
+    try:
+        set_up(log_level())
         _check_text(arguments)
         code = app(arguments, standalone_mode=False) or 0
         end("stopped" if code == _INTERRUPTED else "", code)
@@ -86,9 +104,18 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also show logs and other libraries' warnings; at any place.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and hints, twice no warnings either; at any place.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; at any place.")] = False,
 ) -> None:
-    """A diffusion U-Net compiled as a full and a shallow engine, which a plan switches between step by step."""
+    """Draw with a diffusion U-Net faster: all of it in some steps, only its shallow layers in the others.
+
+    Start with `fastcache demo`. FASTCACHE_LOG=error|warning|info|debug says how much is shown, as -q and -v do.
+    """
 
 
 if __name__ == "__main__":

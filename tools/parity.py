@@ -1,4 +1,4 @@
-"""FastCacheHelper in diffusers' own pipelines, as the README's parity table: python tools/parity.py [--json FILE]
+"""FastCacheHelper in diffusers' own pipelines, as docs/parity.md's table: python tools/parity.py [--json FILE]
 
 Each row draws with one pipeline (`parity_pipelines.py`) in several ways and compares what comes out.
 `DeepCacheSDHelper` is the least agreement with it over the settings; `all FULL` compares with the pipeline without a

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcache_engines import onnx_files
+from fastcache_engines.extras import install
 from fastcache_engines.machine import NO_GPU, BackendUnavailable, device_index, device_kind, gpu, torch_device
 from fastcache_engines.onnx_files import refuse_outside_weights
 from fastcache_engines.protocol import Capabilities, LoadOptions, Support
@@ -50,7 +51,7 @@ def library() -> Any:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendUnavailable(
-            "ONNX Runtime is not installed; run: pip install onnxruntime, or for a GPU: pip install onnxruntime-gpu"
+            f"ONNX Runtime is not installed; run: {install('cpu')}, or for an NVIDIA GPU: {install('gpu')}"
         )
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, by the first import in a process
     import onnxruntime

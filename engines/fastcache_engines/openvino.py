@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastcache_engines import compiled, onnx_files
+from fastcache_engines.extras import install
 from fastcache_engines.machine import BackendUnavailable, device_kind, fast_bf16
 from fastcache_engines.onnx_files import refuse_outside_weights
 from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
@@ -65,7 +66,7 @@ def version() -> str:
 
 def _openvino() -> Any:
     if importlib.util.find_spec("openvino") is None:
-        raise BackendUnavailable("OpenVINO is not installed; run: pip install 'fastcache[openvino]'")
+        raise BackendUnavailable(f"OpenVINO is not installed; run: {install('openvino')}")
     modules: dict[str, Any] = sys.modules
     if "openvino" not in modules:
         # It takes this for not installed, and so tells nobody of being imported, for which it would fork this process.

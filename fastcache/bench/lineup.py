@@ -29,6 +29,7 @@ from fastcache.errors import BackendUnavailable, BuildError
 from fastcache.expect import one_of
 from fastcache.sampler.scheduler import own_sampler
 from fastcache_engines import BACKENDS, DType
+from fastcache_engines.extras import install
 
 _USUAL = "eager,deepcache,compile,engine,engine+cache"
 BundleKey = tuple[str, Precision, int]
@@ -280,11 +281,11 @@ def _without_8_bits(arm: Arm, device: str) -> str | None:
     if not fastcache_engines.backend(arm.backend).CAPABILITIES.quantized or device != "cpu":
         return f"8-bit layers run on a CPU with {fastcache_engines.backends_with('quantized')}, not {arm.backend} there"
     if importlib.util.find_spec("nncf") is None:
-        return "NNCF, which chooses 8-bit ranges, is not installed; run: pip install 'fastcache[int8]'"
+        return f"NNCF, which chooses 8-bit ranges, is not installed; run: {install('int8')}"
     return None
 
 
 def _without_package(arm: Arm) -> str | None:
     if arm.kind == "deepcache" and importlib.util.find_spec("DeepCache") is None:
-        return "the DeepCache package is not installed; run: pip install 'fastcache[bench]'"
+        return f"the DeepCache package is not installed; run: {install('bench')}"
     return None

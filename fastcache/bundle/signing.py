@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcache.errors import BackendUnavailable, BundleError
+from fastcache_engines.extras import install
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -47,7 +48,7 @@ def _library(kind: str) -> tuple[Any, Any]:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
         raise BackendUnavailable(
-            "expected the package cryptography for signatures; pip install 'fastcache[sign]'"
+            f"expected the package cryptography for signatures, got none; run: {install('sign')}"
         ) from None
     return getattr(ed25519, kind), serialization
 

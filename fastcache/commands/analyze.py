@@ -20,37 +20,60 @@ from fastcache.commands.options import (
     check_writable,
     read_prompts,
 )
-from fastcache.console import print_json, print_table, progress
+from fastcache.console import next_step, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.analysis.measure import Analysis
 
 
 def analyze(  # as long as its flags are many
-    model: Annotated[str, typer.Option(help="A folder, a hub id, demo, or a preset.")],
+    model: Annotated[str, typer.Option(help="A folder in diffusers' layout, a hub id, demo, or a preset.")],
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")],
     output: OutputFolder,
     sampler: Sampler = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="Without --prompts, how many of our own.")] = 8,
-    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Samples of each prompt.")] = 1,
-    branch_id: Annotated[list[int] | None, typer.Option(help="A cut to measure reuse at; repeatable; 0.")] = None,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Without --prompts: how many of the bundled model's own to take.")
+    ] = 8,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="How many pictures to draw of each prompt.")] = 1,
+    branch_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="The cut to measure reuse at, 0 being the shallowest. Give it again for more; 0 if left out."
+        ),
+    ] = None,
     guidance_scale: Guidance = None,
-    gains: Annotated[bool, typer.Option("--gains", help="Also the closed-loop gains, for optimal plans.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Samples measured at once; memory grows with it.")] = 1,
+    gains: Annotated[
+        bool,
+        typer.Option(
+            "--gains", help="Also measure how much an error in each step changes the final picture, for optimal plans."
+        ),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures measured at once; memory grows with it.")] = 1,
     height: Height = None,
     width: Width = None,
     device: Device = None,
     random_weights: RandomWeights = False,
     revision: Revision = None,
-    switch_prompt_at: Annotated[list[int] | None, typer.Option(help="Switch prompts at this step.")] = None,
-    guidance_interval: Annotated[
-        list[str] | None, typer.Option(metavar="A:B", help="Guidance in steps A to B-1 only.")
+    switch_prompt_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Also measure what a new prompt changes when it comes at this step. Give it again for more."),
     ] = None,
-    probes: Annotated[bool, typer.Option("--probes", help="Linear probes for what demo's pictures show.")] = False,
-    probe_images: Annotated[int, typer.Option(min=20, max=10**6, help="Pictures that probes learn from.")] = 512,
-    dit: Annotated[bool, typer.Option("--dit", help="The same measures on a small diffusion transformer.")] = False,
-    dit_weights: Annotated[Path | None, typer.Option(help="From tools/train_dit.py; else random.")] = None,
+    guidance_interval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A:B", help="Also measure runs with guidance in steps A to B-1 only. Give it again for more."
+        ),
+    ] = None,
+    probes: Annotated[
+        bool,
+        typer.Option("--probes", help="Also measure what can be read off the features, and when (bundled model only)."),
+    ] = False,
+    probe_images: Annotated[int, typer.Option(min=20, max=10**6, help="How many pictures --probes learns from.")] = 512,
+    dit: Annotated[bool, typer.Option("--dit", help="Also measure a small diffusion transformer.")] = False,
+    dit_weights: Annotated[
+        Path | None, typer.Option(help="Its weights, by tools/train_dit.py; random if left out.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Measure how a model's features change from step to step, and write a report that opens offline.
@@ -102,6 +125,7 @@ def analyze(  # as long as its flags are many
     else:
         _show(analysis)
         typer.echo(f"report: {page}")
+        next_step(f"open {page} in a browser; fastcache plan --help lists the plans that can be made from a bundle")
 
 
 def _interval(text: str) -> tuple[int, int]:

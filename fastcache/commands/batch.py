@@ -26,21 +26,32 @@ from fastcache.console import print_json, progress
 
 def batch(
     engines: EnginesOption,
-    prompts: Annotated[Path, typer.Option(help="One prompt a line, or a .jsonl file of rows with fields.")],
+    prompts: Annotated[
+        Path, typer.Option(help="A text file with a prompt a line, or a .jsonl file with a JSON object a line.")
+    ],
     output: OutputFolder,
     negative_prompt: NegativePrompt = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; the model's own.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; if left out the model's own.")
+    ] = None,
     sampler: Sampler = None,
     guidance_scale: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="With a row's id it gives the row's own seed.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Rows without a seed of their own get one from this number and their id.")
+    ] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
     plans: Annotated[Path | None, typer.Option(help="A folder of `plan --frontier`, for rows with a quality.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw, each with engines of its own.")] = 1,
-    cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each; those of this machine shared out.")] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each; 1 if the bundle needs one.")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores for each worker; if left out they share this machine's.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs for each worker; if left out 1 where the bundle needs one.")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster, or auto; RAY_ADDRESS if set, else this machine alone.")
+        str | None,
+        typer.Option(help="A running Ray cluster, or auto. If left out RAY_ADDRESS, or else this machine alone."),
     ] = None,
     json_: Json = False,
 ) -> None:

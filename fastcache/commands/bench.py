@@ -20,43 +20,52 @@ if TYPE_CHECKING:
 
 def bench(  # as long as its flags are many
     engines: Annotated[
-        Path | None, typer.Option(help="A bundle to time, or else --model.", callback=existing_of)
+        Path | None, typer.Option(help="The folder of a bundle to time; or else give --model.", callback=existing_of)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model to build, in the cache folder, and time.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model to build (in the cache folder) and time.")] = None,
     random_weights: RandomWeights = False,
     arms: Annotated[
         str | None,
         typer.Option(
-            help="By commas: eager, deepcache, compile, engine, engine+cache, engine+graph, engine+cache+graph, "
-            "each [:BACKEND][:DTYPE]."
+            help="What to time, by commas: eager, deepcache, compile, engine, engine+cache, engine+graph, "
+            "engine+cache+graph; each may be followed by :BACKEND and :DTYPE."
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Of engine arms that name none: auto, or as doctor lists.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="The backend of engine arms that name none: auto, or a name that doctor lists.")
+    ] = "auto",
     device: Device = None,
-    cache_interval: Annotated[int, typer.Option(min=1, help="Refresh every N steps in the caching arms.")] = 3,
-    branch_id: Annotated[int | None, typer.Option(min=0, help="The cut; the bundle's own if left out, else 0.")] = None,
+    cache_interval: Annotated[
+        int, typer.Option(min=1, help="In the arms that cache, run the whole U-Net every N steps.")
+    ] = 3,
+    branch_id: Annotated[
+        int | None, typer.Option(min=0, help="Where the U-Net is cut. If left out the bundle's own, or else 0.")
+    ] = None,
     steps: Steps = 50,
     height: Height = None,
     width: Width = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Of engine arms that name none; fp32 if left out.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="How many pictures to draw at once.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="The dtype of engine arms that name none; fp32 if left out.")
+    ] = None,
     sampler: Sampler = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds that are run but not timed.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that are timed.")] = 5,
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Time prompt to PNG from a process's start, part by part.")
     ] = False,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this PNG.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone, without a model.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Draw a chart of the speed-ups into this PNG file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
 ) -> None:
-    """Time the denoising loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
+    """Time the loop of PyTorch eager, torch.compile, the DeepCache package and the engines, side by side.
 
-    With +graph an engine arm's loop is one CUDA graph.
+    An arm is one of these ways to run the same loop. With +graph its loop is one CUDA graph. All arms run in turns, so
+    that whatever else the machine does hits all alike.
 
     With --end-to-end each arm draws in a new process each round: start, text encoder, loop, VAE and PNG, and the total.
 
-    With --kernels: every kernel against PyTorch eager, torch.compile and a copy of as many bytes, on a GPU.
+    With --kernels, every GPU kernel is timed beside PyTorch eager, torch.compile and a copy of as many bytes.
 
     Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache:openvino:bf16 --steps 20
     """

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastcache.commands.options import (
+    BUILD_SHARES,
+    STARTING,
     Device,
     Height,
     Json,
@@ -21,8 +23,9 @@ from fastcache.commands.options import (
     check_writable,
     existing,
     existing_of,
+    generate_with,
 )
-from fastcache.console import CheckFailed, debug_asked, notes, print_json, print_table, progress
+from fastcache.console import CheckFailed, debug_asked, next_step, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.bundle.bundle import Bundle
@@ -61,16 +64,21 @@ def doctor(json_: Json = False) -> None:
     typer.echo(f"auto picks {picked} on the {auto['device']}\n{auto['reason']}")
     typer.echo(f"kernels: {result['kernels']['used']} in the loop; {result['kernels']['reason']}")
     typer.echo(f"loop on the CPU: {result['cpu_loop']['reason']}")
+    next_step("fastcache build-engines --model demo --output engines/demo")
 
 
 def build_engines(
     ctx: typer.Context,
     output: OutputFolder,
-    model: Annotated[str | None, typer.Option(help="A folder, a hub id, demo, or a preset.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder in diffusers' layout, a hub id, demo, or a preset.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, by path or name.")] = None,
     revision: Revision = None,
     backend: Annotated[str, typer.Option(help="auto or a name that doctor lists.")] = "auto",
-    branch_id: Annotated[str, typer.Option(help="The skip connections to cut at, by commas: 0 the shallowest.")] = "0",
+    branch_id: Annotated[
+        str, typer.Option(help="Where to cut the U-Net, by commas: 0 is the shallowest place, and the fastest.")
+    ] = "0",
     cut: Annotated[str, typer.Option(help="auto, plain or projected.")] = "auto",
     blocks: Annotated[str | None, typer.Option(help="Engines apart for blocks: transformer, resnet or both.")] = None,
     device: Device = None,
@@ -78,7 +86,9 @@ def build_engines(
     width: Width = None,
     sizes: Annotated[str | None, typer.Option(help="Several, the usual first: 512x512,768x512 (width first).")] = None,
     batch: Annotated[str, typer.Option(help="Images at once: N, or MIN:OPT:MAX.")] = "1:1:4",
-    max_tokens: Annotated[int | None, typer.Option(help="For longer prompts, as embeddings.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens a prompt may have, if it is given as embeddings.")
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge, PATH[:WEIGHT]; repeatable.")] = None,
     controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet's folder; repeatable.")] = None,
     t2i_adapter: Annotated[str | None, typer.Option(help="A T2I-Adapter's folder.")] = None,
@@ -89,9 +99,13 @@ def build_engines(
     vae_tile: Annotated[int | None, typer.Option(help="Decode in overlapping squares of so many pixels.")] = None,
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
-    compute_capability: Annotated[str | None, typer.Option(help="GPUs: 8.6,8.9 (tensorrt-rtx).")] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="The GPUs to build for, as 8.6,8.9 (tensorrt-rtx only).")
+    ] = None,
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Stop at the backend's ONNX graphs.")] = False,
-    kernels: Annotated[bool, typer.Option("--kernels", help="The first norm by our own kernel (inductor).")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compute the first norm by fastcache's own kernel (inductor only).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build anyway; replace another bundle.")] = False,
     sign: Annotated[
         Path | None,
@@ -99,21 +113,24 @@ def build_engines(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Build a bundle of engines from a model.
+    """Build a bundle from a model: a folder with the U-Net compiled twice, and whatever else draws a picture.
 
     Example: fastcache build-engines --model demo --output engines/demo
     """
-    import fastcache
-
     if (model is None) == (recipe is None):
         raise ValueError("expected either --model or --recipe, got " + ("neither" if model is None else "both"))
     check_writable(output)
     if recipe is not None and (told := _told(ctx)):
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
-    chosen = _recipe(ctx.params)
-    with progress() as say:
+    with progress(BUILD_SHARES) as say:
+        say(STARTING)
+        import fastcache
+
+        chosen = _recipe(ctx.params)
         bundle = fastcache.build_engines(chosen, output, force=force, sign=sign, progress=say)
     _show_bundle(bundle, json_)
+    if not (json_ or onnx_only):
+        next_step(generate_with(output, bundle.manifest.model.name, "--cache-interval 3"))
 
 
 def _told(ctx: typer.Context) -> list[str]:
@@ -158,15 +175,16 @@ def inspect(
     width: Annotated[int | None, typer.Option(help="With --branches of a model: image width in pixels.")] = None,
     json_: Json = False,
 ) -> None:
-    """Show a bundle's inputs, outputs, weights, versions, device and provenance, without loading it.
+    """Show what a bundle holds: inputs, outputs, weights, versions, device and how it was made. Nothing is loaded.
 
-    With --branches, the multiply-adds at each branch id, of a bundle, or of a model or a preset that is not built.
+    With --branches: how many multiply-adds a step takes at each place where the U-Net can be cut, of a bundle, or of a
+    model or a preset that is not built.
 
     Example: fastcache inspect demo-output/engines, or fastcache inspect sd15 --branches
     """
     from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
     from fastcache.commands.branches import count_work, show_branches
-    from fastcache.health.verify import engine_facts
+    from fastcache.health.facts import engine_facts
 
     if branches and not (folder / MANIFEST).is_file():
         show_branches(str(folder), *count_work(str(folder), height, width), as_json=json_)

@@ -7,13 +7,23 @@ from typing import Annotated
 
 import typer
 
-from fastcache.commands.options import Json, OutputFolder, Steps, check_writable
-from fastcache.console import figure, print_json, print_table, progress
+from fastcache.commands.options import (
+    BUILD_SHARES,
+    STARTING,
+    Json,
+    OutputFolder,
+    Steps,
+    check_writable,
+    generate_with,
+)
+from fastcache.console import figure, next_step, print_json, print_table, progress
 
 
 def demo(
     output: OutputFolder = Path("demo-output"),
-    cache_interval: Annotated[int, typer.Option(min=1, help="A further interval beside 2, 3 and 5.")] = 3,
+    cache_interval: Annotated[
+        int, typer.Option(min=1, help="Also draw with a full step every N, beside 2, 3 and 5.")
+    ] = 3,
     steps: Steps = 50,
     json_: Json = False,
 ) -> None:
@@ -21,14 +31,16 @@ def demo(
 
     Example: fastcache demo --output demo-output
     """
-    import fastcache
-    from fastcache.bench.demo import report, run_demo
-    from fastcache.files import write_json
-    from fastcache.pipeline.pipeline import FastCachePipeline
-
     check_writable(output)
-    with progress() as say:
+    with progress(BUILD_SHARES) as say:
+        say(STARTING)
+        import fastcache
+        from fastcache.bench.demo import report, run_demo
+        from fastcache.files import write_json
+        from fastcache.pipeline.pipeline import FastCachePipeline
+
         bundle = fastcache.build_engines("demo", output / "engines", force=_is_stale(output / "engines"), progress=say)
+    with progress() as say:
         pipe = FastCachePipeline(bundle)
         intervals = sorted({2, 3, 5, cache_interval} - {1})
         rows = run_demo(pipe, intervals, steps, output, say)
@@ -51,6 +63,7 @@ def demo(
         ],
     )
     typer.echo(f"pictures: {output / 'grid.png'}\nreport:   {output / 'report.json'}\nengines:  {bundle.path}")
+    next_step(generate_with(output / "engines", "demo", "--cache-interval 3"))
 
 
 def _is_stale(folder: Path) -> bool:

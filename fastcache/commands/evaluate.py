@@ -16,10 +16,11 @@ from fastcache.commands.options import (
     OutputFolder,
     Sampler,
     check_writable,
+    generate_with,
     prompts_or_own,
     read_plan,
 )
-from fastcache.console import figure, print_json, print_table, progress
+from fastcache.console import figure, next_step, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fastcache.evaluate.evaluate import Evaluation, Judge, Score
@@ -32,7 +33,7 @@ _HEADERS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
     "scene_right": "all right",
-    "attribute_accuracy": "of it right",
+    "attribute_accuracy": "attributes",
     "lpips": "LPIPS",
     "clip_score": "CLIP",
     "frechet_distance": "Fréchet",
@@ -41,15 +42,19 @@ _HEADERS = {
 
 def evaluate(
     engines: EnginesOption,
-    plan: Annotated[list[Path], typer.Option(help="A plan file; give the flag again for more.")],
+    plan: Annotated[list[Path], typer.Option(help="A plan file, made by `fastcache plan`. Give it again for more.")],
     output: OutputFolder,
-    prompts: Annotated[Path | None, typer.Option(help="One a line; demo has held-out ones.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, one prompt a line. The bundled model has its own.")
+    ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=2, max=10**6, help="Pictures in all; one a prompt, or 32.")
+        int | None,
+        typer.Option(min=2, max=10**6, help="How many pictures to draw; if left out one for each prompt, or 32."),
     ] = None,
     sampler: Sampler = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Of the uncached run; the plans' if left out.")
+        int | None,
+        typer.Option(min=1, max=1000, help="The steps of the run without caching; if left out the plans' own."),
     ] = None,
     guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="The first picture's seed.")] = 0,
@@ -61,8 +66,8 @@ def evaluate(
 ) -> None:
     """Draw the same prompts and seeds with every plan and without caching; compare likeness, quality and time.
 
-    Beside each plan stands a run of fewer steps without caching that takes as long. Writes results.json, chart.png and
-    grid.png. Every figure has the interval that 95% of bootstrap resamples lie in.
+    Beside each plan stands a run without caching, of as many steps as take the same time. Writes results.json,
+    chart.png and grid.png. Every figure comes with its 95% interval (bootstrap over the pictures).
 
     Example: fastcache evaluate --engines demo-output/engines --plan plan.json --num-images 32 --output evaluation
     """
@@ -94,6 +99,7 @@ def evaluate(
         return
     _show(found.rows, title)
     typer.echo(f"chart:   {output / 'chart.png'}\npictures: {output / 'grid.png'}\nresults: {output / 'results.json'}")
+    next_step(generate_with(engines, pipe.bundle.manifest.model.name, f"--plan {plan[0]}"))
 
 
 def _write(result: dict[str, Any], found: Evaluation, output: Path) -> str:

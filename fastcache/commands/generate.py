@@ -25,7 +25,7 @@ from fastcache.commands.options import (
     existing_of,
     read_plan,
 )
-from fastcache.console import notes, print_json
+from fastcache.console import next_step, notes, print_json
 
 if TYPE_CHECKING:
     from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
@@ -57,38 +57,54 @@ _told = partial(typer.Option, rich_help_panel="SDXL")
 _Count = Annotated[float | None, _steer(help="How much that picture counts; 1 if left out.")]
 _Pair = Annotated[
     tuple[int, int] | None,
-    _told(metavar="HEIGHT WIDTH", help="Told to the model; the size drawn if left out."),
+    _told(metavar="HEIGHT WIDTH", help="A size that the model is told; if left out that of the picture."),
 ]
-_Corner = Annotated[tuple[int, int] | None, _told(metavar="TOP LEFT", help="Told to the model; 0 0 if left out.")]
+_Corner = Annotated[
+    tuple[int, int] | None, _told(metavar="TOP LEFT", help="A corner that the model is told; 0 0 if left out.")
+]
 
 
 def generate(  # as long as its flags are many
     ctx: typer.Context,
     engines: EnginesOption,
     output: Annotated[Path, typer.Option(help="A .png file, or a folder for several images.")],
-    prompt: Annotated[str | None, typer.Option(help="What to draw; or else --embeds.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw; or else give --embeds.")] = None,
     negative_prompt: NegativePrompt = None,
     num_images: Annotated[int, typer.Option(min=1, max=10**6, help="How many images; seeds count up from --seed.")] = 1,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Denoising steps; the plan's or the model's own.")
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; if left out the plan's or the model's own.")
     ] = None,
     sampler: Sampler = None,
-    eta: Annotated[float | None, typer.Option(help="How much noise DDIM draws at each step; none if left out.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="How much new noise DDIM adds in each step, 0 to 1; none if left out.")
+    ] = None,
     guidance_scale: Guidance = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure by guidance, 0 to 1.")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Against pictures that guidance makes too bright, 0 to 1; none if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first image's seed.")] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
-    quality: Annotated[str | None, typer.Option(help="draft, standard or fine: `plan --frontier` made it.")] = None,
-    plans: Annotated[Path | None, typer.Option(help="The folder that it made them in.")] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="draft, standard or fine: one of the plans that `fastcache plan --frontier` wrote."),
+    ] = None,
+    plans: Annotated[Path | None, typer.Option(help="The folder that --frontier wrote them into.")] = None,
     height: Annotated[int | None, typer.Option(help="One of the bundle's heights, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="One of the bundle's widths, in pixels.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Leave out the text encoder's last layers.")] = None,
-    embeds: Annotated[Path | None, typer.Option(help="A .safetensors file of prompt_embeds, ..., a row each.")] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="How many of the text encoder's last layers to leave out.")
+    ] = None,
+    embeds: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors file with prompt_embeds and the like, one row each, instead of --prompt."),
+    ] = None,
     init_image: Annotated[Path | None, _begin(help="A picture to begin with, or to edit.")] = None,
     strength: Annotated[float | None, _begin(help="How much of --init-image to draw anew, 0 to 1.")] = None,
     mask: Annotated[Path | None, _begin(help="A picture, white where to draw on --init-image.")] = None,
-    image_guidance_scale: Annotated[float | None, _begin(help="InstructPix2Pix's, towards --init-image.")] = None,
+    image_guidance_scale: Annotated[
+        float | None, _begin(help="InstructPix2Pix: how closely to follow --init-image.")
+    ] = None,
     control_image: Annotated[
         list[Path] | None, _steer(help="A picture for the bundle's ControlNet; of several, once for each.")
     ] = None,
@@ -96,33 +112,45 @@ def generate(  # as long as its flags are many
         list[float] | None, _steer(help="How much that picture counts; 1 if left out. Once for all, or each.")
     ] = None,
     control_guidance_start: Annotated[
-        list[float] | None, _steer(help="The share of steps before the ControlNet.")
+        list[float] | None, _steer(help="The share of steps, 0 to 1, after which the ControlNet begins.")
     ] = None,
     control_guidance_end: Annotated[
-        list[float] | None, _steer(help="The share of steps at which it ends, 0 to 1.")
+        list[float] | None, _steer(help="The share of steps, 0 to 1, after which it ends.")
     ] = None,
     adapter_image: Annotated[Path | None, _steer(help="A picture for the bundle's T2I-Adapter.")] = None,
     adapter_conditioning_scale: _Count = None,
     ip_adapter_image: Annotated[Path | None, _steer(help="A picture for the bundle's IP-Adapter.")] = None,
     ip_adapter_scale: _Count = None,
-    prompt_2: Annotated[str | None, _told(help="For the second encoder.")] = None,
-    negative_prompt_2: Annotated[str | None, _told(help="For the second.")] = None,
+    prompt_2: Annotated[str | None, _told(help="The prompt for the second text encoder; if left out --prompt.")] = None,
+    negative_prompt_2: Annotated[str | None, _told(help="The same for what not to draw.")] = None,
     original_size: _Pair = None,
     target_size: _Pair = None,
     crops_coords_top_left: _Corner = None,
     negative_original_size: _Pair = None,
     negative_target_size: _Pair = None,
     negative_crops_coords_top_left: _Corner = None,
-    refiner: Annotated[Path | None, _told(help="A refiner's bundle, to finish.", callback=existing_of)] = None,
-    denoising_end: Annotated[float | None, _told(help="Where the refiner takes over, 0 to 1; 0.8.")] = None,
-    aesthetic_score: Annotated[float | None, _told(help="The refiner's; 6.")] = None,
-    negative_aesthetic_score: Annotated[float | None, _told(help="2.5.")] = None,
+    refiner: Annotated[
+        Path | None, _told(help="The bundle of a refiner, which draws the last steps.", callback=existing_of)
+    ] = None,
+    denoising_end: Annotated[
+        float | None,
+        _told(help="The share of the noise levels at which the refiner takes over, 0 to 1; 0.8 if left out."),
+    ] = None,
+    aesthetic_score: Annotated[
+        float | None, _told(help="How good a picture the refiner is told to draw; 6 if left out.")
+    ] = None,
+    negative_aesthetic_score: Annotated[
+        float | None, _told(help="And which it is told to keep away from; 2.5 if left out.")
+    ] = None,
     trusted_key: TrustedKey = None,
     json_: Json = False,
 ) -> None:
     """Draw images with a bundle's engines.
 
-    Example: fastcache generate --engines demo-output/engines --prompt "a red circle" --output out.png
+    Nothing is cached unless --cache-interval, --plan or --quality says so.
+
+    Example: fastcache generate --engines demo-output/engines --prompt "a large red circle at the left on a white
+    background" --cache-interval 3 --output circle.png
     """
     given = {name: _unwrapped(value) for name, value in ctx.params.items() if value not in (None, (), [])}
     _choose_quality(given)
@@ -141,6 +169,8 @@ def generate(  # as long as its flags are many
         )
     else:
         typer.echo("\n".join(image["path"] for image in images))
+        if not given.keys() & {"plan", "cache_interval"}:
+            next_step("nothing was cached; --cache-interval 3 draws faster, and changes the picture a little")
 
 
 def _draw_all(

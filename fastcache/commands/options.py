@@ -14,6 +14,30 @@ if TYPE_CHECKING:
     from fastcache.loop.plan import CachePlan
 
 
+# How much of a build is done when a stage begins: the bundled model's, in whose place a larger one's will do.
+BUILD_SHARES = {
+    "starting": 0.0,
+    "backend": 0.09,
+    "loading": 0.2,
+    "exporting full": 0.26,
+    "exporting a U-Net": 0.26,
+    "building full": 0.8,
+    "checking": 0.8,
+    "exporting the text": 0.82,
+    "exporting the VAE decoder": 0.86,
+    "exporting the VAE encoder": 0.93,
+    "making": 0.96,
+    "sealing": 0.99,
+}
+STARTING = "starting: PyTorch and diffusers are imported, which takes some seconds"
+
+
+def generate_with(engines: Path, model: str, flags: str) -> str:
+    """A command that draws with a bundle, to be typed next."""
+    prompt = "a large blue square at the right on a white background" if model == "demo" else "..."
+    return f'fastcache generate --engines {engines} --prompt "{prompt}" {flags} --output picture.png'
+
+
 def existing(folder: Path | None, flag: str = "DIR") -> Path | None:
     """Raises: `ValueError` for a folder that is not there; what is wrong with one that is, its reader says."""
     if folder is not None and not folder.exists():
@@ -28,29 +52,52 @@ def existing_of(param: typer.CallbackParam, folder: Path | None) -> Path | None:
     return existing(folder, param.metavar or param.opts[0])
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document, and nothing else.")]
 EnginesOption = Annotated[
-    Path, typer.Option("--engines", help="A bundle, as build-engines makes it.", callback=existing_of)
+    Path,
+    typer.Option(
+        "--engines",
+        envvar="FASTCACHE_ENGINES",
+        help="The folder of a bundle, as build-engines makes it.",
+        callback=existing_of,
+    ),
 ]
 TrustedKey = Annotated[
-    Path | None, typer.Option(help="A public key, PEM of Ed25519: a bundle that it has not signed is refused.")
+    Path | None,
+    typer.Option(
+        envvar="FASTCACHE_TRUSTED_KEY",
+        help="A public key (Ed25519, PEM). A bundle that it has not signed is refused.",
+    ),
 ]
 Sampler = Annotated[
     str | None,
-    typer.Option(help="ddim, pndm, ddpm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; the model's own."),
+    typer.Option(help="ddim, pndm, euler, euler_a, dpm++_2m, unipc, heun, lms, lcm, ...; if left out the model's own."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance; 1 or less switches it off; the model's own.")
+    float | None,
+    typer.Option(
+        help="How closely to follow the prompt; 1 or less switches guidance off. If left out the model's own."
+    ),
 ]
-RandomWeights = Annotated[bool, typer.Option("--random-weights", help="A preset's shape, for speed only.")]
-Revision = Annotated[str | None, typer.Option(help="Pin a hub id to this revision.")]
+RandomWeights = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights", help="Take a preset's shape without its weights: good for timing, not for pictures."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="The commit, tag or branch of a model on the hub.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option(help="Image height in pixels; the model's own if left out.")]
 Width = Annotated[int | None, typer.Option(help="Image width in pixels; the model's own if left out.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one if left out.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. If left out, a GPU where there is one.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
-CacheInterval = Annotated[int | None, typer.Option(min=1, help="Refresh the cached feature every N steps.")]
-PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of an interval.")]
+CacheInterval = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Run the whole U-Net every N steps, and in the others only its shallow layers; 1 means no caching."
+    ),
+]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file, made by `fastcache plan`, instead of an interval.")]
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import EnginesOption, Json, Sampler, Steps, check_writable, prompts_or_own
-from fastcache.console import print_json, progress
+from fastcache.commands.options import (
+    EnginesOption,
+    Json,
+    Sampler,
+    Steps,
+    check_writable,
+    generate_with,
+)
+from fastcache.console import next_step, print_json
 from fastcache.expect import number
 
 if TYPE_CHECKING:
     from fastcache.bundle.manifest import Manifest
     from fastcache.loop.plan import CachePlan
-    from fastcache.pipeline.pipeline import FastCachePipeline
-    from fastcache.planning.calibration import Calibration
-    from fastcache.planning.ways import StepTimes
 
 
 _FORMULAS = ("--uniform", "--nonuniform")
@@ -33,68 +37,111 @@ def plan(  # as long as its flags are many
     steps: Steps,
     output: Annotated[Path | None, typer.Option(help="The plan file to write (JSON).")] = None,
     sampler: Sampler = None,
-    uniform: Annotated[int | None, typer.Option(min=1, help="A refresh every N U-Net calls.")] = None,
-    nonuniform: Annotated[int | None, typer.Option(min=1, help="As many, dense around --center.")] = None,
-    center: Annotated[float | None, typer.Option(help="The densest step; 0.3 of all if left out.")] = None,
-    power: Annotated[float | None, typer.Option(help="How fast refreshes thin out; 1.4 if left out.")] = None,
-    as_shipped: Annotated[bool, typer.Option("--as-shipped", help="As DeepCache's code has it.")] = False,
-    refreshes: Annotated[int | None, typer.Option(min=1, help="The best plan of K refreshes.")] = None,
-    budget: Annotated[float | None, typer.Option(help="The best fitted plan for so many full steps' time.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="The same for a loop's time here.")] = None,
-    frontier: Annotated[Path | None, typer.Option(help="A folder for draft, standard, fine, and a chart.")] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Fit any other plan's rows, too.")] = False,
-    reference_steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="To stay near; --steps if left out.")
+    uniform: Annotated[int | None, typer.Option(min=1, help="A full step every N U-Net calls.")] = None,
+    nonuniform: Annotated[
+        int | None, typer.Option(min=1, help="As many full steps as --uniform N, dense around --center.")
     ] = None,
-    reference_sampler: Annotated[str | None, typer.Option(help="To stay near; --sampler if left out.")] = None,
+    center: Annotated[
+        float | None, typer.Option(help="The step around which full steps are densest; 0.3 of all steps if left out.")
+    ] = None,
+    power: Annotated[
+        float | None, typer.Option(help="How fast full steps thin out away from it; 1.4 if left out.")
+    ] = None,
+    as_shipped: Annotated[
+        bool, typer.Option("--as-shipped", help="The formula of DeepCache's code, which differs from its paper's.")
+    ] = False,
+    refreshes: Annotated[int | None, typer.Option(min=1, help="The plan of K full steps with the least error.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="The best fitted plan that takes the time of X full steps.")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="The best fitted plan whose loop takes so many ms on this machine.")
+    ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="A folder to write draft.json, standard.json, fine.json and a chart into.")
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Also fit the weights of any other plan's updates.")] = False,
+    reference_steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="The steps of the run that a fitted plan stays near; --steps if left out."),
+    ] = None,
+    reference_sampler: Annotated[
+        str | None, typer.Option(help="The sampler of that run; --sampler if left out.")
+    ] = None,
     calibration_images: Annotated[
-        int, typer.Option(min=1, max=10**6, help="To fit on, a third of them left out.")
+        int, typer.Option(min=1, max=10**6, help="How many pictures to fit on; a third of them is kept for checking.")
     ] = 12,
     choose_guidance: Annotated[
-        bool, typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be left out where it pays.")
+        bool,
+        typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be off in steps where that pays."),
     ] = False,
     branch_id: Annotated[
         str | None,
-        typer.Option(help="Of the bundle's branches those to use, by commas; its first, or for a latency all of them."),
+        typer.Option(help="Which of the bundle's cuts to use, by commas. If left out its first, or for a latency all."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Refresh where changes add up to more (Block Caching).")
+        float | None, typer.Option(help="A full step wherever the feature's changes add up to more than D.")
     ] = None,
     blocks: Annotated[
         bool,
-        typer.Option("--blocks", help="With --threshold each by its own changes; else patterns may run."),
+        typer.Option(
+            "--blocks", help="With --threshold, each block by its own changes; with the others, blocks may be left out."
+        ),
     ] = False,
     no_scale_shift: Annotated[
-        bool, typer.Option("--no-scale-shift", help="With --blocks: reuse residuals as they are.")
+        bool,
+        typer.Option("--no-scale-shift", help="With --blocks --threshold: reuse what blocks add as it is, unscaled."),
     ] = False,
-    chart: Annotated[Path | None, typer.Option(help="With --blocks: a picture of the schedule (PNG).")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="With --blocks --threshold: draw the schedule into this PNG file.")
+    ] = None,
     guidance_steps: Annotated[
-        str | None, typer.Option(help="A:B, guidance at steps A to B-1; others cost half.")
+        str | None, typer.Option(help="A:B, guidance in steps A to B-1 only; the other steps cost half.")
     ] = None,
     forecast: Annotated[
-        int | None, typer.Option(min=1, max=2, help="Extrapolate features: 1 linear, 2 squared.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="Foretell features from earlier ones instead of reusing them: 1 by a line, 2 by a parabola.",
+        ),
     ] = None,
-    forecast_by: Annotated[str, typer.Option(help="Over the step, or the noise level (sigma).")] = "step",
-    damping: Annotated[float | None, typer.Option(help="How much of it counts, 0 to 1; 1 if left out.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="To calibrate on, one a line; demo has its own.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, max=10**6, help="How many prompts to calibrate on, at most.")] = 8,
-    guidance_scale: Annotated[float | None, typer.Option(help="While calibrating; the model's own.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A kept one; else one is measured, and kept.")] = None,
+    forecast_by: Annotated[
+        str, typer.Option(help="What the line is drawn over: step, or sigma (the noise level).")
+    ] = "step",
+    damping: Annotated[
+        float | None, typer.Option(help="How much of the forecast counts, 0 to 1; 1 if left out.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file of prompts to measure on, one a line. The bundled model has its own."),
+    ] = None,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, max=10**6, help="How many of these prompts to measure on, at most.")
+    ] = 8,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The guidance to measure at; if left out the model's own.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A measurement that was kept. If left out, one is made and kept in the cache folder."),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a plan: which steps refresh the cached feature.
+    """Write a plan: in which steps the whole U-Net runs (a full step), and in which only its shallow layers.
 
-    --uniform and --nonuniform follow a formula; --refreshes finds the plan of least error, and --threshold follows the
-    feature, both from a calibration, which takes minutes, once. --budget and --max-latency-ms choose which of the
-    sampler's calls to visit at all, and fit the rows, so that the picture stays near that of --steps steps.
+    --uniform and --nonuniform follow a formula. --refreshes finds the plan of least error, and --threshold follows the
+    feature; both need a measurement, which takes minutes, once. --budget and --max-latency-ms make a fitted plan: they
+    choose which of the sampler's U-Net calls to make at all, and fit the weights of each update, so that the picture
+    stays near that of --steps steps.
 
     Example: fastcache plan --engines demo-output/engines --steps 50 --sampler ddim --refreshes 10 --output plan.json
     """
     from fastcache.bundle.bundle import read_manifest
     from fastcache.commands.blocks import scheduled_blocks
     from fastcache.commands.fitted import fitted, show_frontier
+    from fastcache.commands.wished import by_formula, by_measurement, extended
     from fastcache.evaluate.evaluate import num_calls
-    from fastcache.files import write_whole
     from fastcache.sampler.scheduler import own_sampler
 
     _check(wish := _wish(ctx.params), ctx.params)
@@ -104,6 +151,8 @@ def plan(  # as long as its flags are many
     sampler = ctx.params["sampler"] = sampler or own_sampler(manifest.model.scheduler)
     if frontier is not None:
         show_frontier(fitted(engines, branches, ctx.params)[1], frontier, as_json=json_)
+        if not json_:
+            next_step(generate_with(engines, manifest.model.name, f"--quality standard --plans {frontier}"))
         return
     if blocks and threshold is not None:
         made, details = scheduled_blocks(engines, ctx.params)
@@ -111,19 +160,26 @@ def plan(  # as long as its flags are many
         made, details = fitted(engines, branches, ctx.params)
     elif wish in _FORMULAS:
         calls = num_calls(manifest, sampler, steps)
-        made = _by_formula(calls, branches[0], uniform, nonuniform, center=center, power=power, as_shipped=as_shipped)
+        made = by_formula(calls, branches[0], uniform, nonuniform, center=center, power=power, as_shipped=as_shipped)
         made, details = replace(made, model=manifest.model.name, sampler=sampler), {}
     else:
-        made, details = _by_measurement(engines, branches, ctx.params)
-    made = _extended(made, manifest, guidance_steps, forecast, forecast_by, damping)
+        made, details = by_measurement(engines, branches, ctx.params)
+    made = extended(made, manifest, guidance_steps, forecast, forecast_by, damping)
     if fit:
         made, told = fitted(engines, branches, ctx.params, made)
         details |= told
-    if output is None:
-        return
+    if output is not None:
+        _write(output, made, details, as_json=json_)
+        if not json_:
+            next_step(generate_with(engines, manifest.model.name, f"--plan {output}"))
+
+
+def _write(output: Path, made: CachePlan, details: Mapping[str, Any], *, as_json: bool) -> None:
+    from fastcache.files import write_whole
+
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, (made.to_json() + "\n").encode())
-    if json_:
+    if as_json:
         print_json(json.loads(made.to_json()) | details)
     else:
         _show(output, made, details)
@@ -170,49 +226,6 @@ def _check_blocks(wish: str, given: set[str]) -> None:
         raise ValueError("expected --no-scale-shift and --chart only with --blocks --threshold, got them without")
 
 
-def _by_measurement(
-    engines: Path, branches: Sequence[int], flags: Mapping[str, Any]
-) -> tuple[CachePlan, dict[str, Any]]:
-    """The plan that the flags wish for, from a calibration, and what it was made from."""
-    from fastcache.bundle.bundle import open_bundle
-    from fastcache.evaluate.evaluate import num_calls
-    from fastcache.evaluate.judges import calibration_prompts
-    from fastcache.pipeline.pipeline import FastCachePipeline
-    from fastcache.planning.planning import kept_calibration, latency_plan, measure_loop, optimal_plan, threshold_plan
-
-    sampler, steps, choosing = flags["sampler"], flags["steps"], flags["choose_guidance"]
-    latency_ms: float | None = flags["max_latency_ms"]
-    given, kept = (None if flags[name] is None else Path(flags[name]) for name in ("prompts", "calibration"))
-    with progress() as say:
-        pipe, prompts, most = FastCachePipeline(open_bundle(engines)), list[str](), flags["num_prompts"]
-        usual, wanted = pipe.bundle.manifest.model.defaults.guidance_scale, flags["guidance_scale"]
-        guidance = usual if wanted is None else wanted
-        times = None
-        if latency_ms is not None:
-            say("timing full and shallow steps")
-            times = measure_loop(pipe, sampler, steps, guidance, branches, guidance=choosing)
-            times.check(latency_ms, num_calls(pipe.bundle.manifest, sampler, steps))
-        if kept is None:
-            prompts = prompts_or_own(given, pipe.bundle.manifest, lambda: calibration_prompts(most))[:most]
-        measured = kept_calibration(
-            pipe,
-            prompts,
-            sampler=sampler,
-            num_steps=steps,
-            guidance_scale=guidance,
-            guidance=choosing,
-            file=kept,
-            say=say,
-        )
-    if times is not None and latency_ms is not None:
-        made = latency_plan(measured, times, latency_ms, guidance=choosing)
-    elif flags["threshold"] is not None:
-        made = threshold_plan(measured, branches[0], flags["threshold"])
-    else:
-        made = optimal_plan(measured, branches[0], flags["refreshes"])
-    return made, _conditions(pipe, measured, made, times)
-
-
 def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[int]:
     """The bundle's branches that the plan may use."""
     if text is None:
@@ -225,66 +238,6 @@ def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[in
     if len(named) > 1 and not several:
         raise ValueError(f"expected several branches only with --max-latency-ms, got {text!r}; name one")
     return named
-
-
-def _by_formula(
-    calls: int,
-    branch_id: int,
-    uniform: int | None,
-    nonuniform: int | None,
-    *,
-    center: float | None,
-    power: float | None,
-    as_shipped: bool,
-) -> CachePlan:
-    from fastcache.loop.plan import CachePlan
-
-    if uniform is not None:
-        return CachePlan.uniform(calls, uniform, branch_id)
-    middle = 0.3 * calls if center is None else center
-    return CachePlan.nonuniform(calls, nonuniform or 1, middle, 1.4 if power is None else power, branch_id, as_shipped)
-
-
-def _extended(
-    made: CachePlan, manifest: Manifest, guidance_steps: str | None, order: int | None, by: str, damping: float | None
-) -> CachePlan:
-    """The plan with guidance in an interval and a forecast, where they are asked for, held against the bundle."""
-    from fastcache.loop.features import check_reuse
-    from fastcache.loop.plan import Forecast
-
-    if order is None and (damping is not None or by != "step"):
-        raise ValueError("expected --forecast-by and --damping only with --forecast, got one without")
-    if order is not None:
-        made = replace(made, forecast=Forecast(order, 1.0 if damping is None else damping, cast(Any, by)))
-    if guidance_steps is None:
-        check_reuse(made, manifest.passes)
-        return made
-    first, colon, end = guidance_steps.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal()):
-        raise ValueError(f"expected --guidance-steps as A:B, two steps, got {guidance_steps!r}")
-    try:
-        made = made.guided_within(int(first), int(end))
-        check_reuse(made, manifest.passes)
-    except ValueError as error:
-        raise ValueError(f"--guidance-steps: {error}") from None
-    return made
-
-
-def _conditions(
-    pipe: FastCachePipeline, measured: Calibration, made: CachePlan, times: StepTimes | None
-) -> dict[str, Any]:
-    """What the plan was made from, and for a latency what was timed."""
-    found: dict[str, Any] = {"calibration_samples": len(measured.samples)}
-    if times is not None:
-        manifest = pipe.bundle.manifest
-        found |= {
-            "expected_loop_ms": round(times.loop_ms(made), 1),
-            "full_step_ms": round(times.full_ms, 3),
-            "shallow_step_ms": {str(branch): round(ms, 3) for branch, ms in times.shallow_ms.items()},
-            "unguided_step_ms": {"full" if b is None else str(b): round(ms, 3) for b, ms in times.unguided_ms.items()},
-            "timed_at": f"batch {times.batch}, {manifest.backend} {manifest.dtype} on {manifest.device}",
-        }
-    return found
 
 
 def _show(output: Path, made: CachePlan, details: Mapping[str, Any]) -> None:

@@ -56,9 +56,10 @@ def serve(
         from fastcache.serve.http.server import serve as serve_offer
     except ImportError as error:
         from fastcache.errors import BackendUnavailable
+        from fastcache_engines.extras import install
 
         raise BackendUnavailable(
-            f"expected the packages of serving ({error.name}); pip install 'fastcache[serve]'"
+            f"expected the packages of serving, got none ({error.name}); run: {install('serve')}"
         ) from error
     from fastcache.serve.http.limits import Limits
     from fastcache.serve.http.log import JsonLines, Lines, Unblocked

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import diffusers
 import torch
@@ -33,6 +33,7 @@ from fastcache.bundle.bundle import MANIFEST, Bundle, add_signature, open_bundle
 from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.bundle.signing import signer
+from fastcache.compile.fields import RecipeFields
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.compile.quantize import require_nncf
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
@@ -176,11 +177,11 @@ def build_engines(
     force: bool = False,
     sign: str | os.PathLike[str] | None = None,
     progress: Progress = lambda message: None,
-    **fields: Any,
+    **fields: Unpack[RecipeFields],
 ) -> Bundle:
     """Build a bundle of engines for a model, or return the one that is there if nothing about it would change.
 
-    `fields` are those of `Recipe` (backend, branch_id, height, width, batch, ...). Sizes are in pixels. `sign` is a
+    `fields` are `RecipeFields` (backend, branch_id, height, width, batch, ...). Sizes are in pixels. `sign` is a
     private key's file (PEM, Ed25519), which signs the bundle, also one that is there.
 
     Raises: `ValueError` for bad fields or a bad model; `PartitionError`; `BackendUnavailable`; `BuildError` when the
@@ -192,7 +193,7 @@ def build_engines(
     if not callable(progress):
         raise expected("progress to be a function of a text", progress, "leave it out")
     signs = None if sign is None else signer(Path(path_text("sign", sign)))
-    job, folder = resolve(recipe_from(given | fields)), _free_or_bundle(place)
+    job, folder = resolve(recipe_from({**given, **fields})), _free_or_bundle(place)
     with _alone(folder):
         _clear_remains(folder)
         bundle = None if force else _same_bundle(folder, job)

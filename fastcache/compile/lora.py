@@ -21,6 +21,7 @@ from fastcache.compile.checkpoint import require_finite, require_keys
 from fastcache.errors import BackendUnavailable
 from fastcache.expect import first_line
 from fastcache.files import sha256_of
+from fastcache_engines.extras import install
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,9 +43,7 @@ def entry_of(lora: Lora) -> LoraEntry:
     if file.suffix != ".safetensors" or not file.is_file():
         raise ValueError(f"expected a LoRA as PATH[:WEIGHT], PATH a .safetensors file, got {lora.path!r}")
     if importlib.util.find_spec("peft") is None:
-        raise BackendUnavailable(
-            "merging a LoRA needs peft, which is not installed; run: pip install 'fastcache[lora]'"
-        )
+        raise BackendUnavailable(f"merging a LoRA needs peft, which is not installed; run: {install('lora')}")
     return LoraEntry(name=file.name, sha256=sha256_of(file), weight=lora.weight)
 
 

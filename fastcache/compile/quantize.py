@@ -29,6 +29,7 @@ from torch import Tensor
 from fastcache.bundle.manifest import KeptLayers, QuantizedEngine
 from fastcache.errors import BackendUnavailable, BuildError
 from fastcache.expect import first_line
+from fastcache_engines.extras import install
 
 Kind = Literal["conv", "linear", "attention"]
 
@@ -53,9 +54,7 @@ class Group:
 def require_nncf() -> None:
     """Raise `BackendUnavailable` where NNCF is not installed."""
     if importlib.util.find_spec("nncf") is None:
-        raise BackendUnavailable(
-            "NNCF, which chooses 8-bit ranges, is not installed; run: pip install 'fastcache[int8]'"
-        )
+        raise BackendUnavailable(f"NNCF, which chooses 8-bit ranges, is not installed; run: {install('int8')}")
 
 
 def quantize(path: Path, calls: Sequence[Mapping[str, Tensor]], weight_bits: int) -> tuple[ir.Model, QuantizedEngine]:

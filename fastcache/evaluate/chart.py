@@ -14,6 +14,7 @@ from typing import Any
 from fastcache.errors import BackendUnavailable
 from fastcache.evaluate.evaluate import Score
 from fastcache.evaluate.quality import MOST_DB
+from fastcache_engines.extras import install
 
 # what each panel shows, whether more is better, and the most that there can be; the least is 0
 PANELS = {
@@ -27,7 +28,7 @@ PANELS = {
 def require_matplotlib() -> None:
     """Ask before long work whether its charts can be drawn. Raises: `BackendUnavailable` without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise BackendUnavailable("matplotlib is not installed; run: pip install 'fastcache[bench]'")
+        raise BackendUnavailable(f"matplotlib is not installed; run: {install('bench')}")
 
 
 def frontier(points: Sequence[tuple[float, float]], *, higher: bool = True) -> list[int]:

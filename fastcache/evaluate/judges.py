@@ -24,6 +24,7 @@ from fastcache.demo.scenes import Object, Scene, held_out_scenes, render, traini
 from fastcache.errors import BackendUnavailable
 from fastcache.evaluate.evaluate import Judge
 from fastcache.evaluate.quality import psnr_db_each
+from fastcache_engines.extras import install
 
 Array = npt.NDArray[np.floating]
 
@@ -46,7 +47,7 @@ def _torchmetrics() -> Any:
     try:
         import torchmetrics
     except ImportError as error:
-        raise BackendUnavailable(f"SSIM and LPIPS need torchmetrics ({error}); install fastcache[bench]") from None
+        raise BackendUnavailable(f"SSIM and LPIPS need torchmetrics ({error}); run: {install('bench')}") from None
     return torchmetrics
 
 

@@ -5,17 +5,15 @@ Knows files, engines and their errors; knows nothing about steps or pictures.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fastcache_engines
-from fastcache.bundle.bundle import FileCheck, check_files, plain_file, read_manifest
-from fastcache.bundle.manifest import Manifest, Parity, Role
-from fastcache.errors import BackendUnavailable
+from fastcache.bundle.bundle import FileCheck, check_files, read_manifest
+from fastcache.bundle.manifest import Manifest, Parity
+from fastcache.health.facts import engine_facts
 from fastcache.loop.runtime import check_here, check_version, measure_here
-from fastcache_engines import onnx_files
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,6 @@ def verify_bundle(folder: Path, trusted: Path | None = None) -> Verification:
     doubts = {manifest.engines[role].file: doubt for role, said in facts.items() if (doubt := _doubt(said))}
     files = tuple(FileCheck(check.name, doubts.get(check.name)) for check in files)
     return Verification(manifest, files, None, support.reason)
-
-
-def engine_facts(folder: Path, manifest: Manifest) -> dict[Role, dict[str, Any]]:
-    """For each engine, what its backend can tell of the file without loading it, or why it cannot."""
-    graphs = manifest.recipe.onnx_only
-    describe = onnx_files.describe if graphs else fastcache_engines.backend(manifest.backend).describe
-    facts: dict[Role, dict[str, Any]] = {}
-    entries = {entry.name: entry for entry in manifest.files}
-    for role, engine in manifest.engines.items():
-        try:
-            facts[role] = dataclasses.asdict(describe(plain_file(folder, entries[engine.file])))
-        except (BackendUnavailable, ValueError, OSError) as error:
-            facts[role] = {"unknown": str(error)}
-    return facts
 
 
 def _doubt(facts: dict[str, Any]) -> str | None:

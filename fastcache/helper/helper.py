@@ -70,7 +70,7 @@ class FastCacheHelper:
         if not isinstance(getattr(pipe, "unet", None), nn.Module):
             raise ValueError(f"expected pipe with a U-Net, got {type(pipe).__name__} without one; give a pipeline")
         if not isinstance(kernels, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise expected("kernels to be True or False", kernels, "see the README for what they are")
+            raise expected("kernels to be True or False", kernels, "docs/kernels.md says what they are")
         if not isinstance(engines, Bundle | str | os.PathLike | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("engines to be a bundle or its folder", engines, "build one with `fastcache build`")
         if kernels and engines is not None:

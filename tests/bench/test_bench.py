@@ -127,7 +127,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "DeepCache" else find_spec(name))
     found = line_up(names, Defaults(), "cpu")
     reasons = {arm.name: reason for arm, reason in found.skipped.items()}
-    assert "fastcache[bench]" in reasons["deepcache"]
+    assert "fastcache-diffusion[bench]" in reasons["deepcache"]
     assert reasons["engine:tensorrt"] == fastcache_engines.backend("tensorrt").support("cpu").reason
     assert "bf16" in reasons["engine+cache:onnxruntime:bf16"]
     assert "no backend for fp16" in reasons["engine:auto:fp16"]

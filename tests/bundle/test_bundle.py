@@ -21,7 +21,8 @@ from fastcache.bundle.bundle import MANIFEST, check_files, open_bundle, publish,
 from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.parity import relative_error
 from fastcache.files import write_whole
-from fastcache.health.verify import engine_facts, verify_bundle
+from fastcache.health.facts import engine_facts
+from fastcache.health.verify import verify_bundle
 from fastcache_engines import choose
 
 PROMISED = [

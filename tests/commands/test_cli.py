@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 
 from fastcache import __version__
 from fastcache.bundle.bundle import Bundle
-from fastcache.cli import main
+from fastcache.cli import app, main
 from fastcache.commands.options import check_writable
 from fastcache.console import print_table
 from fastcache.loop.plan import CachePlan
@@ -265,3 +269,65 @@ def test_bench_times_all_arms_side_by_side(command: Any, tiny_bundle: Bundle, tm
     assert cached < by_name["engine"]["psnr_db_vs_eager"]
     assert by_name["eager"]["shallow_step_ms_p50"] is None
     assert by_name["engine+cache"]["shallow_step_ms_p50"] > 0
+
+
+def test_how_much_is_said(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints and progress as usual, none with -q at any place, and FASTCACHE_LOG before flags."""
+    assert "next: fastcache build-engines" in command("doctor").err
+    assert command("doctor", "-q").err == ""
+    assert command("-q", "doctor").err == ""
+    monkeypatch.setenv("FASTCACHE_LOG", "error")
+    assert command("doctor").err == ""
+    assert "next:" in command("doctor", "-v", "-v").err
+    monkeypatch.setenv("FASTCACHE_LOG", "loud")
+    refused = command("doctor")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "expected FASTCACHE_LOG out of error, warning, info, debug, got 'loud'" in refused.err
+
+
+def test_shells_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        **os.environ,
+        "_FASTCACHE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "fastcache mod",
+        "COMP_CWORD": "1",
+    }
+    script = "import sys; sys.argv = ['fastcache']; from fastcache.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.split() == ["models"]
+
+
+def test_every_flag_of_the_server_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: Any = typer.main.get_command(app)
+    monkeypatch.setenv("FASTCACHE_HOST", "0.0.0.0")
+    monkeypatch.setenv("FASTCACHE_MAX_BATCH", "3")
+    monkeypatch.setenv("FASTCACHE_ENGINES", str(Path(__file__).parent))
+    found = commands.commands["serve"].make_context("serve", ["--max-batch", "2"]).params
+    assert (found["host"], found["max_batch"], found["port"]) == ("0.0.0.0", 2, 8000)  # a flag comes before a variable
+
+
+def test_models_lists_and_prunes(command: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
+    cache = tmp_path / "cache" / "fastcache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "nothing in" in command("models").out
+    shutil.copytree(tiny_bundle.path, cache / "engines" / "old")
+    (cache / "calibrations").mkdir()
+    (cache / "calibrations" / "a.json").write_text("{}")
+    month_ago = time.time() - 31 * 24 * 3600
+    for file in (cache / "engines" / "old").rglob("*"):
+        os.utime(file, (month_ago, month_ago))
+
+    found = command("models", "--json", "--folder", tiny_bundle.path.parent).json
+    assert "sd15" in found["presets"]
+    kept = {Path(one["path"]).name: one for one in found["kept"]}
+    assert {"old", "calibrations", tiny_bundle.path.name} <= set(kept)
+    assert (kept["old"]["backend"], kept["old"]["days_unused"]) == (tiny_bundle.manifest.backend, 31)
+    assert kept["old"]["bytes"] == sum(file.bytes for file in tiny_bundle.manifest.files)
+    assert "31 days ago" in command("models").out
+
+    assert "could be freed" in command("models", "prune", "--dry-run").out
+    assert (cache / "engines" / "old").is_dir()
+    assert command("models", "prune", "--json").json["removed"] == [str(cache / "engines" / "old")]
+    assert [path.name for path in sorted(cache.rglob("*"))] == ["calibrations", "a.json", "engines"]
+    refused = command("models", "--folder", tmp_path / "none")
+    assert (refused.code, "expected --folder to be a folder" in refused.err) == (2, True)

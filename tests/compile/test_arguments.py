@@ -13,6 +13,7 @@ import pytest
 
 import fastcache
 from fastcache import BuildError, Recipe
+from fastcache.compile.fields import RecipeFields
 from odd_values import ODD, refusal
 
 OWN = [name for name in inspect.signature(fastcache.build_engines).parameters if name != "fields"]
@@ -56,6 +57,10 @@ def test_any_value_is_taken_or_refused_in_one_line_that_names_it(name: str, aske
         assert said is not None
         assert said == BEGINS or names(said, name, value), said
         assert not list(Path().rglob("*")), said
+
+
+def test_editors_are_told_every_field_of_a_recipe() -> None:
+    assert RecipeFields.__annotations__.keys() == Recipe.model_fields.keys() - {"model"}
 
 
 def names(said: str, name: str, value: Any) -> bool:

@@ -187,7 +187,7 @@ def test_auto_picks_what_is_there_and_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_openvino_tells_nobody_of_being_used() -> None:
-    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'fastcache[openvino]'")
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'fastcache-diffusion[openvino]'")
     code = (
         "import sys; from fastcache_engines import openvino; openvino.version(); "
         "assert not [name for name in sys.modules if name.startswith('openvino_telemetry')]; import openvino_telemetry"

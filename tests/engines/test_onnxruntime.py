@@ -192,7 +192,11 @@ def test_without_any_runtime_a_build_says_what_to_install(tmp_path: Path, monkey
     monkeypatch.setattr(compiler, "missing", lambda device: "AOTInductor builds with a C++ compiler; install g++")
     with pytest.raises(BackendUnavailable) as caught:
         fastcache_engines.choose("cpu", "fp32")
-    for remedy in ("pip install onnxruntime", "pip install 'fastcache[openvino]'", "install g++"):
+    for remedy in (
+        "pip install 'fastcache-diffusion[cpu]'",
+        "pip install 'fastcache-diffusion[openvino]'",
+        "install g++",
+    ):
         assert remedy in str(caught.value)
 
 

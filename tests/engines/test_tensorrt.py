@@ -256,7 +256,7 @@ def test_bindings_without_their_libraries(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tensorrt, "version", Package("tensorrt", "half_installed", "TensorRT").version)
     found = tensorrt.support("cuda")
     assert found.reason.startswith("TensorRT is installed but does not load (libnvinfer.so.11: cannot open shared")
-    assert "pip install 'fastcache[tensorrt]'" in found.reason
+    assert "pip install 'fastcache-diffusion[tensorrt]'" in found.reason
 
 
 def test_importing_the_backends_imports_no_library() -> None:

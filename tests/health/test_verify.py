@@ -16,7 +16,8 @@ from fastcache import BackendUnavailable, BundleError
 from fastcache.bundle.bundle import MANIFEST, Bundle, read_manifest
 from fastcache.bundle.manifest import FileEntry
 from fastcache.files import sha256_of
-from fastcache.health.verify import engine_facts, verify_bundle
+from fastcache.health.facts import engine_facts
+from fastcache.health.verify import verify_bundle
 
 
 def sign(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter holds: lazy imports, a README that runs, quiet library code."""
+"""The rules of the house that no linter holds: lazy imports, pages that run, quiet library code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ import pytest
 import typer
 
 from build_store import BuildStore
+from fastcache.bundle.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = (
     ROOT / "fastcache",
     ROOT / "engines" / "fastcache_engines",
@@ -53,23 +56,32 @@ PUBLIC = (
     "load",
     "partition_unet",
 )
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(<!-- parsed only -->\n)?```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:\.venv/bin/)?fastcache\s")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a Markdown text; `line` is that of its first line of content, from 1."""
+    """A fenced block of a Markdown text; `line` is that of its first line of content, from 1.
+
+    One under `<!-- parsed only -->` takes minutes, a server, or a model that is not here: it is read, not run.
+    """
 
     language: str
     text: str
     line: int
+    runs: bool = True
 
 
 def fenced_blocks(markdown: str) -> list[Block]:
     return [
-        Block(match[1], match[2], markdown.count("\n", 0, match.start(2)) + 1) for match in FENCE.finditer(markdown)
+        Block(match[2], match[3], markdown.count("\n", 0, match.start(3)) + 1, match[1] is None)
+        for match in FENCE.finditer(markdown)
     ]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    return fenced_blocks(page.read_text(encoding="utf-8"))
 
 
 def shell_commands(text: str) -> Iterator[str]:
@@ -81,13 +93,13 @@ def shell_commands(text: str) -> Iterator[str]:
             yield line.removeprefix(".venv/bin/")
 
 
-def as_script(blocks: list[Block]) -> str:
-    """One Python program that does what a reader of the blocks would do, in their order."""
+def as_script(page: Path) -> str:
+    """One Python program that does what a reader of the page would do, block by block."""
     script = ["import subprocess", "namespace = {'__name__': '__main__'}"]
-    for block in blocks:
+    for block in filter(lambda block: block.runs, blocks_of(page)):
         if block.language == "python":
-            source = "\n" * (block.line - 1) + block.text  # tracebacks then name the README's own lines
-            script.append(f"exec(compile({source!r}, {str(README)!r}, 'exec'), namespace)")
+            source = "\n" * (block.line - 1) + block.text  # tracebacks then name the page's own lines
+            script.append(f"exec(compile({source!r}, {str(page)!r}, 'exec'), namespace)")
         elif block.language in ("console", "sh"):
             script += [
                 f"subprocess.run(['bash', '-c', {command!r}], check=True)" for command in shell_commands(block.text)
@@ -121,6 +133,22 @@ def test_import_is_lazy():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"missing": [], "loaded": []}
+
+
+def test_inspect_needs_no_torch(tiny_bundle: Bundle):
+    script = (
+        "import sys\n"
+        "from fastcache.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print('loaded', *[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(tiny_bundle.path), "--json", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    document, _, loaded = result.stdout.rpartition("loaded")
+    assert (json.loads(document)["backend"], loaded.split()) == (tiny_bundle.manifest.backend, [])
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -160,40 +188,72 @@ def test_drawing_imports_neither_diffusers_nor_transformers(
     assert result.stdout.split() == [str(output)]
 
 
-@pytest.fixture(scope="module")
-def readme() -> list[Block]:
-    assert README.is_file(), "README.md is missing: its blocks are part of what is tested"
-    blocks = fenced_blocks(README.read_text(encoding="utf-8"))
-    assert any(block.language == "python" for block in blocks), "README.md has no ```python block"
-    return blocks
+def test_readme_is_read_in_a_minute():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert any(block.language == "python" for block in blocks_of(README))
 
 
-def test_readme_is_python_that_compiles_and_commands_that_exist(
-    readme: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_python_that_compiles_and_commands_that_exist(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What `test_readme_runs` runs, in minutes."""
+    """What `test_page_runs` runs, in minutes."""
     from fastcache.cli import app
 
-    for folder in re.findall(r"--engines (\S+)", README.read_text(encoding="utf-8")):
+    for folder in re.findall(r"--(?:engines|plans) ([^\s`]+)", page.read_text(encoding="utf-8")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)  # the commands before would have made them
     monkeypatch.chdir(tmp_path)
     commands: Any = typer.main.get_command(app)
-    for block in readme:
+    for block in blocks_of(page):
         if block.language == "python":
-            compile(block.text, str(README), "exec")
+            compile(block.text, str(page), "exec")
         elif block.language in ("console", "sh"):
             for line in shell_commands(block.text):
                 _, name, *arguments = shlex.split(line, comments=True)
                 commands.commands[name].make_context(name, arguments)
 
 
-@pytest.mark.slow
-def test_readme_runs(readme: list[Block], tmp_path: Path):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_pages_lead_somewhere(page: Path):
+    """Links within the repository, to a heading too."""
+    missing: list[str] = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)):
+        if "://" in link:
+            continue
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            missing.append(link)
+    assert missing == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    """mkdocs runs as a program; without the extra `docs` there is none."""
+    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install 'fastcache-diffusion[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for page in ("index", "api", "choosing"):
+        text = (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8")
+        assert "build_engines" in text or page == "choosing"
+        assert "../tools/" not in text
+
+
+def anchors(page: Path) -> list[str]:
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+
+
+def do_in(folder: Path, script: str) -> None:
+    """Run a Python program there, with the command `fastcache` at hand."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     result = subprocess.run(
-        [sys.executable, "-c", as_script(readme)],
-        cwd=tmp_path,
+        [sys.executable, "-c", script],
+        cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -203,14 +263,28 @@ def test_readme_runs(readme: list[Block], tmp_path: Path):
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs(page: Path, builds: BuildStore, tmp_path: Path):
+    """README from nothing, every other page with a bundle in engines/demo."""
+    script = as_script(page)
+    if script.count("\n") < 2:
+        pytest.skip("nothing on this page runs")
+    if page != README:
+        shutil.copytree(builds.bundle("demo").path, tmp_path / "engines" / "demo")
+    do_in(tmp_path, script)
+
+
 def test_readme_reader():
     text = "a\n```python\nx = 1\n```\n"
     text += "```console\n$ fastcache demo \\\n  --output out\nfastcache says hello\n```\n"
     text += "```sh\nmake demo\n.venv/bin/fastcache doctor\n```\n"
-    python, console, sh = fenced_blocks(text)
+    text += "<!-- parsed only -->\n```sh\nfastcache serve\n```\n"
+    python, console, sh, read = fenced_blocks(text)
     assert (python.language, python.text, python.line) == ("python", "x = 1\n", 3)
     assert [command.split() for command in shell_commands(console.text)] == [["fastcache", "demo", "--output", "out"]]
     assert list(shell_commands(sh.text)) == ["fastcache doctor"]
+    assert (sh.runs, read.runs) == (True, False)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)

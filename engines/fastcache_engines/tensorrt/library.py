@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fastcache_engines.extras import install
 from fastcache_engines.facts import from_json, to_json
 from fastcache_engines.machine import BackendUnavailable, device_kind
 from fastcache_engines.protocol import Support
@@ -40,14 +41,14 @@ class Package:
 
         Raises: `BackendUnavailable` where it is not installed, or installed without its libraries.
         """
-        install = f"run: pip install 'fastcache[{self.backend}]'"
+        remedy = f"run: {install(self.backend)}"
         if importlib.util.find_spec(self.module) is None:
-            raise BackendUnavailable(f"{self.title} is not installed; {install}")
+            raise BackendUnavailable(f"{self.title} is not installed; {remedy}")
         try:
             return importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # its bindings can be installed without its shared libraries
             raise BackendUnavailable(
-                f"{self.title} is installed but does not load ({one_line(str(error))}); {install}"
+                f"{self.title} is installed but does not load ({one_line(str(error))}); {remedy}"
             ) from error
 
     def version(self) -> str:

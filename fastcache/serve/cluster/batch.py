@@ -27,6 +27,7 @@ from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
 from fastcache.serve.cluster.rows import PICTURES, Row, Shown, draw_rows, seed_of
 from fastcache.serve.models.quality import PLAN_NAMES, PlanFolder
+from fastcache_engines.extras import install
 
 INDEX: Final = "index.jsonl"
 _DIGEST: Final = "row_sha256"
@@ -215,7 +216,8 @@ def _results(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    most = manifest.profiles["batch"].max
+    # No more at once than leaves something for every worker.
+    most = max(1, min(manifest.profiles["batch"].max, -(-len(rows) // cluster.workers)))
     alike = sorted(rows, key=lambda row: row.settings)  # neighbours share a batch
     # As many blocks as batches: a block is what a worker takes at a time, and what is drawn again if it dies.
     table = ray.data.from_items(
@@ -226,7 +228,8 @@ def _results(
         Artist,
         fn_constructor_kwargs={"engines": str(engines), "output": str(output)},
         batch_size=most,
-        compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+        # One at a time, or the worker that is there first takes what the others would have drawn.
+        compute=ray.data.ActorPoolStrategy(size=cluster.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=_cpus(cluster),
         num_gpus=gpus or None,
     )
@@ -243,15 +246,19 @@ def _cpus(cluster: Cluster) -> int:
 @contextmanager
 def _ray(cluster: Cluster) -> Generator[None]:
     """Ray for the time of a job. Raises: `BackendUnavailable`."""
+    # What Ray would say of itself on stderr: how to log in, that its bars are off, and of an actor's arguments, which
+    # stay where they are until the job is over (ray#53727). Set the variable to see what its C++ says.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         import ray
         import ray.data  # pyright: ignore[reportUnusedImport] (needs packages of its own)
     except ImportError as error:
         raise BackendUnavailable(
-            f"expected Ray to draw a file of prompts ({error.name}); pip install 'fastcache[ray]'"
+            f"expected Ray to draw a file of prompts, got none ({error.name}); run: {install('ray')}"
         ) from error
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address:
         try:
             ray.init(cluster.address, **common)

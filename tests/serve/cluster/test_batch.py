@@ -109,7 +109,7 @@ def test_without_ray_it_says_what_to_install(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 3
-    assert "pip install 'fastcache[ray]'" in " ".join(capsys.readouterr().err.split())
+    assert "pip install 'fastcache-diffusion[ray]'" in " ".join(capsys.readouterr().err.split())
 
 
 def job(*arguments: object) -> subprocess.Popen[str]:
@@ -119,7 +119,7 @@ def job(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_job_killed_half_way_goes_on_with_every_row_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache[ray]'")
+    pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     good = [{"prompt": "abc"[: 1 + k % 3], "id": f"row-{k}"} for k in range(24)]
     bad = {"prompt": "a", "id": "bad", "sampler": "lcm", "num_inference_steps": 800}
     prompts, output = write(tmp_path / "p.jsonl", *good, bad), tmp_path / "out"

@@ -66,7 +66,7 @@ def test_figures_of_replicas_stand_beside_each_other() -> None:
 
 
 def test_settings_are_checked(tiny_bundle: Bundle) -> None:
-    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache[ray]'")
+    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     from fastcache.serve.cluster.ray import application
 
     for wrong, says in (
@@ -88,8 +88,8 @@ def bundle(tiny_model: Path, builds: BuildStore) -> Bundle:
 @pytest.fixture(scope="module")
 def cluster(bundle: Bundle) -> Iterator[httpx.Client]:
     """Ray Serve with two replicas of the tiny model, and a client."""
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache[ray]'")
-    serve: Any = pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache[ray]'")
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
+    serve: Any = pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     from fastcache.serve.cluster.ray import application
 
     with socket.socket() as free:
@@ -207,7 +207,7 @@ def test_a_request_outlives_its_replica_and_a_stream_is_told(cluster: httpx.Clie
 
 @pytest.mark.parametrize(("client", "status"), [("127.0.0.1", 200), ("192.0.2.1", 403), ("::1", 200)])
 def test_without_keys_other_machines_are_refused(client: str, status: int) -> None:
-    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache[ray]'")
+    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     from starlette.responses import PlainTextResponse
 
     from fastcache.serve.cluster.ray import OnlyFromHere
