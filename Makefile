@@ -44,7 +44,7 @@ define install_torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)' || \
 	  echo "installing PyTorch: on Linux this may be the build for NVIDIA GPUs, of several gigabytes. Without such a GPU" \
-	  "stop here, and run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make for the small one"
+	  "stop here, and set PIP_EXTRA_INDEX_URL to the CPU index that PyTorch's page 'Start Locally' names"
 	$(PIP) torch
 	$(PIP) scikit-build-core
 	@$(BIN)/python -m pip --disable-pip-version-check uninstall -qy fastcache 2>/dev/null  # what this was called before
