@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastcache.bench.arms import Arm, BenchSettings
+
 if TYPE_CHECKING:
-    from fastcache.bench.arms import Arm, BenchSettings
     from fastcache.bench.lineup import BundleKey, Lineup
     from fastcache.bundle.bundle import Bundle
 
