@@ -238,4 +238,4 @@ def _draw_by_diffusers(order: Order, mark: Callable[[], None]) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(draw(Order(**json.loads(sys.argv[1])))))
+    sys.stdout.write(json.dumps(draw(Order(**json.loads(sys.argv[1])))) + "\n")

@@ -155,7 +155,7 @@ def _settle_backend(recipe: Recipe) -> tuple[str, Device, DType, str]:
         )
     found = backend.support(device)
     if not (found.can_build or recipe.onnx_only):
-        raise BackendUnavailable(found.reason)
+        raise BackendUnavailable(f"the backend {recipe.backend} cannot build here: {found.reason}")
     if recipe.onnx_only and can.source != "onnx":
         raise BackendUnavailable(f"expected a backend that builds from ONNX for --onnx-only, got {can.name}")
     return recipe.backend, device, dtype, f"dtype {dtype}: {why}" if recipe.dtype == "auto" else ""

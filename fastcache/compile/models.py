@@ -202,10 +202,10 @@ def find_model(
 def _vae_class(folder: Path) -> type[VAE]:
     """The class of the VAE in a folder. Raises: `ValueError` for a folder of anything else."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"expected a VAE's folder (with config.json), got {folder}; give the folder that holds it")
+        raise ValueError(f"expected a VAE's folder (with config.json), got {str(folder)!r}; give the one that has it")
     name = read_json(folder / "config.json").get("_class_name")
     if name not in _VAES:
-        raise ValueError(f"expected {' or '.join(_VAES)} in {folder}, got {name}; give another VAE")
+        raise ValueError(f"expected {' or '.join(_VAES)} in {str(folder)!r}, got {name}; give another VAE")
     return _VAES[name]
 
 
@@ -250,7 +250,7 @@ def _read_folder(name: str, folder: Path) -> SourceModel:
     for part, (_, kinds) in _PARTS.items():
         allowed = [[library, kind] for library in ("diffusers", "transformers") for kind in kinds]
         if index.get(part) not in (None, *kinds, [None, None], *allowed):
-            raise ValueError(f"expected {part} of {folder} to be a {' or '.join(kinds)}, got {index[part]}")
+            raise ValueError(f"expected {part} of {folder} to be of class {' or '.join(kinds)}, got {index[part]}")
     parts = tuple(part for part in _PARTS if (folder / part).is_dir() and index.get(part) != [None, None])
     if any((encoder in parts) != (tokenizer in parts) for encoder, tokenizer in TOKENIZERS.items()):
         parts = tuple(part for part in parts if _PARTS[part][0] != "text")  # text that cannot be encoded

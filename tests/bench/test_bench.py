@@ -302,7 +302,7 @@ def test_a_chart_that_cannot_be_drawn_is_refused_at_once(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="eager arm"):
         chart.check_chartable("engine,deepcache")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"fastcache\[bench\]"):
+    with pytest.raises(BackendUnavailable, match=r"fastcache-diffusion\[bench\]"):
         chart.check_chartable(None)
 
 

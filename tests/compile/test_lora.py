@@ -164,7 +164,7 @@ def test_files_that_are_no_lora_for_the_model(files: list[Path], tiny_model: Pat
 def test_what_to_install_is_said(files: list[Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"needs peft, .* pip install 'fastcache\[lora\]'"):
+    with pytest.raises(BackendUnavailable, match=r"needs peft, .* pip install 'fastcache-diffusion\[lora\]'"):
         find_model(str(tiny_model), loras=[Lora(path=str(files[0]))])
 
 

@@ -180,7 +180,8 @@ def test_a_backend_of_another_name() -> None:
 
 def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"pip install onnxruntime, .* pip install onnxruntime-gpu$"):
+    cpu, gpu = (rf"pip install 'fastcache-diffusion\[{extra}\]'" for extra in ("cpu", "gpu"))
+    with pytest.raises(BackendUnavailable, match=f"run: {cpu}, or for an NVIDIA GPU: {gpu}$"):
         onnxruntime.version()
 
 

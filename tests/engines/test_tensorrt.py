@@ -241,7 +241,7 @@ def test_a_cpu_is_none_of_its_devices(backend: Any) -> None:
 @pytest.mark.parametrize("backend", [tensorrt, tensorrt_rtx])
 def test_without_the_library_it_says_what_to_install(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    expected = rf"is not installed; run: pip install 'fastcache\[{backend.CAPABILITIES.name}\]'"
+    expected = rf"is not installed; run: pip install 'fastcache-diffusion\[{backend.CAPABILITIES.name}\]'"
     for call in (backend.version, lambda: backend.build({}, Path(), cuda()), lambda: backend.load(Path("full.engine"))):
         with pytest.raises(BackendUnavailable, match=expected):
             call()

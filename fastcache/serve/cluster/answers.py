@@ -32,7 +32,8 @@ def merged_health(found: Sequence[HealthInDetail]) -> HealthInDetail:
     """The health of all: ready if one is; what runs, waits and fits, added up."""
     first = min(found, key=lambda one: one.status != "ready")
     total = {name: sum(getattr(one, name) or 0 for one in found) for name in ("running", "waiting", "bundles", "queue")}
-    return first.model_copy(update={**total, "max_batch": sum(one.max_batch or 0 for one in found)})
+    loaded = sorted({name for one in found for name in one.loaded})
+    return first.model_copy(update={**total, "loaded": loaded, "max_batch": sum(one.max_batch or 0 for one in found)})
 
 
 def merged_metrics(texts: Iterable[tuple[str, str]]) -> bytes:

@@ -45,8 +45,25 @@ def test_replicas_answer_as_one() -> None:
     assert merged("/v1/jobs/a/cancel", answers) == answers[1][1]
     assert merged("/v1/jobs/a/cancel", [answers[2], answers[0]]) == answers[0][1]
     assert merged("/metrics", [answers[2]]) == answers[2][1]
-    health = {"status": "ready", "model": "m", "running": 1, "waiting": 2, "bundles": 1, "max_batch": 4, "queue": 8}
-    loading = {**health, "status": "loading", "model": None, "running": 0, "waiting": 0, "max_batch": None}
+    health: dict[str, Any] = {
+        "status": "ready",
+        "model": "m",
+        "running": 1,
+        "waiting": 2,
+        "bundles": 1,
+        "max_batch": 4,
+        "queue": 8,
+    }
+    health["loaded"] = ["m"]
+    loading = {
+        **health,
+        "status": "loading",
+        "model": None,
+        "loaded": [],
+        "running": 0,
+        "waiting": 0,
+        "max_batch": None,
+    }
     _, body = merged("/health", [said("r1", 200, loading), said("r2", 200, health), said("r3", 200, health)])
     total = {"running": 2, "waiting": 4, "bundles": 3, "max_batch": 8, "queue": 24}
     assert json.loads(body["body"]) == {**health, **total}
