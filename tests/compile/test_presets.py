@@ -92,7 +92,8 @@ def pipeline_of(kind: Any, bundle: Bundle, **parts: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=ONCE_MORE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_image_model_without_conditioning_draws_what_diffusers_draws(built: Built, backend: str) -> None:
     bundle = built(DDPM, backend)
     model = bundle.manifest.model
@@ -150,7 +151,7 @@ def test_a_class_conditional_model_draws_what_diffusers_draws(built: Built, back
 @pytest.mark.parametrize(
     ("name", "backend", "rows"),
     [
-        (DDPM, "onnxruntime", 1),
+        pytest.param(DDPM, "onnxruntime", 1, marks=ONCE_MORE),
         pytest.param(LDM, "openvino", 2, marks=ONCE_MORE),
         pytest.param(REFINER, "onnxruntime", 2, marks=ONCE_MORE),
         pytest.param(EDITS, "onnxruntime", 3, marks=ONCE_MORE),

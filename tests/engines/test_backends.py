@@ -37,7 +37,7 @@ PSNR_DB = {"fp32": 60.0, "fp16": 40.0, "bf16": 30.0}  # of random weights, which
 
 
 # A bundle takes half a minute to build, two with AOTInductor's C++ compiler: one for each quick backend is enough.
-QUICK = {"onnxruntime": "fp32", "openvino": "fp32", "tensorrt": "fp16"}
+QUICK = {"onnxruntime": "fp32", "tensorrt": "fp16"}
 COMPILED = [pytest.param(case, marks=[pytest.mark.slow] * (QUICK.get(case[0]) != case[2])) for case in CASES]
 
 

@@ -20,6 +20,9 @@ POINTS = (0, 2, 3, 5)
 PASSES = ("full", "shallow-0", "full", "shallow-0")
 
 
+pytestmark = pytest.mark.slow  # the bundled model, built and fitted
+
+
 @pytest.fixture(scope="module")
 def bundled(demo_bundle: Callable[[int], Bundle]) -> FastCachePipeline:
     return FastCachePipeline(demo_bundle(0))

@@ -158,7 +158,7 @@ def test_public_name_resolves(name: str):
     assert callable(getattr(fastcache, name))
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_drawing_imports_neither_diffusers_nor_transformers(
     backend: str, builds: BuildStore, tiny_model: Path, tmp_path: Path
 ):
