@@ -364,8 +364,8 @@ def damaged_models() -> Iterator[tuple[str, Callable[[Path], object], str]]:
     for name, value, expected in (
         ("_class_name", "FluxPipeline", "expected a pipeline of .*, got FluxPipeline"),
         ("_class_name", ["StableDiffusionPipeline"], "expected a pipeline of .*, got "),
-        ("unet", ["diffusers", "UNet3DConditionModel"], "unet of .* to be a UNet2DConditionModel, got .*UNet3D"),
-        ("unet", ["mine", "UNet2DConditionModel"], "unet of .* to be a UNet2DConditionModel, got .*mine"),
+        ("unet", ["diffusers", "UNet3DConditionModel"], "unet of .* to be of class UNet2DConditionModel, got .*UNet3D"),
+        ("unet", ["mine", "UNet2DConditionModel"], "unet of .* to be of class UNet2DConditionModel, got .*mine"),
         ("vae", "x", "vae of .* to be of class AutoencoderKL or AutoencoderTiny, got x"),
         ("text_encoder", ["transformers", "T5EncoderModel"], "text_encoder of .*, got .*T5EncoderModel"),
     ):
