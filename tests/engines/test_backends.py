@@ -151,7 +151,7 @@ def test_a_backend_that_cannot_build_says_why(name: str, device: str, dtype: str
         pytest.skip(f"{name} builds here")
     with pytest.raises(BackendUnavailable) as caught:
         fastcache.build_engines("demo", output=tmp_path / "out", backend=name, device=device, dtype=dtype)
-    assert str(caught.value) == support.reason
+    assert str(caught.value) == f"the backend {name} cannot build here: {support.reason}"
     assert not list(tmp_path.iterdir())
 
 
