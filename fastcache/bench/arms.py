@@ -17,6 +17,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 # What an arm computes in: `int8` are engines with 8-bit layers, the others in the fastest dtype of the device.
 Precision = DType | Literal["int8"]
 PRECISIONS: tuple[Precision, ...] = (*DTYPES, "int8")
+PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
 TORCH = "torch"
 AUTO = "auto"
 GRAMMAR = "KIND[:BACKEND][:DTYPE]"

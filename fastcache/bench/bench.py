@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.bench.arms import TORCH, Arm, BenchSettings
+from fastcache.bench.arms import PROMPT, TORCH, Arm, BenchSettings
 from fastcache.bench.eager import EagerParts, control_pattern
 from fastcache.bench.lineup import BundleKey, Lineup, precision_of
 from fastcache.bench.loops import Task, TimedRun
@@ -28,7 +28,6 @@ from fastcache.evaluate.quality import psnr_db
 
 _STEADY = 1.25  # p90 over p50; on a quiet machine it stays below 1.05
 _BUSY = 0.25  # of the cores: load before anything of ours ran, which a quiet machine has near 0
-PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
 
 
 @dataclass(frozen=True)

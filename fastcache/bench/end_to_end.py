@@ -19,14 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcache.bench.arms import Arm, BenchSettings
+from fastcache.bench.arms import PROMPT, Arm, BenchSettings
 
 if TYPE_CHECKING:
     from fastcache.bench.lineup import BundleKey, Lineup
     from fastcache.bundle.bundle import Bundle
 
 PARTS = ("start_ms", "text_ms", "loop_ms", "vae_ms", "png_ms")
-PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ def run_end_to_end(
             "backend": arm.backend,
             "dtype": arm.dtype,
             "cache_interval": arm.cache_interval,
+            "branch_id": arm.branch_id,
             **rows[arm],
+            "loop_ms_p50": rows[arm]["loop_ms"],
             "speedup_vs_eager": round(first / rows[arm]["total_ms"], 3) if first else None,
             "psnr_db_vs_eager": distances.get(arm),
         }
@@ -99,6 +100,11 @@ def whole_model(settings: BenchSettings) -> Path:
         raise ValueError(
             f"expected a model with unet, vae and text, and --batch 1, for --end-to-end, got {settings.model} with "
             f"{have} and --batch {settings.batch}; give a model's folder"
+        )
+    if settings.guided_rows != 2 or settings.controlnets:
+        raise ValueError(
+            f"expected a text-to-image model without ControlNet for --end-to-end, got {settings.model} with "
+            f"{len(settings.controlnets)} ControlNets and guidance of {settings.guided_rows}; time its loop alone"
         )
     return source.folder
 
@@ -174,7 +180,8 @@ def _draw_by_engines(order: Order, mark: Callable[[], None]) -> Any:
     import fastcache
 
     asked = order.settings
-    pipe = fastcache.load(str(order.bundle), threads=asked["threads"])
+    graph = order.kind.endswith("+graph")
+    pipe = fastcache.load(str(order.bundle), threads=asked["threads"], cuda_graph=graph)
     mark()
     embeds = pipe.encode_prompt(["", PROMPT])
     mark()

@@ -97,16 +97,14 @@ def bench(  # as long as its flags are many
         repeats=repeats,
         end_to_end=end_to_end,
     )
-    if end_to_end:
-        if not _write_json(result, json_file):
-            _show_end_to_end(settings, result["arms"])
-        return
     if not _write_json(result, json_file):
-        _show_bench(settings, results, result["doubts"])
-    if all(arm.skipped is not None for arm in results):
-        raise BackendUnavailable(
-            f"expected an arm that runs on this machine, got none; the first: {results[0].skipped}"
-        )
+        if end_to_end:
+            _show_end_to_end(settings, result["arms"])
+        else:
+            _show_bench(settings, results, result["doubts"])
+    reasons = [arm.get("skipped") for arm in result["arms"]]
+    if all(reasons):
+        raise BackendUnavailable(f"expected an arm that runs on this machine, got none; the first: {reasons[0]}")
     if chart is not None:
         chart.parent.mkdir(parents=True, exist_ok=True)
         draw_chart(result, chart)

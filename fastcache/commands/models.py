@@ -14,7 +14,6 @@ from fastcache.commands.options import Json
 from fastcache.console import next_step, print_json, print_table
 
 _DAY_S = 24 * 3600
-_MANIFEST = "manifest.json"
 app = typer.Typer(help="List presets and bundles, their sizes and when they were last used; remove old ones.")
 
 
@@ -107,7 +106,9 @@ def _cached() -> list[Kept]:
 
 def _bundles(folder: Path) -> list[Kept]:
     """The bundles in a folder, and below; what is damaged is listed as such."""
-    return [_bundle(file.parent) for file in sorted(folder.rglob(_MANIFEST)) if not file.is_symlink()]
+    from fastcache.bundle.bundle import MANIFEST
+
+    return [_bundle(file.parent) for file in sorted(folder.rglob(MANIFEST)) if not file.is_symlink()]
 
 
 def _bundle(folder: Path) -> Kept:
@@ -122,7 +123,10 @@ def _bundle(folder: Path) -> Kept:
 
 
 def _kept(folder: Path, kind: str, model: str = "-", backend: str = "-", dtype: str = "-") -> Kept:
-    stats = [file.stat() for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST]
+    from fastcache.bundle.bundle import MANIFEST
+
+    # The manifest is read for listing it.
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
     used = max((max(stat.st_atime, stat.st_mtime) for stat in stats), default=folder.stat().st_mtime)
     days = max(0, int((time.time() - used) // _DAY_S))
     return Kept(str(folder), kind, model, backend, dtype, sum(stat.st_size for stat in stats), days)

@@ -69,7 +69,8 @@ def quantize(path: Path, calls: Sequence[Mapping[str, Tensor]], weight_bits: int
     groups, errors = _sensitivities(_quantized(path, inputs, weight_bits), tried, wanted)
     kept = _worst(groups, errors)
     made = _quantized(path, inputs, weight_bits, [node for group in kept for node in group.nodes])
-    error = _error(wanted, [_run(made, one) for one in tried])
+    run = _session(made)
+    error = _error(wanted, [run(one) for one in tried])
     entry = QuantizedEngine(
         layers=sum(len(group.nodes) for group in groups if group not in kept),
         kept=tuple(KeptLayers(place=g.place, kind=g.kind, layers=len(g.nodes), snr_db=_db(errors[g])) for g in kept),
@@ -228,10 +229,6 @@ def _session(model: ir.Model) -> Any:
     content = ir.serde.serialize_model(model).SerializeToString()
     session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(["noise_pred"], inputs)[0]
-
-
-def _run(model: ir.Model, inputs: Arrays) -> npt.NDArray[Any]:
-    return _session(model)(inputs)
 
 
 def _outputs(path: Path, tried: Sequence[Arrays]) -> list[npt.NDArray[Any]]:

@@ -153,7 +153,8 @@ class Workshop:
         sizes, tile = (*self.shapes.latent, self.shapes.scale), self.recipe.vae_tile
         usual = self.shapes.sizes[0]
         sides = (tile, tile) if tile else (usual.height, usual.width)
-        latents = components.example_latents(vae, *sides)
+        # Before anything of the VAE is lowered, and only where a decoder in bf16 is weighed.
+        latents = components.example_latents(vae, *sides) if self.dtype == "bf16" else None
         for part in (
             components.exportable_vae_decoder(vae, *sizes, tile),
             components.exportable_vae_encoder(vae, *sizes, scaled=not self.info.edits),
@@ -167,7 +168,7 @@ class Workshop:
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
             self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
-            if part.role == "vae_decoder" and self.dtype == "bf16" and not self.can.typed:
+            if part.role == "vae_decoder" and latents is not None and not self.can.typed:
                 self._lower_decoder(latents)
 
     def _lower_decoder(self, latents: Tensor) -> None:
@@ -218,9 +219,9 @@ class Workshop:
         given = [] if branch is None else [feature(branch, self.recipe.branch_id)]
         return chain_pass(self.engines, self.chain, given)
 
-    def _vae_dtype(self, part: export.Exportable, name: str, latents: Tensor) -> DType:
+    def _vae_dtype(self, part: export.Exportable, name: str, latents: Tensor | None) -> DType:
         """float16 where the largest activation leaves it room, bfloat16 where a picture stays near float32's."""
-        if self.dtype == "bf16" and self.can.typed and part.role == "vae_decoder":
+        if latents is not None and self.can.typed and part.role == "vae_decoder":
             return self._near_enough(name, *components.decoded_in(part.module, latents, "fp32", "bf16"))
         if self.dtype != "fp16":
             return "fp32"

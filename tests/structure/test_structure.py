@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,20 +135,26 @@ def test_import_is_lazy():
     assert json.loads(result.stdout) == {"missing": [], "loaded": []}
 
 
-def test_inspect_needs_no_torch(tiny_bundle: Bundle):
+def loaded_by(names: Sequence[str], *arguments: object) -> tuple[str, list[str]]:
+    """What a command prints, and which of some modules its process has imported by its end."""
     script = (
         "import sys\n"
         "from fastcache.cli import main\n"
         "try:\n"
         "    main()\n"
         "finally:\n"
-        f"    print('loaded', *[name for name in {HEAVY!r} if name in sys.modules])\n"
+        f"    print('loaded', *[name for name in {tuple(names)!r} if name in sys.modules])\n"
     )
-    command = [sys.executable, "-c", script, "inspect", str(tiny_bundle.path), "--json", "-q"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    document, _, loaded = result.stdout.rpartition("loaded")
-    assert (json.loads(document)["backend"], loaded.split()) == (tiny_bundle.manifest.backend, [])
+    said, _, loaded = result.stdout.rpartition("loaded")
+    return said, loaded.split()
+
+
+def test_inspect_needs_no_torch(tiny_bundle: Bundle):
+    document, loaded = loaded_by(HEAVY, "inspect", tiny_bundle.path, "--json", "-q")
+    assert (json.loads(document)["backend"], loaded) == (tiny_bundle.manifest.backend, [])
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -165,27 +171,11 @@ def test_drawing_imports_neither_diffusers_nor_transformers(
     """A usual picture: they take seconds to import. What is not kept in the bundle may need them."""
     pytest.importorskip(backend, reason=f"needs {backend}")
     bundle = builds.bundle(tiny_model, backend=backend)
-    script = (
-        "import sys\n"
-        "from fastcache.cli import main\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    assert 'torch' in sys.modules\n"
-        f"    found = [name for name in {BUILDING!r} if name in sys.modules]\n"
-        "    print(*found)\n"
-    )
-    arguments = ["generate", "--engines", str(bundle.path), "--prompt", "a cat", "--steps", "4"]
     output = tmp_path / "cat.png"
-    result = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--cache-interval", "2", "--output", str(output)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    arguments = ["generate", "--engines", bundle.path, "--prompt", "a cat", "--steps", 4, "--cache-interval", 2]
+    said, loaded = loaded_by(("torch", *BUILDING), *arguments, "--output", output)
     assert output.is_file()
-    assert result.stdout.split() == [str(output)]
+    assert (said.split(), loaded) == ([str(output)], ["torch"])
 
 
 def test_readme_is_read_in_a_minute():

@@ -26,7 +26,7 @@ from fastcache.files import read_lines, write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
 from fastcache.serve.cluster.rows import PICTURES, Row, Shown, draw_rows, seed_of
-from fastcache.serve.models.quality import PLAN_NAMES, PlanFolder
+from fastcache.serve.models.quality import OWN_SETTINGS, PLAN_NAMES, PlanFolder
 from fastcache_engines.extras import install
 
 INDEX: Final = "index.jsonl"
@@ -115,10 +115,9 @@ def _with_plan(given: dict[str, Any], plans: PlanFolder | None) -> dict[str, Any
     if plans is None or quality not in PLAN_NAMES:
         known = f"a quality of {', '.join(PLAN_NAMES)}, with --plans"
         raise ValueError(f"quality: expected {known}, got {quality!r}{'' if plans else ' and no plans'}")
-    if own := [name for name in ("plan", "cache_interval", "num_inference_steps", "sampler") if name in given]:
+    if own := [name for name in OWN_SETTINGS if name in given]:
         raise ValueError(f"quality: expected it without {own[0]}, which its plan says itself; leave one out")
-    own_ways = dict.fromkeys(("cache_interval", "num_inference_steps", "sampler"))
-    return {**own_ways, **left, "plan": json.loads(plans.plans[quality].to_json())}
+    return {**dict.fromkeys(OWN_SETTINGS), **left, "plan": json.loads(plans.plans[quality].to_json())}
 
 
 def _row(given: dict[str, Any], number: int, seed: int, defaults: dict[str, Any]) -> Row:

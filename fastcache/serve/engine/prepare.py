@@ -20,14 +20,14 @@ from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import Schedule
 from fastcache.serve.engine.events import Event
 from fastcache.serve.engine.executor import Drawing
-from fastcache.serve.engine.requests import OWN_SETTINGS, Served, at_most, bad
+from fastcache.serve.engine.requests import Served, at_most, bad
 from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.shown import fitted, shown, size_of
 from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import EditRequest, ImageRequest
-from fastcache.serve.models.quality import BEST_FIRST, PLAN_NAMES, Quality
+from fastcache.serve.models.quality import BEST_FIRST, OWN_SETTINGS, PLAN_NAMES, Quality
 
 # The argument that a refusal of the pipeline names first -> the field.
 _FIELDS: Final = {

@@ -6,19 +6,18 @@ Knows the API's fields and what a bundle can do; runs nothing.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.serve.engine.executor import Executor
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import ImageRequest
-from fastcache.serve.models.quality import PLAN_NAMES, Plans
+from fastcache.serve.models.quality import OWN_SETTINGS, PLAN_NAMES, Plans
 
 _CALLS_A_STEP = 2  # at most: Heun's and its kin
 _MOST_FIELDS = 64
 _LONGEST_TEXT = 256  # of a plan's: they are written into each picture
-OWN_SETTINGS: Final = ("plan", "cache_interval", "num_inference_steps", "sampler")  # which a quality's plan says
 
 
 class Served:

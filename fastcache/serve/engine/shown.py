@@ -17,13 +17,10 @@ from fastcache.serve.http.schema import EditRequest, ImageRequest
 from fastcache.serve.http.uploads import Uploaded, read_upload
 
 _IP_EDGE: Final = 1024  # CLIP sees 224 or 336 pixels of it
-_STEERED_BY: Final = {
-    "controlnet_conditioning_scale": "controlnet_conditioning_scale",
-    "control_guidance_start": "control_guidance_start",
-    "control_guidance_end": "control_guidance_end",
-    "adapter_conditioning_scale": "adapter_conditioning_scale",
-    "ip_adapter_scale": "ip_adapter_scale",
-}
+_STEERED_BY: Final = (
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("adapter_conditioning_scale", "ip_adapter_scale"),
+)
 
 
 def size_of(asked: ImageRequest, manifest: Manifest, arguments: Mapping[str, Any]) -> Size:

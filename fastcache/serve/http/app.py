@@ -154,17 +154,13 @@ def _add_images(app: FastAPI, service: Service, jobs: Jobs) -> None:
         "text/event-stream": {"schema": event},
     }
 
-    accepted: dict[str, Any] = {"model": JobStatus, "description": "A job in the background, of which GET tells"}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"content": kinds},
+        202: {"model": JobStatus, "description": "A job in the background, of which GET tells"},
+        **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
+    }
 
-    @app.post(
-        "/v1/images/generations",
-        response_model=ImagesResponse,
-        responses={
-            200: {"content": kinds},
-            202: accepted,
-            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
-        },
-    )
+    @app.post("/v1/images/generations", response_model=ImagesResponse, responses=responses)
     async def generate(asked: ImageRequest, request: Request) -> Response:
         """Draw images from a text."""
         return await answer(service, jobs, asked, request)
@@ -172,11 +168,7 @@ def _add_images(app: FastAPI, service: Service, jobs: Jobs) -> None:
     @app.post(
         "/v1/images/edits",
         response_model=ImagesResponse,
-        responses={
-            200: {"content": kinds},
-            202: accepted,
-            **_errors(*_ALWAYS, 404, 406, 409, 415, 422, 429, 499, 503, 504),
-        },
+        responses=responses,
         openapi_extra={"requestBody": body_schema()},
     )
     async def edit(request: Request) -> Response:

@@ -189,17 +189,20 @@ class Service:
             await self.shelf.swap(own, entry)
 
     async def put_model(self, name: str, engines: Path) -> Entry:
-        """Offer a bundle under a name, loaded, in place of another of that name. Raises: `ApiError`."""
+        """Offer a bundle under a name, loaded, in place of another of that name, which stays if it does not load.
+
+        Raises: `ApiError`.
+        """
         async with self._changing:
+            own, entry = self.shelf.entries.get(name), None
             try:
                 entry = await asyncio.to_thread(self.shelf.entry, Listed(engines, name))
-                own = self.shelf.entries.get(name)
                 await self._put(own, entry)
                 if entry.served is None:
                     await asyncio.shield(self.shelf.load(entry))
             except Exception as error:
-                if (own := self.shelf.entries.get(name)) is not None and own.served is None:
-                    self.shelf.entries.pop(name)
+                if entry is not None and self.shelf.entries.get(name) is entry:
+                    self.shelf.restore(own, entry)
                 raise ApiError(409, f"engines: {error}", code="model_not_loaded", param="engines") from None
             self._listed = [one.listed for one in self.shelf.entries.values()]
             return entry

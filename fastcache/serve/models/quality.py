@@ -16,6 +16,7 @@ from fastcache.loop.plan import CachePlan
 Quality = Literal["low", "medium", "high"]
 PLAN_NAMES: Final[Mapping[Quality, str]] = {"low": "draft", "medium": "standard", "high": "fine"}
 BEST_FIRST: Final[tuple[Quality, ...]] = ("high", "medium", "low")
+OWN_SETTINGS: Final = ("plan", "cache_interval", "num_inference_steps", "sampler")  # which such a plan says itself
 _MOST_BYTES: Final = 4 * 2**20  # a fitted plan of 50 steps takes 10 kB
 
 Plans = Mapping[Quality, CachePlan]

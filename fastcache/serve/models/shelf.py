@@ -250,6 +250,13 @@ class Shelf:
         ]
         self.entries = {own.name: own for own in every}
 
+    def restore(self, own: Entry | None, entry: Entry) -> None:
+        """Undo the offer of a model that did not load: what it took the place of is offered again."""
+        if own is None:
+            del self.entries[entry.name]
+        else:
+            self.replace(entry, own)
+
     async def _alone(self, entry: Entry, other: Entry) -> None:
         """Make room by letting others go, and the one that is to be swapped last."""
         needs, limit = other.needs_bytes, self._loading.limit_bytes or 0

@@ -103,6 +103,18 @@ def test_an_administrator_adds_swaps_and_drops(two: Running, tiny_bundle: Bundle
     assert two.draw().status_code == 200
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_model_that_is_not_loaded_stays_where_another_does_not_load(
+    two: Running, damaged: bool, bundle_copy: Path, tmp_path: Path
+) -> None:
+    assert two.draw().status_code == 200  # so that the other one is out of memory
+    (bundle_copy / "unet.weights").write_bytes(b"other")
+    engines = bundle_copy if damaged else tmp_path / "nowhere"
+    refused = two.client.put("/v1/admin/models/other", json={"engines": str(engines)}, headers=HEADERS)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_not_loaded")
+    assert two.draw(model="other").status_code == 200
+
+
 def test_a_file_of_models_is_read_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
     from serve.http.test_life import reload
 
