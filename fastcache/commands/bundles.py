@@ -122,7 +122,7 @@ def build_engines(
     check_writable(output)
     if recipe is not None and (told := _told(ctx)):
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
-    with progress(BUILD_SHARES) as say:
+    with progress(BUILD_SHARES if quantize is None else None) as say:  # choosing 8-bit layers takes most of a build
         say(STARTING)
         import fastcache
 

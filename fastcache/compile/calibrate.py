@@ -49,7 +49,7 @@ class Length:
     steps: int
 
 
-TRAINED, RANDOM = Length(4, 20), Length(1, 6)  # of random weights nothing but the time is asked
+TRAINED, RANDOM = Length(8, 20), Length(1, 6)  # of random weights nothing but the time is asked
 
 
 def calibration_runs(
