@@ -4,6 +4,8 @@
     python tools/findings.py choose   the same with depths and guidance to choose from            15 minutes on one core
     python tools/findings.py refine --count 5          local search, judged by true PSNR           2 minutes on one core
     python tools/findings.py fit      fitted plans, and what rivals them                          15 minutes on one core
+    python tools/findings.py blocks --setting NAME     plans of blocks, scales and shifts        15 minutes on two cores
+    python tools/findings.py frontier                  blocks, two engines, both, all fitted     15 minutes on two cores
     python tools/findings.py draw     draw 200 held-out scenes with each, with other seeds        two hours on one core
     python tools/findings.py show     print the tables, draw the charts
 
@@ -22,11 +24,14 @@ import findings_tables as tables
 import numpy as np
 import torch
 import typer
+from findings_blocks import blocks_command, feature_command, frontier_command
 from findings_fitted import carry_command, fit_command, time_command
 from findings_setting import (
     BATCH,
+    BLOCKS,
     FIRST_SEED,
     FITTED,
+    FRONTIER,
     GUIDANCE,
     RESULTS,
     SAMPLER,
@@ -67,12 +72,14 @@ FORECASTS = {
     "squared over sigma": Forecast(order=2, by="sigma"),
 }
 # what an experiment's candidates are compared with, where that is not uniform
-BASELINES = {"choices": "one depth", "refined": "optimal", "steps": "uncached"} | dict.fromkeys(
-    ("fitted", "fitted-bf16", "fitted-dpm", "converged"), "uncached"
+BASELINES = (
+    {"choices": "one depth", "refined": "optimal", "steps": "uncached", "blocks-frontier": "two engines"}
+    | dict.fromkeys(BLOCKS, "steps")
+    | dict.fromkeys(("fitted", "fitted-bf16", "fitted-dpm", "converged"), "uncached")
 )
-CHARTS = ("plans", "forecast", "steps", "fitted")
+CHARTS = ("plans", "forecast", "steps", "fitted", "blocks-frontier")
 REFRESHES = "refreshes of 50 steps, or their time"
-LABELS = {"steps": "steps of the sampler", "fitted": "time, in full steps"}
+LABELS = {"steps": "steps of the sampler"} | dict.fromkeys(("fitted", "blocks-frontier"), "time, in full steps")
 
 
 SLACK = 1.002  # of a time, for what counting it in ticks rounds up
@@ -85,8 +92,8 @@ JUDGES = {
 }
 
 app = typer.Typer(add_completion=False, help=__doc__)
-for name, command in (("fit", fit_command), ("carry", carry_command), ("time", time_command)):
-    app.command(name)(command)
+for command in (fit_command, carry_command, time_command, blocks_command, feature_command, frontier_command):
+    app.command(command.__name__.removesuffix("_command"))(command)
 
 
 @app.command("plans")
@@ -140,7 +147,7 @@ def choose_command(work: Work = WORK, results: Results = RESULTS) -> None:
 
     A kind that chose what a simpler one did is left out.
     """
-    pipe = pipeline(work, depths=True)
+    pipe = pipeline(work, "depths")
     calibration = kept_calibration(
         pipe,
         judges.calibration_prompts(CALIBRATION_PROMPTS),
@@ -209,7 +216,7 @@ def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
             for name, forecast in FORECASTS.items():
                 if kind == "uniform" or forecast.order == 1:
                     found["forecast"][f"{kind}, {name}-{count}"] = replace(plans[f"{kind}-{count}"], forecast=forecast)
-    for name in ("refined", "choices", *FITTED):
+    for name in ("refined", "choices", *FITTED, *BLOCKS, *FRONTIER):
         if (file := results / f"{name}.json").is_file():
             found[name] = read_plans(file)
     if "fitted" in found:
@@ -231,9 +238,9 @@ def draw_command(
     names = list(known) if experiment == "all" else [experiment]
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
-        setting = FITTED.get(name, Setting())
-        pipe = pipeline(work, depths=name == "choices", dtype=setting.dtype)
-        steps = CONVERGED if name == "converged" else STEPS
+        setting = (FITTED | BLOCKS | FRONTIER).get(name, Setting("depths" if name == "choices" else "fp32"))
+        pipe = pipeline(work, setting.engines)
+        steps = CONVERGED if name == "converged" else setting.steps
         candidates = candidates_of(pipe, known[name], setting.sampler, steps)
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
@@ -297,7 +304,7 @@ def summarise(
             "images": len(prompts),
             "batch": BATCH,
             "threads": torch.get_num_threads(),
-            "backend": f"openvino {setting.dtype}",
+            "backend": f"openvino {setting.engines}",
             "intervals": "95%, bootstrap over pictures",
         },
         "rows": rows,

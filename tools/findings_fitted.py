@@ -54,7 +54,7 @@ def fit_command(
 ) -> None:
     """Fitted plans for 7, 10, 14 and 21 full steps, and rivals of as long; writes SETTING.json."""
     own = FITTED[setting]
-    pipe = pipeline(work, dtype=own.dtype)
+    pipe = pipeline(work, own.engines)
     fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, STEPS, GUIDANCE), say)
     times = measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
     if own.shallow is not None:

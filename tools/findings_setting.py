@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,30 +22,41 @@ WORK, RESULTS = Path("build/findings"), Path("tools/results/findings")
 
 @dataclass(frozen=True)
 class Setting:
-    """What fitted plans are made for: the engines' dtype, the reference's sampler, and the costs of a shallow step.
+    """What plans are made for: the engines, the reference run, and the costs of a shallow step.
 
-    None costs what this machine's passes take.
+    None costs what this machine's passes take. `engines` are those of `pipeline`.
     """
 
-    dtype: str = "fp32"
+    engines: str = "fp32"
     sampler: str = "ddim"
     shallow: float | None = 0.1
+    steps: int = STEPS
 
 
 FITTED = {"fitted": Setting(), "fitted-bf16": Setting("bf16", shallow=None), "fitted-dpm": Setting(sampler="dpm++_2m")}
+BLOCKS = {
+    f"blocks-{short}-{steps}": Setting("blocks", sampler, None, steps)
+    for short, sampler in (("ddim", "ddim"), ("dpm", "dpm++_2m"))
+    for steps in (20, 50)
+}
+FRONTIER = {"blocks-frontier": Setting("blocks", shallow=None)}
+_ENGINES = {
+    "fp32": {},
+    "bf16": {"dtype": "bf16"},
+    "depths": {"branch_id": [0, 2]},
+    "blocks": {"blocks": "transformer"},
+}
 
 
 def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def pipeline(work: Path, *, depths: bool = False, dtype: str = "fp32") -> FastCachePipeline:
-    """The bundled model on OpenVINO, built once; with branch 2 beside branch 0, or that alone."""
-    name, branches = ("depths", [0, 2]) if depths else ("engines" if dtype == "fp32" else f"engines-{dtype}", 0)
-    bundle = fastcache.build_engines(
-        "demo", work / name, backend="openvino", dtype=dtype, batch="1:4:16", branch_id=branches, progress=say
-    )
-    return FastCachePipeline(bundle)
+def pipeline(work: Path, engines: str = "fp32") -> FastCachePipeline:
+    """The bundled model on OpenVINO, built once: in bf16, with branch 2 beside branch 0, or as a chain of blocks."""
+    folder = work / ("engines" if engines == "fp32" else engines)
+    fields: dict[str, Any] = {"backend": "openvino", "dtype": "fp32", "batch": "1:4:16"} | _ENGINES[engines]
+    return FastCachePipeline(fastcache.build_engines("demo", folder, **fields, progress=say))
 
 
 def write_plans(file: Path, made: dict[str, CachePlan]) -> None:

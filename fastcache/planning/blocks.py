@@ -84,7 +84,7 @@ def with_scale_shift(walks: Walks, plan: CachePlan, blocks: Sequence[BlockEntry]
             walks.predict(FULL, step, x)
             wanted = walks.read(taken)
             for name in taken:
-                table[step, :, channels[name]] = _fitted(kept[name], wanted[name])
+                table[step, :, channels[name]] = channel_fit(kept[name], wanted[name])
             walks.write(kept)
         return walks.predict(plan.passes[step], step, x, scale_shift=table[step])
 
@@ -92,7 +92,7 @@ def with_scale_shift(walks: Walks, plan: CachePlan, blocks: Sequence[BlockEntry]
     return replace(plan, scale_shift=ScaleShift.of(table.numpy()), made_by=f"{plan.made_by}, scale and shift")
 
 
-def _fitted(reused: Tensor, wanted: Tensor) -> Tensor:
+def channel_fit(reused: Tensor, wanted: Tensor) -> Tensor:
     """The scale and shift of each channel, or 1 and 0 where left-out rows gain nothing.
 
     Shapes: both (rows, C, H, W); returns (2, C).
@@ -128,7 +128,7 @@ def pattern_costs(pipe: FastCachePipeline, walks: Walks) -> dict[str, float]:
     They reuse a quarter, half, three quarters and all of the blocks, those first that change least for their time.
     """
     blocks = pipe.bundle.manifest.blocks
-    shares = _block_times(pipe)
+    shares = block_times(pipe)
     change = measured_changes(walks, blocks).mean(1)
     order = sorted(range(len(blocks)), key=lambda block: change[block] / shares[block])
     found = dict[str, float]()
@@ -139,7 +139,7 @@ def pattern_costs(pipe: FastCachePipeline, walks: Walks) -> dict[str, float]:
     return found
 
 
-def _block_times(pipe: FastCachePipeline) -> list[float]:
+def block_times(pipe: FastCachePipeline) -> list[float]:
     """What each block takes of a pass in full, in turns on the bundle's usual batch; medians."""
     manifest = pipe.bundle.manifest
     lane = pipe.runtime.lane(images=manifest.profiles["batch"].opt, guided=not manifest.model.unconditional)

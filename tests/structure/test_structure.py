@@ -261,7 +261,7 @@ def test_page_runs(page: Path, builds: BuildStore, tmp_path: Path):
     if script.count("\n") < 2:
         pytest.skip("nothing on this page runs")
     if page != README:
-        shutil.copytree(builds.bundle("demo").path, tmp_path / "engines" / "demo")
+        shutil.copytree(builds.bundle("demo", dtype="auto").path, tmp_path / "engines" / "demo")
     do_in(tmp_path, script)
 
 
