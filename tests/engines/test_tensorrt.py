@@ -38,7 +38,8 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @built
-@pytest.mark.parametrize("dtype", ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "bf16"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @torch.no_grad()
 def test_full_and_shallow_of_a_unet(dtype: Any, tmp_path: Path) -> None:
     """Both are built from one file of weights; what the facts say of them is what the exporter says."""

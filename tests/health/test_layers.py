@@ -45,6 +45,7 @@ def test_backends_without_graphs_say_so(built: Bundle) -> None:
         compare_layers(built.path, manifest)
 
 
+@pytest.mark.slow
 def test_bf16_differs_and_the_first_layer_least(tiny_model: Path, builds: BuildStore, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

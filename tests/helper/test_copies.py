@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastcache import Bundle, FastCacheHelper
 from live_pipelines import add_lora, draw, full_calls, helped
+from repeats import mostly_slow
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -36,7 +37,7 @@ def blank(unet: Any) -> None:
         unet.conv_out.bias.zero_()
 
 
-@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("copied", mostly_slow(COPIES, lambda copied: copied is copy.deepcopy))
 def test_a_copied_pipeline_is_a_plain_one(copied: Callable[[Any], Any], pipe: StableDiffusionPipeline) -> None:
     plain = draw(pipe)
     with helped(pipe):

@@ -15,6 +15,7 @@ from fastcache import Bundle, FastCacheHelper
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.helper.network import NetworkWatch, fingerprint
 from live_pipelines import add_lora, draw, full_calls, helped, switch
+from repeats import mostly_slow
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
@@ -194,7 +195,11 @@ def test_weights_that_are_cast_for_each_call_are_no_change(
         assert full_calls(own_pipe.unet, lambda: draw(own_pipe)) == [0, 3, 6]
 
 
-@pytest.mark.parametrize(("change", "word"), [*AT_ONCE, *((change, "weights or classes") for change in AT_A_RUN)])
+QUICK = ("write_in_place", "fuse_lora", "free_u", "replace_module", "lora_come_and_gone")
+EVERY = [*AT_ONCE, *((change, "weights or classes") for change in AT_A_RUN)]
+
+
+@pytest.mark.parametrize(("change", "word"), mostly_slow(EVERY, lambda case: case[0].__name__ in QUICK))
 def test_engines_refuse_a_changed_network(
     change: Change, word: str, demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline
 ) -> None:

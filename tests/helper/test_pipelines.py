@@ -16,6 +16,7 @@ from DeepCache import DeepCacheSDHelper
 import fastcache
 from fastcache import FastCacheHelper
 from live_pipelines import agreement_db, calls, draw, full_calls, helped, switch
+from repeats import mostly_slow
 
 # numpy's word to diffusers, and transformers' to diffusers' text encoder of LDM, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore::FutureWarning")
@@ -34,7 +35,10 @@ def load(name: str) -> Any:
 subjects, _, pipelines = map(load, ("parity_subjects", "parity_others", "parity_pipelines"))
 
 
-@pytest.mark.parametrize("name", pipelines.PIPELINES)
+QUICK = ("SD, inpaint, 9 channels", "SDXL, ControlNet and IP-Adapter", "T2I-Adapter", "LoRA", "AnimateDiff")
+
+
+@pytest.mark.parametrize("name", mostly_slow(pipelines.PIPELINES, lambda name: name in QUICK))
 def test_pipelines_draw_as_without_a_helper_and_as_with_the_old_one(name: str) -> None:
     subject = pipelines.PIPELINES[name]()
     subject.pipe.set_progress_bar_config(disable=True)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcache import FastCacheHelper
 from fastcache.sampler.scheduler import make_scheduler
 from live_pipelines import PROMPT, STEPS, calls, draw, full_calls, helped, switch
+from repeats import mostly_slow
 from small_unets import example, small_unet
 
 # numpy's word to diffusers, not to us
@@ -87,7 +88,7 @@ def test_an_exchanged_scheduler_begins_a_run(pipe: StableDiffusionPipeline) -> N
         assert torch.equal(draw(pipe), expected)
 
 
-@pytest.mark.parametrize("scheduler", ["the same", "its own"])
+@pytest.mark.parametrize("scheduler", mostly_slow(["the same", "its own"], lambda own: own == "its own"))
 @pytest.mark.parametrize("built", ["before", "while enabled"])
 def test_a_second_pipeline_on_the_same_unet(built: str, scheduler: str, pipe: StableDiffusionPipeline) -> None:
     """Built before, it knows nothing of the helper; built while it is enabled, it has a U-Net that caches."""

@@ -193,10 +193,19 @@ def test_a_fitted_plan_shares_calls_with_others(executor: Executor, pipe: FastCa
     assert psnr_db(found, wanted.reshape(1, -1)) >= 100
 
 
-@pytest.mark.parametrize("threads", [1, 2], ids=["in batches", "in streams"])
-def test_patterns_of_blocks_share_calls_with_others(threads: int, builds: BuildStore, tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("threads", "backend"),
+    [
+        pytest.param(1, "onnxruntime", id="in batches"),
+        pytest.param(2, "openvino", id="in streams", marks=pytest.mark.slow),
+    ],
+)
+def test_patterns_of_blocks_share_calls_with_others(
+    threads: int, backend: str, builds: BuildStore, tiny_model: Path
+) -> None:
     """Each by its own scales and shifts, beside images without any, at other steps."""
-    pipe = fastcache.load(builds.bundle(tiny_model, blocks="transformer", branch_id="0,2").path, threads=1)
+    built = builds.bundle(tiny_model, backend=backend, blocks="transformer", branch_id="0,2")
+    pipe = fastcache.load(built.path, threads=1)
     executor, channels = (
         Executor(pipe, 4, threads=threads),
         sum(block.channels for block in pipe.bundle.manifest.blocks),

@@ -160,6 +160,7 @@ def started(process: subprocess.Popen[bytes]) -> str:
     raise RuntimeError("it ended before it listened")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sizes of pipes")
 def test_few_descriptors_many_signals_and_nobody_who_reads_the_log(tiny_bundle: Bundle, tmp_path: Path) -> None:
     command = f"ulimit -n 256; exec {sys.executable} -m fastcache.cli serve --engines {tiny_bundle.path} --port 0"

@@ -210,6 +210,7 @@ def rename(folder: Path, name: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(other.to_json()))
 
 
+@pytest.mark.slow
 def test_a_bundle_is_swapped_without_dropping_a_request(swappable: Path) -> None:
     """The bundle is replaced by another while requests run, wait and arrive."""
     rename(swappable, "first")
@@ -324,6 +325,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_waits(tiny_bundle: Bundle) 
     assert '"prompt"' not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_sigterm_does_not_wait_for_engines_to_load(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Loading takes ten minutes here, longer than any test."""
@@ -345,6 +347,7 @@ def test_sigterm_does_not_wait_for_engines_to_load(tiny_bundle: Bundle, tmp_path
         assert "Traceback" not in (process.stderr.read() if process.stderr else "")
 
 
+@pytest.mark.slow
 def test_a_bundle_that_does_not_load_ends_the_command(bundle_copy: Path) -> None:
     (bundle_copy / "full.onnx").write_bytes(b"other")
     done = subprocess.run(command(bundle_copy), capture_output=True, text=True)

@@ -17,6 +17,7 @@ from fastcache import Bundle
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.models.listed import Listed, Offer, listed, read_models
 from fastcache.serve.models.memory import bytes_of, expected_bytes
+from repeats import mostly_slow
 from serve.serving import Running, running
 
 ADMIN = "an-administrators-key-for-tests"
@@ -56,6 +57,7 @@ def test_the_model_field_chooses_and_the_oldest_makes_room(two: Running) -> None
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.slow
 def test_a_model_that_must_go_finishes_what_it_began(two: Running) -> None:
     expected = pictures(two.draw(num_inference_steps=60))
     with ThreadPoolExecutor(12) as pool:
@@ -66,6 +68,7 @@ def test_a_model_that_must_go_finishes_what_it_began(two: Running) -> None:
     two.until(lambda: two.service.worker.bundles == 1)
 
 
+@pytest.mark.slow
 def test_too_many_who_wait_for_a_load_are_told_to_come_again(tiny_bundle: Bundle) -> None:
     models = (Listed(tiny_bundle.path), Listed(tiny_bundle.path, "other"))
     limit = expected_bytes(tiny_bundle.manifest, streams=False) + 1
@@ -103,7 +106,7 @@ def test_an_administrator_adds_swaps_and_drops(two: Running, tiny_bundle: Bundle
     assert two.draw().status_code == 200
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", mostly_slow([False, True], bool))
 def test_a_model_that_is_not_loaded_stays_where_another_does_not_load(
     two: Running, damaged: bool, bundle_copy: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_model_that_is_not_loaded_stays_where_another_does_not_load(
     assert two.draw(model="other").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_file_of_models_is_read_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
     from serve.http.test_life import reload
 
