@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def bench(  # as long as its flags are many
+    ctx: typer.Context,
     engines: Annotated[
         Path | None, typer.Option(help="The folder of a bundle to time; or else give --model.", callback=existing_of)
     ] = None,
@@ -54,6 +55,14 @@ def bench(  # as long as its flags are many
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Time prompt to PNG from a process's start, part by part.")
     ] = False,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="Time eager, DeepCache and engines at --sizes and --batches: the table of diffusers' page."
+        ),
+    ] = False,
+    sizes: Annotated[str, typer.Option(help="With --sweep: sides of square pictures, by commas.")] = "512,768,1024",
+    batches: Annotated[str, typer.Option(help="With --sweep: pictures at once, by commas.")] = "1,4,8",
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the GPU kernels alone, without a model.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw a chart of the speed-ups into this PNG file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here ('-' for stdout).")] = None,
@@ -65,6 +74,9 @@ def bench(  # as long as its flags are many
 
     With --end-to-end each arm draws in a new process each round: start, text encoder, loop, VAE and PNG, and the total.
 
+    With --sweep the arms are timed at several sizes and batches, with each cache interval and branch of the table on
+    diffusers' page about DeepCache, beside the speed-ups published there.
+
     With --kernels, every GPU kernel is timed beside PyTorch eager, torch.compile and a copy of as many bytes.
 
     Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache:openvino:bf16 --steps 20
@@ -73,6 +85,9 @@ def bench(  # as long as its flags are many
         if engines is not None or model is not None or arms is not None:
             raise ValueError("expected --kernels without --engines, --model and --arms, got both; time them apart")
         _bench_kernels(batch, dtype, repeats, branch_id or 0, json_file)
+        return
+    if sweep:
+        _sweep(ctx, json_file)
         return
     from fastcache.bench.chart import check_chartable, draw_chart
     from fastcache.bench.lineup import Wishes
@@ -109,6 +124,66 @@ def bench(  # as long as its flags are many
         chart.parent.mkdir(parents=True, exist_ok=True)
         draw_chart(result, chart)
         notes.print(f"chart: {chart}", markup=False, soft_wrap=True)
+
+
+_OF_ONE_CELL = ("engines", "arms", "height", "width", "batch", "cache_interval", "branch_id", "chart", "end_to_end")
+
+
+def _sides(flag: str, text: str) -> list[int]:
+    """Whole numbers by commas. Raises: `ValueError` naming the flag."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 8192 for part in parts):
+        raise ValueError(f"expected {flag} as whole numbers from 1 to 8192 by commas, such as 512,768, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _sweep(ctx: typer.Context, json_file: Path | None) -> None:
+    """`bench --sweep`: one benchmark a size and batch, and their table.
+
+    Raises: `ValueError` for flags that a sweep says itself.
+    """
+    import torch
+
+    from fastcache.bench.lineup import Wishes, of_model
+    from fastcache.bench.machine import environment, load_average
+    from fastcache.bench.sweep import sweep
+
+    flags, load = ctx.params, load_average()
+    clashing = [name for name in _OF_ONE_CELL if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if clashing:
+        raise ValueError(f"expected --sweep without --{clashing[0].replace('_', '-')}, got both; leave one out")
+    if flags["model"] is None:
+        raise ValueError("expected --sweep with --model, for its sizes are built one after another, got none")
+    sizes, batches = _sides("--sizes", flags["sizes"]), _sides("--batches", flags["batches"])
+    common = {name: flags[name] for name in ("cache_interval", "steps", "batch", "sampler", "warmup", "repeats")}
+    wishes = Wishes(None, flags["backend"], flags["device"], flags["dtype"])
+    settings, _ = of_model(
+        flags["model"], flags["random_weights"], wishes, common | {"threads": torch.get_num_threads()}
+    )
+    with progress() as say:
+        rows = sweep(settings, flags["backend"], sizes, batches, say)
+    machine = {**environment(settings.threads), "load_average_before": load}
+    if _write_json({"environment": machine, "settings": asdict(settings), "table": rows}, json_file):
+        return
+    ratios = ("speedup_vs_eager", "speedup_vs_uncached", "ceiling_vs_uncached", "published")
+    print_table(
+        f"{settings.model}, {settings.steps} {settings.sampler} steps, {settings.dtype}, {settings.device}, "
+        f"{settings.threads} threads\nms: the loop, median; then times as fast, the most that multiply-adds allow, and "
+        "what diffusers' page has for DeepCache on an RTX A5000",
+        ["size", "batch", "arm", "I", "B", "loop ms", "x eager", "x uncached", "at most", "published"],
+        [
+            [
+                *(str(row[name]) for name in ("size", "batch", "arm", "cache_interval", "branch_id")),
+                figure(row["loop_ms_p50"]),
+                *(figure(row[name], ".2f", "x") for name in ratios),
+            ]
+            for row in rows
+            if "skipped" not in row
+        ],
+    )
+    for row in rows:
+        if "skipped" in row:
+            typer.echo(f"{row['size']} batch {row['batch']}, {row['arm']}: skipped, {row['skipped']}")
 
 
 def _measure(
