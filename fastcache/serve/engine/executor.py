@@ -78,8 +78,8 @@ class _Made:
 class Executor:
     """A bundle's engines, and a lane for each of at most `most` images in flight, for each size that is drawn.
 
-    There are `express` lanes more, for jobs that are short beside those that hold the others. While it works on a GPU no
-    other thread captures a graph there: one that loads a bundle takes turns with the one that draws.
+    There are `express` lanes more, for jobs that are short beside those that hold the others. While it works on a GPU
+    no other thread captures a graph there: one that loads a bundle takes turns with the one that draws.
 
     `threads` are those of streams on a CPU; 0 means as many as torch uses.
 
