@@ -24,12 +24,13 @@ PYTHON, GLIBC = "3.12", (17, 24, 27, 28, 31, 34, 35)
 ON_CARD = frozenset(
     {
         *("accelerate", "annotated-doc", "anyio", "click", "filelock", "h11", "huggingface-hub"),
-        *("hypothesis", "numpy", "onnx", "onnx-ir", "onnxscript", "pillow", "prometheus-client"),
-        *("pytest", "regex", "requests", "rich", "safetensors", "scipy", "tokenizers"),
-        *("torch", "transformers", "triton", "typer", "typing-extensions", "zipp"),
+        *("iniconfig", "numpy", "onnx", "onnx-ir", "onnxscript", "packaging", "pillow"),
+        *("pluggy", "prometheus-client", "pygments", "regex", "requests", "rich", "safetensors"),
+        *("scipy", "shellingham", "tokenizers", "torch", "transformers", "triton", "typing-extensions"),
+        *("zipp",),
     }
 )
-WANTED = ("fastcache-diffusion[serve]", "DeepCache")
+WANTED = ("fastcache-diffusion[serve]", "DeepCache", "pytest")
 _MARKERS = {
     "python_version": PYTHON,
     "python_full_version": f"{PYTHON}.0",

@@ -103,7 +103,7 @@ def carry(
         raise typer.Exit(2) from None
     size = sum(file.stat().st_size for file in wheels.iterdir())
     typer.echo(
-        f"{len(packages)} packages, {size / 2**20:.1f} MiB, in {len(made)} portions beside a checkout of "
+        f"{len(packages)} packages, {size / 2**20:.1f} MiB, in portions: {len(made)}, beside a checkout of "
         f"{checkout / 2**20:.1f} MiB: {', '.join(f'{name} {version}' for name, version in packages.items())}"
     )
     for number, portion in enumerate(made, 1):

@@ -280,11 +280,16 @@ def test_everything_short_of_the_card_is_rehearsed(gpu_check: Any, tiny_model: P
     command += ["--steps", "6", "--repeats", "1", "--minutes", "600", "--commit", "0123456789ab"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    calls = (["--output", str(first), "--only", "versions,demo"], ["--output", str(second), "--before", str(first)])
-    for own in calls:
+
+    def run(*own: str) -> str:
         ran = subprocess.run([*command, *own], env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr[-4000:]
-    assert "== demo" not in ran.stderr
+        return ran.stderr
+
+    assert "== demo" in run("--output", str(first), "--only", "versions,demo")
+    said = run("--output", str(second), "--before", str(first))
+    assert "== server" in said
+    assert "== demo" not in said
     result = json.loads(second.read_text())
     assert result["environment"]["commit"] == "0123456789ab"
     skipped = {name: found["skipped"] for name, found in result["pieces"].items() if "skipped" in found}
