@@ -80,19 +80,19 @@ def quarter_hour(subject: Subject) -> list[Piece]:
     graphs = [(f"engine+graph:{engine}", 1, 0), *cached("engine+cache+graph", engine)]
     name, dtype = subject.name, subject.dtype
     pieces = [
-        _piece("versions", 30, Task("versions", device=subject.device)),
-        _piece("kernels' tests", 45, tests(KERNEL_TESTS)),
-        _piece("capture tests", 45, tests(CAPTURE_TESTS, "not bundle")),
+        _piece("versions", 25, Task("versions", device=subject.device)),
+        _piece("kernels' tests", 60, tests(KERNEL_TESTS, "not any_shape")),
+        _piece("capture tests", 50, tests(CAPTURE_TESTS, "not bundle")),
         _piece("inductor fp16 tests", 60, tests(INDUCTOR_TESTS, "fp16")),
-        _piece("demo", 80, replace(small, kind="demo")),
+        _piece("demo", 125, replace(small, kind="demo")),
         _piece("server", 40, replace(small, kind="server")),
-        bench_piece(f"{name} torch", 40, common, cached("deepcache", dtype)),
-        bench_piece(f"{name} compile", 80, common, [(f"compile:{dtype}", 1, 0)]),
+        bench_piece(f"{name} torch", 35, common, cached("deepcache", dtype)),
+        bench_piece(f"{name} compile", 60, common, [(f"compile:{dtype}", 1, 0)]),
         bench_piece(f"{name} {subject.backend}", 170, common, engines),
         bench_piece(f"{name} {subject.backend}+graph", 40, common, graphs),
-        _piece(f"{name} fitted", 40, replace(common, kind="fitted")),
-        _piece("loop", 25, replace(common, kind="loop", repeats=min(LOOP_ROUNDS, 10 * subject.repeats))),
-        _piece("kernels", 35, replace(common, kind="kernels"), _without_gpu(subject.device)),
+        _piece(f"{name} fitted", 30, replace(common, kind="fitted")),
+        _piece("loop", 20, replace(common, kind="loop", repeats=min(LOOP_ROUNDS, 10 * subject.repeats))),
+        _piece("kernels", 30, replace(common, kind="kernels"), _without_gpu(subject.device)),
     ]
     patience = 1 if subject.device == "cuda" else PATIENCE
     return [replace(piece, limit_s=patience * (piece.limit_s or 0)) for piece in pieces]
@@ -161,11 +161,11 @@ def commit_here() -> str | None:
         return None
 
 
-def check_command(commit: str, carried: str, minutes: float) -> str:
+def check_command(commit: str, carried: str, left_s: float) -> str:
     """What a call runs on the card, in the checkout; results go to $OUT, or build/ where there is none."""
     return (
-        f"python3 tools/gpu_check.py check --commit {commit} --minutes {minutes:g} --before {carried}/gpu-check.json "
-        '--output "${OUT:-build}/gpu-check.json"'
+        f"python3 tools/gpu_check.py check --commit {commit} --minutes {left_s / 60 + 0.05:.2f} "
+        f'--before {carried}/gpu-check.json --output "${{OUT:-build}}/gpu-check.json"'
     )
 
 

@@ -29,7 +29,7 @@ def test_example_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "engines/demo" in script.read_text(encoding="utf-8"):
-        shutil.copytree(builds.bundle("demo").path, tmp_path / "engines" / "demo")
+        shutil.copytree(builds.bundle("demo", dtype="auto").path, tmp_path / "engines" / "demo")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     said = capsys.readouterr().out
