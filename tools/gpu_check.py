@@ -1,143 +1,156 @@
-"""What this machine's GPU makes of fastcache: python tools/gpu_check.py check
+"""What this machine's GPU makes of fastcache: python tools/gpu_check.py plan
 
-`check` runs the tests marked gpu, times the kernels and the loop without a U-Net, benchmarks SD1.5 at 512x512 and SDXL
-at 1024x1024 in fp16 with random weights on every backend that runs there, launched step by step and as one CUDA graph.
-`deepcache-table` measures the table of diffusers' page on DeepCache on any machine. Neither needs a network. Both work
-in pieces (`pieces.py`) within --minutes, and the same command goes on where the last one stopped; delete the --output
-file to begin anew.
+`plan` prints what a quarter of an hour on a rented card runs, and the commands; `carry` gathers what that card lacks,
+for it has no network. `check` runs the steps there, or with `--device cpu` on a small model as a rehearsal. Each step
+has a process and a limit of its own, and its result is on disk at once: the same command goes on where the last one
+stopped (`pieces.py`). `deepcache-table` measures the table of diffusers' page on DeepCache on any machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import gpu_carry
 import platformdirs
 import torch
 import typer
-from macs import MultiplyAdds, multiply_adds
+from gpu_plan import (
+    CALL_S,
+    SIZES,
+    START_S,
+    WHOLE_S,
+    Subject,
+    calls,
+    check_command,
+    commit_here,
+    further,
+    quarter_hour,
+    seconds,
+    targets,
+)
+from gpu_steps import run_step
+from gpu_table import table_rows, table_task
+from gpu_task import ROOT, Task, say
 from pieces import Board, Piece, end_with_parent, run_pieces
 
-import fastcache_engines
-from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm, parse_dtype
-from fastcache.bench.bench import document, run_bench
-from fastcache.bench.kernels import KernelResult, bench_kernels, kernel_table
-from fastcache.bench.lineup import Lineup, build_bundles, line_up_arms
-from fastcache.bench.machine import environment, gpus, load_average
+from fastcache.bench.arms import parse_dtype
+from fastcache.bench.kernels import KernelResult, kernel_table
+from fastcache.bench.machine import environment, gpus
 from fastcache.console import figure, print_table
 from fastcache.files import write_json
-from fastcache_engines import BACKENDS, DType
 
-ROOT = Path(__file__).resolve().parents[1]
 LEAST_S = 30.0  # before anything is measured, Python, torch and diffusers are loaded twice
-INTERVALS = (2, 3, 5)
-LOOP_ROUNDS = 40  # as tools/loop_overhead.py has it
-SIZES = {"sd15": 512, "sdxl": 1024}
-CACHINGS = ((3, 0), (5, 0), (5, 1))  # the table's columns: cache interval I and branch B
-# DeepCache's speed-ups on an RTX A5000 by size and batch, for each of CACHINGS; of whole pipelines, 50 steps, SD2.1.
-# Source: diffusers' documentation, optimization/deepcache.
-PUBLISHED = {
-    (512, 8): (2.32, 3.18, 2.20),
-    (512, 4): (2.33, 3.21, 2.24),
-    (512, 1): (2.33, 3.24, 2.35),
-    (768, 8): (2.29, 3.12, 2.05),
-    (768, 4): (2.30, 3.13, 2.07),
-    (768, 1): (2.33, 3.21, 2.12),
-    (1024, 8): (2.24, 3.02, 1.92),
-    (1024, 4): (2.25, 3.04, 1.91),
-    (1024, 1): (2.28, 3.12, 1.93),
-}
+CARRIED = "build/gpu-carry"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Minutes = Annotated[float, typer.Option(min=0.5, help="Stop after so long; the next call goes on from there.")]
-Output = Annotated[Path, typer.Option(help="The JSON file, written after each piece.")]
+Output = Annotated[Path, typer.Option(help="The JSON file, written after each step; the log lies beside it.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a piece does: the gpu tests, the kernels, the loop alone, or a benchmark.
+@app.command()
+def plan() -> None:
+    """Print what a quarter of an hour on a rented card runs, in order, with each step's limit, and the commands.
 
-    `arms` are names, each with cache interval and branch. `keeps` is whether its bundles stay in the cache folder
-    for the next piece.
+    Example: python tools/gpu_check.py plan
     """
+    groups = calls(quarter_hour(Subject()))
+    rows = [
+        [str(number), piece.name, f"{piece.limit_s:.0f}"] for number, group in enumerate(groups, 1) for piece in group
+    ]
+    print_table("steps on the card", ["call", "step", "at most s"], rows)
+    whole = sum(map(seconds, groups)) + START_S * len(groups)
+    typer.echo(f"{whole:.0f} s of {WHOLE_S}, with {START_S} s for each call's start; a call takes at most {CALL_S} s.")
+    typer.echo(
+        "Once: python tools/gpu_check.py carry. Each call brings its portions and begins with the lines it prints."
+    )
+    for number, group in enumerate(groups, 1):
+        # All but the last go on with the next one's steps, where theirs took less than they might.
+        left_s = seconds(group) if number == len(groups) else CALL_S - START_S
+        typer.echo(f"call {number}: {check_command(known_commit(None), CARRIED, left_s)}")
+    typer.echo(f"Between calls: copy the gpu-check.json that came back into {CARRIED}, and bring that along.")
 
-    kind: str
-    model: str = ""
-    size: int = 0
-    batch: int = 1
-    steps: int = 50
-    repeats: int = 3
-    dtype: DType = "fp16"
-    device: str = "cuda"
-    arms: tuple[tuple[str, int, int], ...] = ()
-    keeps: bool = True
 
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+@app.command()
+def carry(
+    folder: Annotated[Path, typer.Option(help="Where the portions go; git must ignore it.")] = ROOT / CARRIED,
+    also: Annotated[str, typer.Option("--with", help="Further packages, by commas, as onnxruntime-gpu==1.28.0.")] = "",
+    most_mib: Annotated[int, typer.Option(min=1, help="What travels in a call, the checkout included.")] = 64,
+) -> None:
+    """Gather the wheels that the card lacks, in portions that travel with the checkout, and print a line for each call.
 
-    @property
-    def settings(self) -> BenchSettings:
-        return BenchSettings(
-            model=self.model,
-            random_weights=True,
-            device=self.device,
-            cache_interval=3,
-            branch_id=0,
-            steps=self.steps,
-            height=self.size,
-            width=self.size,
-            batch=self.batch,
-            sampler="ddim",
-            dtype=self.dtype,
-            warmup=1,
-            repeats=self.repeats,
-            threads=torch.get_num_threads(),
-        )
-
-    @property
-    def lineup(self) -> Lineup:
-        """The arms, called by their caching as well, for one benchmark has several kinds of it."""
-
-        def make(name: str, interval: int, branch_id: int) -> Arm:
-            told = f"{name} I={interval} B={branch_id}" if interval > 1 else name
-            arm = parse_arm(name, Defaults(dtype=self.dtype))
-            return replace(arm, name=told, cache_interval=interval, branch_id=branch_id)
-
-        return line_up_arms([make(*arm) for arm in self.arms], self.device)
+    Example: python tools/gpu_check.py carry
+    """
+    wheels = folder / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    wheels.mkdir(parents=True)
+    try:
+        packages = gpu_carry.missing(gpu_carry.WANTED)
+        for text in filter(None, also.split(",")):
+            name, _, version = text.partition("==")
+            if not version:
+                raise ValueError(f"expected NAME==VERSION in --with, got {text}; name the version")
+            packages[name] = version
+        gpu_carry.download(packages, wheels)
+        checkout = gpu_carry.checkout_bytes(ROOT)
+        room = most_mib * 2**20 - checkout - gpu_carry.LEFT_BYTES
+        made = gpu_carry.pack(sorted(wheels.iterdir()), folder, room)
+    except (ValueError, RuntimeError) as error:
+        say(f"error: {error}")
+        raise typer.Exit(2) from None
+    size = sum(file.stat().st_size for file in wheels.iterdir())
+    typer.echo(
+        f"{len(packages)} packages, {size / 2**20:.1f} MiB, in portions: {len(made)}, beside a checkout of "
+        f"{checkout / 2**20:.1f} MiB: {', '.join(f'{name} {version}' for name, version in packages.items())}"
+    )
+    for number, portion in enumerate(made, 1):
+        place = portion.relative_to(ROOT) if portion.is_relative_to(ROOT) else portion
+        typer.echo(f"portion {number}: bring {place}, and run: {gpu_carry.bring_command(place, number == len(made))}")
 
 
 @app.command()
 def check(
     minutes: Minutes = 9.5,
     output: Output = ROOT / "build" / "gpu-check.json",
-    models: Annotated[str, typer.Option(help="By commas: sd15, sdxl.")] = "sd15,sdxl",
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu for a rehearsal.")] = "cuda",
+    model: Annotated[str, typer.Option(help="A preset, or a folder: whose loop is timed.")] = "sd15",
+    small: Annotated[str, typer.Option(help="demo, or a folder: what draws whole pictures.")] = "demo",
+    backend: Annotated[str, typer.Option(help="Whose engines take part.")] = "inductor",
+    dtype: Annotated[str | None, typer.Option(help="fp16 on a GPU and fp32 elsewhere if left out.")] = None,
+    size: Annotated[int, typer.Option(help="The model's picture, in pixels.")] = 512,
+    small_size: Annotated[int, typer.Option(help="The small model's.")] = 64,
     steps: Steps = 50,
     repeats: Repeats = 3,
+    commit: Annotated[str | None, typer.Option(help="What the results are of, where there is no history.")] = None,
+    before: Annotated[Path | None, typer.Option(help="Results of an earlier call, to go on from.")] = None,
+    only: Annotated[str, typer.Option(help="These steps alone, by commas.")] = "",
+    more: Annotated[str, typer.Option(help="And all backends on these models, by commas: sd15, sdxl.")] = "",
 ) -> None:
-    """Run the gpu tests, and benchmark every backend on this machine's GPU.
+    """Run the steps of `plan` that have no result yet, in order.
 
     Example: python tools/gpu_check.py check --minutes 9.5 --output build/gpu-check.json
     """
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         say("error: expected a CUDA GPU that this build of PyTorch sees, got none; run this on a machine with one")
         raise typer.Exit(3)
-    chosen = models.split(",")
-    if unknown := [name for name in chosen if name not in SIZES]:
-        raise typer.BadParameter(f"expected models out of {', '.join(SIZES)}, got {', '.join(unknown)}")
-    board = new_board(output)
-    run_pieces(Path(__file__), check_pieces(chosen, steps, repeats), board, minutes, LEAST_S, say)
+    own = parse_dtype(dtype or ("fp16" if device == "cuda" else "fp32"))
+    subject = Subject(device, model, small, backend, own, size, small_size, steps, repeats)
+    work = chosen(quarter_hour(subject) + further(subject, models_of(more)), only)
+    if before is not None and before.is_file() and not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(before, output)
+    board = new_board(output, known_commit(commit))
+    run_pieces(Path(__file__), work, board, minutes, LEAST_S, say)
     board.result["environment"]["gpus"]["after"] = gpus()
     board.save()
-    show_check(board.result["pieces"])
-    raise typer.Exit(4 if board.result["pieces"].get("gpu tests", {}).get("exit_code", 0) else 0)
+    found = {piece.name: board.result["pieces"][piece.name] for piece in work}
+    show_check(found)
+    raise typer.Exit(4 if any(has_failed(one, device) for one in found.values()) else 0)
 
 
 @app.command()
@@ -163,7 +176,7 @@ def deepcache_table(
         f"{model} {size} batch {batch}": table_task(model, size, batch, steps, repeats, backend, own, device)
         for size, batch in sorted(cells, key=lambda cell: cell[0] ** 2 * cell[1])
     }
-    board = new_board(output)
+    board = new_board(output, commit_here())
     pieces = [Piece(name, task.to_json()) for name, task in tasks.items()]
     run_pieces(Path(__file__), pieces, board, minutes, LEAST_S, say)
     board.result["table"] = [
@@ -186,147 +199,66 @@ def deepcache_table(
 
 @app.command(hidden=True)
 def piece(description: str, answer: Path, folder: Path) -> None:
-    """Do one piece of the commands above, and write its answer."""
+    """Do one step of the commands above, and write its answer."""
     end_with_parent()
-    values = json.loads(description)
-    task = Task(**values | {"arms": tuple((name, interval, branch) for name, interval, branch in values["arms"])})
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    task = Task.from_json(json.loads(description))
     bundles = platformdirs.user_cache_path("fastcache") / "engines" if task.keeps else folder / "engines"
-    kinds = {
-        "tests": run_tests,
-        "kernels": run_kernels,
-        "loop": run_loop,
-        "bench": run_task,
-    }
-    found = kinds[task.kind](task, bundles)
-    write_json(answer, found)
+    write_json(answer, run_step(task, bundles))
 
 
-def check_pieces(models: Sequence[str], steps: int, repeats: int) -> list[Piece]:
-    """All that `check` does, in the order of its worth; torch.compile takes long to compile and comes last."""
-    order = fastcache_engines.preference("cuda")[0]
-    backends = [*order, *(name for name in BACKENDS if name not in order)]
-    pieces, slow = [Piece("gpu tests", Task("tests").to_json(), share=0.4)], list[Piece]()
-    pieces.append(Piece("kernels", Task("kernels", repeats=repeats).to_json()))
-    pieces.append(Piece("loop", Task("loop", steps=steps, repeats=LOOP_ROUNDS).to_json()))
-    for model in models:
-        common = Task("bench", model, SIZES[model], steps=steps, repeats=repeats)
-        pieces.append(bench_piece("torch", common, [("deepcache:fp16", n, 0) for n in INTERVALS]))
-        for name in backends:
-            for graph in ("", "+graph") if fastcache_engines.backend(name).CAPABILITIES.captured else ("",):
-                cached = [(f"engine+cache{graph}:{name}:fp16", n, 0) for n in INTERVALS]
-                arms = [(f"engine{graph}:{name}:fp16", 1, 0), *cached]
-                pieces.append(bench_piece(f"{name}{graph}", common, arms))
-        slow.append(bench_piece("compile", common, [("compile:fp16", 1, 0)]))
-    return pieces + slow
+def has_failed(found: dict[str, Any], device: str) -> bool:
+    """Whether a step ended badly, or its tests did; on a GPU also where not one of them ran."""
+    nothing_ran = device == "cuda" and found.get("passed") == 0
+    return bool(found.get("failed") or found.get("errors") or found.get("log")) or nothing_ran
 
 
-def bench_piece(name: str, common: Task, arms: Sequence[tuple[str, int, int]]) -> Piece:
-    """A benchmark of some arms beside eager; none where not one of them can run."""
-    task = replace(common, arms=(("eager:fp16", 1, 0), *arms))
-    lineup = task.lineup
-    reasons = [lineup.skipped.get(arm) for arm in lineup.arms if arm.kind != "eager"]
-    return Piece(f"{common.model} {name}", task.to_json(), obstacle=reasons[0] if all(reasons) else None)
+def models_of(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in SIZES]:
+        raise typer.BadParameter(f"expected models out of {', '.join(SIZES)}, got {', '.join(unknown)}")
+    return names
 
 
-def table_task(
-    model: str, size: int, batch: int, steps: int, repeats: int, backend: str, dtype: DType, device: str
-) -> Task:
-    """One row of the table: eager, and every caching by the DeepCache package and by engines."""
-    arms = [(f"eager:{dtype}", 1, 0), *((f"deepcache:{dtype}", n, branch) for n, branch in CACHINGS)]
-    if backend != "none":
-        arms += [(f"engine:{backend}:{dtype}", 1, 0)]
-        arms += [(f"engine+cache:{backend}:{dtype}", n, branch) for n, branch in CACHINGS]
-    return Task("bench", model, size, batch, steps, repeats, dtype, device, tuple(arms), keeps=False)
+def chosen(work: Sequence[Piece], only: str) -> list[Piece]:
+    """The steps named, or all."""
+    names = [name for name in only.split(",") if name]
+    known = [piece.name for piece in work]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"expected steps out of {', '.join(known)}, got {', '.join(unknown)}")
+    return [piece for piece in work if not names or piece.name in names]
 
 
-def table_rows(task: Task, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A piece's arms as rows of the table.
-
-    Beside what was measured stand the ceiling that the multiply-adds set to caching on one backend, and the speed-up
-    that was published for DeepCache.
-    """
-    work: dict[int, MultiplyAdds] = {b: multiply_adds(task.model, b, task.size, task.size) for _, b in CACHINGS}
-    published = dict(zip(CACHINGS, PUBLISHED.get((task.size, task.batch), ()), strict=False))
-    arms = [arm for arm in found.get("arms", []) if "skipped" not in arm]
-    uncached = {arm["backend"]: arm["loop_ms_p50"] for arm in arms if arm["cache_interval"] == 1}
-
-    def row(arm: dict[str, Any]) -> dict[str, Any]:
-        kind, loop_ms = arm["name"].split(" ")[0].split(":")[0], arm["loop_ms_p50"]
-        interval, branch = arm["cache_interval"], arm["branch_id"]
-        own = uncached.get(arm["backend"])
-        return {
-            "size": task.size,
-            "batch": task.batch,
-            "arm": f"{kind}:{arm['backend']}" if kind.startswith("engine") else kind,
-            "cache_interval": interval,
-            "branch_id": branch,
-            "seconds": loop_ms / 1e3,
-            "speedup_vs_eager": arm["speedup_vs_eager"],
-            "speedup_vs_uncached": round(own / loop_ms, 3) if own else None,
-            "ceiling_vs_uncached": round(work[branch].ceiling(task.steps, interval), 3),
-            "published": published.get((interval, branch)),
-        }
-
-    return [row(arm) for arm in arms]
+def known_commit(given: str | None) -> str:
+    """What results are of: a result without it is nobody's."""
+    commit = given or commit_here()
+    if commit is None:
+        raise typer.BadParameter(
+            "expected --commit where the checkout came without its history, got none; `plan` says it"
+        )
+    return commit
 
 
-def run_tests(task: Task, folder: Path) -> dict[str, Any]:
-    """The tests marked gpu, one after the other, for they share the GPU."""
-    del task, folder
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    lines = (ran.stdout + ran.stderr).strip().splitlines()
-    return {"exit_code": ran.returncode, "summary": lines[-1] if lines else "", "log": lines[-60:]}
-
-
-def run_kernels(task: Task, folder: Path) -> dict[str, Any]:
-    """Every kernel's times, as `fastcache bench --kernels --json` writes them."""
-    del folder
-    return bench_kernels(task.batch, task.dtype, task.repeats, 0, say)[0]
-
-
-def run_loop(task: Task, folder: Path) -> dict[str, Any]:
-    """What a step takes beside the U-Net, as `loop_overhead.py --json` writes it: here, diffusers', out of graphs."""
-    del folder
-    command = [sys.executable, str(ROOT / "tools" / "loop_overhead.py"), "--device", task.device, "--json"]
-    command += ["--steps", str(task.steps), "--rounds", str(task.repeats)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if ran.returncode != 0:
-        raise RuntimeError(f"loop_overhead.py ended with code {ran.returncode}: {ran.stderr.strip()[-500:]}")
-    return json.loads(ran.stdout)
-
-
-def run_task(task: Task, folder: Path) -> dict[str, Any]:
-    """A benchmark's document, as `fastcache bench --json` writes it."""
-    before = load_average()
-    bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
-    return document(task.settings, bundles, run_bench(task.settings, lineup, bundles, say), before)
-
-
-def new_board(output: Path) -> Board:
-    return Board(output, environment(torch.get_num_threads()) | {"gpus": {"before": gpus()}})
-
-
-def say(message: str) -> None:
-    typer.echo(message, err=True)
+def new_board(output: Path, commit: str | None) -> Board:
+    machine = environment(torch.get_num_threads())
+    return Board(output, machine | {"commit": commit, "gpus": {"before": gpus()}})
 
 
 def show_check(pieces: dict[str, Any]) -> None:
-    """The benchmarks as one table, the kernels, the loop, the tests' last line, and what was skipped."""
+    """The benchmarks as one table, the kernels, the loops, the tests, what was skipped, and what was aimed at."""
     keys = ("loop_ms_p50", "full_step_ms_p50", "shallow_step_ms_p50", "overhead_ms_per_step")
     rows = [
         [
-            name.split(" ")[0],
+            name,
             arm["name"],
-            *(figure(arm[key], ".2f") for key in keys),
-            figure(arm["speedup_vs_eager"], ".2f", "x"),
+            *(figure(arm.get(key), ".2f") for key in keys),
+            figure(arm.get("speedup_vs_eager"), ".2f", "x"),
         ]
         for name, found in pieces.items()
         for arm in found.get("arms", [])
         if "skipped" not in arm
     ]
-    print_table("fp16, milliseconds", ["model", "arm", "loop", "full", "shallow", "rest", "x eager"], rows)
+    if rows:
+        print_table("milliseconds", ["step", "arm", "loop", "full", "shallow", "rest", "x eager"], rows)
     timed = pieces.get("kernels", {})
     if "kernels" in timed:
         print_table(*kernel_table(timed["settings"], [KernelResult(**row) for row in timed["kernels"]]))
@@ -335,9 +267,16 @@ def show_check(pieces: dict[str, Any]) -> None:
         told = [[str(row[name]).replace("_", " ") for name in columns] for row in rows]
         print_table("the loop alone, microseconds a step", [name.replace("_", " ") for name in columns], told)
     for name, found in pieces.items():
-        if "summary" in found:
-            typer.echo(f"{name}: {found['summary']}")
+        if "passed" in found:
+            counts = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['errors'])} errors"
+            typer.echo(f"{name}: {counts}, {found['left_out']} left out {' '.join(found['failed'] + found['errors'])}")
+        for loop in found.get("loops", []):
+            typer.echo(f"{name}: {json.dumps(loop)}")
+        if "start_s" in found:
+            typer.echo(f"{name}: {json.dumps({key: value for key, value in found.items() if key.endswith('_s')})}")
     show_skipped(pieces)
+    for line in targets(pieces):
+        typer.echo(line)
 
 
 def show_skipped(pieces: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Long work in pieces -> one JSON file that grows by a piece at a time, so that a kill loses one piece at most.
 
 Each piece runs in a process of its own, `PROGRAM piece DESCRIPTION ANSWER FOLDER`, which begins with `end_with_parent`
-and is ended with all that it has started when the time is up. Knows nothing about what the pieces do.
+and is ended with all that it has started when the time is up. What it prints is passed on at once, and kept in a log
+beside the JSON file. Knows nothing about what the pieces do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,12 @@ Say = Callable[[str], None]
 class Piece:
     """One thing to do. `description` is JSON, and with the commit it is what makes a result still the right one.
 
-    `share` is how much of the whole time the piece may take; `obstacle` says why it need not be started.
+    `limit_s` is what the piece may take, all that is left where it is None; `obstacle` says why it need not be started.
     """
 
     name: str
     description: dict[str, Any]
-    share: float = 1.0
+    limit_s: float | None = None
     obstacle: str | None = None
 
 
@@ -64,41 +66,57 @@ class Board:
 
 
 def run_pieces(program: Path, pieces: Sequence[Piece], board: Board, minutes: float, least_s: float, say: Say) -> None:
-    """Do what the board does not hold yet, in order, those that failed before last."""
-    end = time.monotonic() + 60 * minutes
+    """Do what the board does not hold yet, in order, those that failed before last.
+
+    Where there is no time left for a piece, it and all after it are left for the next call.
+    """
+    end, is_over = time.monotonic() + 60 * minutes, False
+    board.file.parent.mkdir(parents=True, exist_ok=True)
     for piece in sorted((p for p in pieces if not board.is_done(p)), key=board.tries):
-        seconds, tries = min(end - time.monotonic(), 60 * minutes * piece.share), board.tries(piece)
+        left, tries = end - time.monotonic(), board.tries(piece)
+        is_over = is_over or left < (piece.limit_s or least_s)
         if piece.obstacle is not None:
             board.put(piece, {"skipped": piece.obstacle})
-        elif seconds < least_s:
+        elif is_over:
             board.put(piece, {"skipped": "no time was left; run the same command again", "tries": tries})
         else:
-            say(f"{piece.name} (up to {seconds:.0f} s)")
+            seconds = piece.limit_s or left
+            say(f"== {piece.name} (up to {seconds:.0f} s)")
             start = time.monotonic()
-            found = in_own_process(program, piece, seconds)
+            found = in_own_process(program, piece, seconds, board.file.with_suffix(".log"), say)
             found |= {"took_s": round(time.monotonic() - start, 1)}
             board.put(piece, found | ({"tries": tries + 1} if "skipped" in found else {}))
     board.save()
 
 
-def in_own_process(program: Path, piece: Piece, seconds: float) -> dict[str, Any]:
+def in_own_process(program: Path, piece: Piece, seconds: float, log: Path, say: Say) -> dict[str, Any]:
     """The answer of a piece's process, or why there is none. Whatever is in its temporary folder goes with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        command = [sys.executable, str(program), "piece", json.dumps(piece.description), str(answer), folder]
-        with log.open("wb") as stream:
-            child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, start_new_session=True
-            )
-            try:
-                child.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                return {"skipped": f"did not finish within {seconds:.0f} s", "log": last_lines(log)}
-            finally:
-                end_session(child)
+    with tempfile.TemporaryDirectory() as folder, log.open("ab", buffering=0) as kept:
+        kept.write(f"== {piece.name}\n".encode())
+        answer, lines = Path(folder) / "answer.json", deque[str](maxlen=20)
+        command = [sys.executable, "-u", str(program), "piece", json.dumps(piece.description), str(answer), folder]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+        def follow() -> None:
+            for line in child.stdout or ():
+                kept.write(line)
+                lines.append(line.decode(errors="replace").rstrip())
+                say(lines[-1])
+
+        reader = threading.Thread(target=follow, daemon=True)
+        reader.start()
+        try:
+            child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"skipped": f"did not finish within {seconds:.0f} s", "log": lines_of(lines)}
+        finally:
+            end_session(child)
+            reader.join(timeout=10)  # what left the session may still hold the other end
         if child.returncode != 0:
-            lines = last_lines(log)
-            return {"skipped": f"ended with code {child.returncode}: {lines[-1] if lines else ''}", "log": lines}
+            last = lines_of(lines)
+            return {"skipped": f"ended with code {child.returncode}: {last[-1] if last else ''}", "log": last}
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
@@ -117,8 +135,11 @@ def end_session(child: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, and whatever of its session is still running."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
+    if child.stdin is not None:
+        child.stdin.close()
+    child.wait()
 
 
-def last_lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
+def lines_of(lines: Iterable[str]) -> list[str]:
+    """Those that say something."""
+    return [line for line in list(lines) if line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcache_engines import onnx_files
+from fastcache_engines.capturing import capture_lock, without_captures
 from fastcache_engines.extras import install
 from fastcache_engines.machine import NO_GPU, BackendUnavailable, device_index, device_kind, gpu, torch_device
 from fastcache_engines.onnx_files import refuse_outside_weights
@@ -190,7 +192,8 @@ class OnnxRuntimeEngine:
             # A CPU only checks such graphs: SDXL takes 15 GB as it stands, over 18 with its weights widened beforehand.
             settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self.session = runtime.InferenceSession(str(path), settings, providers=list(providers))
+            with without_captures(options.device):  # it allocates
+                self.session = runtime.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise ValueError(f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}") from error
         if self._device.type == "cuda":
@@ -211,7 +214,7 @@ class OnnxRuntimeBinding:
     def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor], graph_id: int) -> None:
         import onnx
 
-        self._session, self._stream = engine.session, engine.stream
+        self._session, self._stream, self._captured = engine.session, engine.stream, False
         self._binding = binding = engine.session.io_binding()
         self._tensors = [tensors[spec.name] for spec in (*engine.inputs, *engine.outputs)]
         for specs, bind in ((engine.inputs, binding.bind_input), (engine.outputs, binding.bind_output)):
@@ -234,7 +237,10 @@ class OnnxRuntimeBinding:
         # ONNX Runtime takes torch's default stream, 0, for none given, so it has a stream of its own, in order with it.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        self._session.run_with_iobinding(self._binding, self._options)
+        # It captures in its first run, in a mode in which what any other thread allocates is an error.
+        with nullcontext() if self._captured else capture_lock:
+            self._session.run_with_iobinding(self._binding, self._options)
+        self._captured = True
         current.wait_stream(self._stream)
 
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcache_kernels.manifest import ALIGNMENT, KERNELS, LIBRARY, MANIFEST, SOURCE, source_hash
+from fastcache_kernels.manifest import ALIGNMENT, EXACT_FROM, KERNELS, LIBRARY, MANIFEST, SOURCE, source_hash
 
 WARP_SIZE = 32
-EXACT_FROM = 90  # from here on Triton compiles for one architecture only: sm_90a, sm_100a, ...
 PTX_VERSION = 80  # what drivers of CUDA 12.0 read; left to Triton it asks for a driver as new as its own ptxas
 # Triton gives every kernel two addresses of its own at the end, for memory that these kernels do not use.
 HIDDEN_PARAMETERS = 2
@@ -155,9 +154,10 @@ def build(config: Mapping[str, Any], folder: Path, jobs: int) -> None:
     Raises: `ValueError` for a config that does not fit the kernels.
     """
     architectures: list[int] = config["architectures"]
-    if config["ptx"] not in architectures or config["ptx"] >= EXACT_FROM:
+    ptx: int | None = config["ptx"]
+    if ptx is not None and (ptx not in architectures or ptx >= EXACT_FROM):
         raise ValueError(
-            f"aot.toml: expected ptx to be one of architectures below {EXACT_FROM}, got {config['ptx']}; "
+            f"aot.toml: expected ptx to be one of architectures below {EXACT_FROM}, got {ptx}; "
             "PTX of newer ones is for these alone"
         )
     listed = list(specifications(config))
@@ -165,7 +165,7 @@ def build(config: Mapping[str, Any], folder: Path, jobs: int) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     tables, embedded = list[str](), list[str]()
     for specification, images in compiled.items():
-        files = list(_images(specification, images, config["ptx"]))
+        files = list(_images(specification, images, ptx))
         for name, content, *_ in files:
             (folder / "images" / name).write_bytes(content)
             embedded.append(_embedded(name))
@@ -176,8 +176,23 @@ def build(config: Mapping[str, Any], folder: Path, jobs: int) -> None:
     (folder / MANIFEST).write_text(json.dumps(_manifest(config, compiled), indent=1) + "\n", encoding="utf-8")
 
 
+def only(config: Mapping[str, Any], architectures: Sequence[int]) -> dict[str, Any]:
+    """The config for some of its architectures; without the one of its PTX, no GPU but theirs is served.
+
+    Raises: `ValueError` for one that it does not have.
+    """
+    known: list[int] = config["architectures"]
+    if unknown := [number for number in architectures if number not in known]:
+        raise ValueError(f"expected architectures out of {known}, got {unknown}; add them to aot.toml")
+    return {
+        **config,
+        "architectures": list(architectures),
+        "ptx": config["ptx"] if config["ptx"] in architectures else None,
+    }
+
+
 def _images(
-    specification: Specification, images: Sequence[CompiledImage], ptx: int
+    specification: Specification, images: Sequence[CompiledImage], ptx: int | None
 ) -> Iterator[tuple[str, bytes, CompiledImage, bool]]:
     """Each image's file name and content, and whether it is PTX."""
     for image in images:
@@ -290,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     config = tomllib.loads(options.config.read_text(encoding="utf-8"))
     if options.architectures:
-        config["architectures"] = [int(number) for number in options.architectures.split(",")]
+        config = only(config, [int(number) for number in options.architectures.split(",")])
     build(config, options.folder, options.jobs)
 
 

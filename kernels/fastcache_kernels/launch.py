@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcache_kernels.manifest import ALIGNMENT, MANIFEST, SOURCE, folder_of, source_hash
+from fastcache_kernels.manifest import ALIGNMENT, MANIFEST, SOURCE, folder_of, has_image, source_hash
 
 Argument = Tensor | int | float
 Launch = Callable[[], None]
@@ -80,9 +80,9 @@ class GpuLibrary:
             )
 
     def serves(self, device: torch.device) -> bool:
-        """Whether a GPU is none older than the oldest that the kernels are for; newer ones compile their PTX."""
+        """Whether a kernel runs on a GPU: one compiled for it, or the PTX that newer ones compile."""
         major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor >= min(self.manifest["architectures"])
+        return has_image(10 * major + minor, self.manifest["architectures"], self.manifest["ptx"])
 
     def find(
         self, kernel: str, arguments: Mapping[str, Argument], num_warps: int, constants: Mapping[str, int]
@@ -138,7 +138,7 @@ def source() -> tuple[str, str]:
     if isinstance(found, GpuLibrary) and found.serves(torch.device("cuda")):
         names = ", ".join(f"sm_{number}" for number in found.manifest["architectures"])
         return "aot", f"compiled ahead of time for {names}"
-    why = "the ahead-of-time kernels are for newer GPUs" if isinstance(found, GpuLibrary) else str(found)
+    why = "the ahead-of-time kernels are for other GPUs" if isinstance(found, GpuLibrary) else str(found)
     if _triton_version() is not None:
         return "triton", f"Triton {_triton_version()} compiles at first use: {why}"
     return "reference", f"{why}; nor is Triton installed: pip install triton"

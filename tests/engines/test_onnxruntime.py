@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fastcache_engines import (
     onnxruntime,
     onnxruntime_tensorrt,
 )
+from fastcache_engines.capturing import capture_lock
 from fastcache_engines.inductor import compiler
 
 SIZE = 512
@@ -274,6 +276,43 @@ def test_what_the_cuda_provider_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert told == {"device_id": "3", "user_compute_stream": "77", "use_tf32": "0", "prefer_nhwc": "0"}
     monkeypatch.setenv("FASTCACHE_ORT_NHWC", "1")
     assert onnxruntime.cuda_settings(LoadOptions("cuda:0", "fp16"), stream)["prefer_nhwc"] == "1"
+
+
+def test_the_run_that_captures_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime captures in a binding's first run, in a mode that fails at what other threads allocate."""
+    alone: list[bool] = []
+
+    def try_to_capture() -> None:
+        alone.append(not capture_lock.acquire(blocking=False))
+        if not alone[-1]:
+            capture_lock.release()
+
+    class Bound:
+        bind_input = bind_output = None
+
+    class Session:
+        def io_binding(self) -> Any:
+            return Bound()
+
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            thread = threading.Thread(target=try_to_capture)
+            thread.start()
+            thread.join()
+
+    class Waiting(Stream):
+        device = torch.device("cuda", 0)
+
+        def wait_stream(self, other: Any) -> None: ...
+
+    class Engine:
+        session, stream, inputs, outputs = Session(), Waiting(), (), ()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Waiting())
+    engine: Any = Engine()
+    binding = onnxruntime.OnnxRuntimeBinding(engine, {}, graph_id=1)
+    binding.run()
+    binding.run()
+    assert alone == [True, False]
 
 
 @pytest.fixture

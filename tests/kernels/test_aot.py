@@ -22,7 +22,7 @@ import torch
 
 from fastcache_kernels import aot, cpu_step, guidance
 from fastcache_kernels.launch import GpuLibrary
-from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, SOURCE, source_hash
+from fastcache_kernels.manifest import KERNELS, LIBRARY, MANIFEST, SOURCE, has_image, source_hash
 from fastcache_kernels.values import step_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,18 +282,18 @@ def test_ahead_of_time_kernels_give_what_triton_gives(installed: Path, monkeypat
 @needs_tools
 @pytest.mark.skipif(importlib.util.find_spec("scikit_build_core") is None, reason="needs scikit-build-core")
 def test_a_wheel_carries_the_library_where_it_is_asked_to(tmp_path: Path) -> None:
-    """For one architecture, for the sake of time."""
+    """For one architecture, for the sake of time; and as that is one whose PTX nobody else reads, without any."""
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT),
         FASTCACHE_AOT="1",
-        SKBUILD_CMAKE_DEFINE="FASTCACHE_AOT_ARCHITECTURES=89;FASTCACHE_AOT_JOBS=2",
+        SKBUILD_CMAKE_DEFINE="FASTCACHE_AOT_ARCHITECTURES=90;FASTCACHE_AOT_JOBS=2",
     )
-    (wheel,) = tmp_path.glob("fastcache-*.whl")
+    (wheel,) = tmp_path.glob("fastcache_diffusion-*.whl")
     assert re.search(r"-py3-none-(linux|manylinux)_", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "wheel")
     library = GpuLibrary(tmp_path / "wheel" / "fastcache_kernels")
-    assert library.manifest["architectures"] == [89]
+    assert (library.manifest["architectures"], library.manifest["ptx"]) == ([90], None)
     assert len(library.variants) == len(list(aot.specifications(CONFIG)))
     cpu_step.Library(tmp_path / "wheel" / "fastcache_kernels")
     assert (tmp_path / "wheel" / "fastcache_kernels" / cpu_step.SOURCE).is_file()  # what the library is held against
@@ -307,7 +307,7 @@ def test_a_plain_wheel_is_built_with_a_compiler_and_without(compiler: str, tmp_p
     """The loop's C, and nothing for GPUs; or Python alone."""
     build = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
     run(*build, CC=compiler)
-    (wheel,) = tmp_path.glob("fastcache-*.whl")
+    (wheel,) = tmp_path.glob("fastcache_diffusion-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if name.endswith(".so")]
     assert libraries == ([f"fastcache_kernels/{cpu_step.LIBRARY}"] if compiler == "cc" else [])
@@ -335,6 +335,22 @@ def test_parameters_that_are_not_the_kernels_are_refused() -> None:
         ValueError, match=r"expected the parameters of guidance_statistics, noise_pred, .* got ring, BLOCK"
     ):
         aot.compile_kernel(next(aot.specifications({"kernel": [wrong]})), 80)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "served"),
+    [
+        ([90], None, {75: False, 89: False, 90: True, 103: False}),
+        ([89], 89, {75: False, 86: False, 89: True, 90: True, 121: True}),
+        ([80, 90], None, {80: True, 87: True, 75: False, 90: True, 100: False}),
+    ],
+)
+def test_some_architectures_alone(architectures: list[int], ptx: int | None, served: dict[int, bool]) -> None:
+    chosen = aot.only(CONFIG, architectures)
+    assert (chosen["architectures"], chosen["ptx"]) == (architectures, ptx)
+    assert {number: has_image(number, architectures, ptx) for number in served} == served
+    with pytest.raises(ValueError, match=r"expected architectures out of \[80, .*, got \[91\]; add them"):
+        aot.only(CONFIG, [*architectures, 91])
 
 
 def test_ptx_that_newer_gpus_refuse_is_refused(tmp_path: Path) -> None:

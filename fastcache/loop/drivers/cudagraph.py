@@ -54,7 +54,7 @@ class CudaRecorder:
     def warm_up(self, calls: Sequence[Call]) -> None:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with capture_lock, torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP_RUNS):
                 for call in calls:
                     call()

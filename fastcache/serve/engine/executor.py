@@ -34,6 +34,7 @@ from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps
 from fastcache.sampler.table import SamplerTable
 from fastcache.serve.engine.speeds import Speeds
+from fastcache_engines.capturing import without_captures
 
 _WORTH_TIMING_AGAIN_S: Final = 1.0
 
@@ -77,7 +78,8 @@ class _Made:
 class Executor:
     """A bundle's engines, and a lane for each of at most `most` images in flight, for each size that is drawn.
 
-    There are `express` lanes more, for jobs that are short beside those that hold the others.
+    There are `express` lanes more, for jobs that are short beside those that hold the others. While it works on a GPU
+    no other thread captures a graph there: one that loads a bundle takes turns with the one that draws.
 
     `threads` are those of streams on a CPU; 0 means as many as torch uses.
 
@@ -128,16 +130,17 @@ class Executor:
     def lanes(self, size: Size) -> Lanes:
         """The lanes for images of a size, made when it is first drawn."""
         if size not in self._lanes:
-            runtime, manifest = self.pipe.runtime, self.pipe.bundle.manifest
-            self._lanes[size] = Lanes(
-                runtime.pass_engines,
-                manifest.passes,
-                count=self.count + self.express,
-                channels=manifest.model.latent_channels,
-                sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
-                device=self.device,
-                streams=self._streams,
-            )
+            engines, manifest = self.pipe.runtime.pass_engines, self.pipe.bundle.manifest
+            with without_captures(self.device):
+                self._lanes[size] = Lanes(
+                    engines,
+                    manifest.passes,
+                    count=self.count + self.express,
+                    channels=manifest.model.latent_channels,
+                    sizes={"height": size.height, "width": size.width, "tokens": manifest.profiles["tokens"].opt},
+                    device=self.device,
+                    streams=self._streams,
+                )
         return self._lanes[size]
 
     @property
@@ -152,11 +155,7 @@ class Executor:
         """
         manifest = self.pipe.bundle.manifest
         schedule = self._usual_schedule()
-        with ThreadPoolExecutor(1) as beside:
-            # Native code works, while Python encodes the text.
-            loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
-            self._embeds("")
-            loading.result()
+        self._bind()
         plan = CachePlan.all_full(schedule.sampler.num_calls)
         request = blank_request(manifest)
         self.fill(0, Drawing(request, self.pipe.terms(request), 0, schedule, plan), 0)
@@ -171,11 +170,25 @@ class Executor:
         self.speeds.note("decode", time.perf_counter() - start)
         self.clear(0)
 
+    def _bind(self) -> None:
+        """Load and bind the engines of the usual size, and encode a text."""
+        size = self.pipe.bundle.manifest.sizes[0]
+        if self.device != "cpu":  # in one thread, for engines on a GPU capture graphs as they are bound
+            self.lanes(size).bind()
+            with without_captures(self.device):
+                self._embeds("")
+            return
+        with ThreadPoolExecutor(1) as beside:
+            # Native code works, while Python encodes the text.
+            loading = beside.submit(lambda: self.lanes(size).bind())
+            self._embeds("")
+            loading.result()
+
     def _timed_step(self, name: str, guided: bool) -> float:
         start = time.perf_counter()
         self.run([(0, 0)], name=name, guided=guided)
         if self.device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return time.perf_counter() - start
 
     def _usual_schedule(self) -> Schedule:
@@ -190,6 +203,10 @@ class Executor:
         """Put image `index` at its start: noise, or a picture under noise; and what steers it, unless an image of the
         same job has made that.
         """
+        with without_captures(self.device):
+            self._fill(lane, drawing, index)
+
+    def _fill(self, lane: int, drawing: Drawing, index: int) -> None:
         if drawing.steering is None:
             drawing.steering = self._steer(drawing)
         terms, schedule, steering = drawing.terms, drawing.schedule, drawing.steering
@@ -243,6 +260,11 @@ class Executor:
 
         If it raises, nothing has moved.
         """
+        with without_captures(self.device):
+            self._run(steps, name, guided)
+        self._pace()
+
+    def _run(self, steps: Sequence[tuple[int, int]], name: str, guided: bool) -> None:
         numbers, runs = [lane for lane, _ in steps], [self._in_flight[lane].run for lane, _ in steps]
         lanes = self._in_flight[numbers[0]].lanes
         turns = [
@@ -259,7 +281,6 @@ class Executor:
             for call in turn.update:
                 call()
             run.end(step)
-        self._pace()
 
     def _scale(self, lane: int, step: int, guided: bool) -> None:
         """Bring a step's ControlNet scales to the lane, from where those in company are gathered."""
@@ -285,11 +306,13 @@ class Executor:
 
     def pictures(self, lanes: Sequence[int]) -> list[Pillow.Image]:
         """The pictures of the latents on these lanes, of one size, as they are now."""
-        return self.pipe.decode(torch.cat([self.latents(lane) for lane in lanes]))
+        with without_captures(self.device):
+            return self.pipe.decode(torch.cat([self.latents(lane) for lane in lanes]))
 
     def preview(self, lane: int, step: int) -> Pillow.Image:
         """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
-        (picture,) = self.pipe.decode(self.foretold(lane, step))
+        with without_captures(self.device):
+            (picture,) = self.pipe.decode(self.foretold(lane, step))
         return picture
 
     def foretold(self, lane: int, step: int) -> Tensor:
@@ -300,8 +323,9 @@ class Executor:
     def check_device(self) -> None:
         """Raises: `DeviceBroken` if the device fails at what cannot fail."""
         try:
-            probe = torch.ones(8, device=self.device)
-            alive = float((probe + probe).sum()) == 16.0
+            with without_captures(self.device):
+                probe = torch.ones(8, device=self.device)
+                alive = float((probe + probe).sum()) == 16.0
         except RuntimeError as error:
             raise DeviceBroken(f"expected the device to add, got {type(error).__name__}; start again") from error
         if not alive:
