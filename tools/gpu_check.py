@@ -3,7 +3,7 @@
 `plan` prints what a quarter of an hour on a rented card runs, and the commands; `carry` gathers what that card lacks,
 for it has no network. `check` runs the steps there, or with `--device cpu` on a small model as a rehearsal. Each step
 has a process and a limit of its own, and its result is on disk at once: the same command goes on where the last one
-stopped (`pieces.py`). `deepcache-table` measures the table of diffusers' page on DeepCache on any machine.
+stopped (`pieces.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from gpu_plan import (
     targets,
 )
 from gpu_steps import run_step
-from gpu_table import table_rows, table_task
 from gpu_task import ROOT, Task, say
 from pieces import Board, Piece, end_with_parent, run_pieces
 
@@ -151,50 +150,6 @@ def check(
     found = {piece.name: board.result["pieces"][piece.name] for piece in work}
     show_check(found)
     raise typer.Exit(4 if any(has_failed(one, device) for one in found.values()) else 0)
-
-
-@app.command()
-def deepcache_table(
-    minutes: Minutes = 9.5,
-    output: Output = ROOT / "build" / "deepcache-table.json",
-    sizes: Annotated[str, typer.Option(help="Image sides in pixels, by commas.")] = "512,768,1024",
-    batches: Annotated[str, typer.Option(help="Images at once, by commas.")] = "8,4,1",
-    steps: Steps = 50,
-    repeats: Repeats = 3,
-    model: Annotated[str, typer.Option(help="A preset, with random weights.")] = "sd21",
-    backend: Annotated[str, typer.Option(help="The engines', or none for PyTorch alone.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="fp16 on a GPU and fp32 elsewhere if left out.")] = None,
-) -> None:
-    """Measure the table of diffusers' page on DeepCache here, with the ceilings that multiply-adds set beside it.
-
-    Example: python tools/gpu_check.py deepcache-table --sizes 512 --batches 1 --steps 4 --repeats 1
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    own = parse_dtype(dtype or ("fp16" if device == "cuda" else "fp32"))
-    cells = [(int(size), int(batch)) for size in sizes.split(",") for batch in batches.split(",")]
-    tasks = {
-        f"{model} {size} batch {batch}": table_task(model, size, batch, steps, repeats, backend, own, device)
-        for size, batch in sorted(cells, key=lambda cell: cell[0] ** 2 * cell[1])
-    }
-    board = new_board(output, commit_here())
-    pieces = [Piece(name, task.to_json()) for name, task in tasks.items()]
-    run_pieces(Path(__file__), pieces, board, minutes, LEAST_S, say)
-    board.result["table"] = [
-        row for name, task in tasks.items() for row in table_rows(task, board.result["pieces"][name])
-    ]
-    board.save()
-    columns = ["size", "batch", "arm", "I", "B", "seconds", "x eager", "x uncached", "ceiling", "published"]
-    ratios = ("speedup_vs_eager", "speedup_vs_uncached", "ceiling_vs_uncached", "published")
-    rows = [
-        [
-            *(str(row[name]) for name in ("size", "batch", "arm", "cache_interval", "branch_id")),
-            figure(row["seconds"], ".2f"),
-            *(figure(row[name], ".2f", "x") for name in ratios),
-        ]
-        for row in board.result["table"]
-    ]
-    print_table(f"{model}, {steps} ddim steps under guidance, {own}, {device}", columns, rows)
-    show_skipped({name: board.result["pieces"][name] for name in tasks})
 
 
 @app.command(hidden=True)
