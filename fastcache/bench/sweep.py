@@ -98,6 +98,7 @@ def rows_of(settings: BenchSettings, results: Sequence[ArmResult]) -> list[dict[
             "speedup_vs_uncached": round(own / arm.loop_ms_p50, 3) if own and arm.loop_ms_p50 else None,
             "ceiling_vs_uncached": ceiling(interval, branch),
             "published": published.get((interval, branch)),
+            "unsteady": arm.unsteady,
         }
 
     return [row(arm) for arm in results]

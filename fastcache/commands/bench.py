@@ -181,6 +181,8 @@ def _sweep(ctx: typer.Context, json_file: Path | None) -> None:
             if "skipped" not in row
         ],
     )
+    if shaken := sum(row.get("unsteady", False) for row in rows):
+        typer.echo(f"warning: {shaken} of these figures are not to be relied on: their rounds differed too much")
     for row in rows:
         if "skipped" in row:
             typer.echo(f"{row['size']} batch {row['batch']}, {row['arm']}: skipped, {row['skipped']}")
