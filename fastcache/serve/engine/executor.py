@@ -156,6 +156,9 @@ class Executor:
             # Native code works, while Python encodes the text.
             loading = beside.submit(lambda: self.lanes(manifest.sizes[0]).bind())
             self._embeds("")
+            if "vae_encoder" in manifest.engines:
+                size = manifest.sizes[0]
+                self.pipe.runtime.once("vae_encoder", {"image": torch.zeros(1, 3, size.height, size.width)})
             loading.result()
         plan = CachePlan.all_full(schedule.sampler.num_calls)
         request = blank_request(manifest)

@@ -88,7 +88,6 @@ def prepare(asked: ImageRequest, arrival: Arrival, served: Served, limits: Limit
         "edits" if isinstance(asked, EditRequest) else "generations",
         choice.name,
         choice.quality,
-        None if plan.fit is None else plan.fit.psnr_db,
     )
     return Job(
         id=arrival.job_id,

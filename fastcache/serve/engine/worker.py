@@ -41,7 +41,6 @@ class Order:
     route: str = "generations"
     plan_name: str = "uncached"
     quality: str | None = None
-    psnr_db: float | None = None  # of the plan to uncached pictures, on calibration
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
 

@@ -86,7 +86,7 @@ class Service:
         self.ended = asyncio.Event()  # nothing more will come: broken
         self._offer = Offer((Listed(offer),)) if isinstance(offer, Path) else offer
         self._listed, self._threads = list(self._offer.models), threads
-        self._plans: list[PlanFolder] = []
+        self.plans: list[PlanFolder] = []
         self._numbers = itertools.count()
         self._changing = asyncio.Lock()  # which models there are
         self.loop: asyncio.AbstractEventLoop | None = None  # that serves, once `start` was called
@@ -130,9 +130,9 @@ class Service:
         """Load the first bundle and begin to serve. Raises: as `fastcache.load`; the state is then `broken`."""
         self.loop = asyncio.get_running_loop()
         try:
-            self._plans = [read_plans(folder) for folder in self._offer.plans]
+            self.plans = [read_plans(folder) for folder in self._offer.plans]
             entries = self.shelf.read(self._listed)
-            require_used(self._plans, [entry.manifest for entry in entries])
+            require_used(self.plans, [entry.manifest for entry in entries])
             for entry in entries:
                 self.shelf.add(entry)
             await self.shelf.load(self.shelf.first)
@@ -152,7 +152,7 @@ class Service:
         Raises: the first of what went wrong, as `start`.
         """
         async with self._changing:
-            self._plans = [read_plans(folder) for folder in self._offer.plans]
+            self.plans = [read_plans(folder) for folder in self._offer.plans]
             if self._offer.file is not None:
                 self._listed = read_models(self._offer.file)
             failures, before = list[Exception](), list(self.shelf.entries.values())
@@ -217,7 +217,7 @@ class Service:
         pipe = FastCachePipeline(open_bundle(folder, self._offer.trusted), threads=self._threads)
         executor = Executor(pipe, self.limits.max_batch, threads=self._threads)
         executor.warm_up()
-        return Served(next(self._numbers), executor, name, plans_for(self._plans, pipe.bundle.manifest))
+        return Served(next(self._numbers), executor, name, plans_for(self.plans, pipe.bundle.manifest))
 
     def _install(self, served: Served) -> None:
         self.worker.install(served.number, served.executor)

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.plan import CachePlan
+from fastcache.serve.http.schema import PlanUsed, QualityOffered
 
 Quality = Literal["low", "medium", "high"]
 PLAN_NAMES: Final[Mapping[Quality, str]] = {"low": "draft", "medium": "standard", "high": "fine"}
@@ -61,6 +62,27 @@ def plans_for(folders: Sequence[PlanFolder], manifest: Manifest) -> Plans:
     """The plans that were fitted for a bundle's weights; of several folders those of the last."""
     found = [one.plans for one in folders if one.weights_sha256 == manifest.weights_sha256]
     return found[-1] if found else {}
+
+
+def plan_used(name: str, plan: CachePlan) -> PlanUsed:
+    """What clients are told of a plan."""
+    full = sum(plan.is_full(step) for step in range(plan.num_steps))
+    psnr_db = None if plan.fit is None else plan.fit.psnr_db
+    return PlanUsed(name=name, unet_calls=plan.num_steps, full_calls=full, psnr_db=psnr_db)
+
+
+def offered_qualities(plans: Plans) -> list[QualityOffered]:
+    """The qualities of a model's plans, the best last."""
+    return [
+        QualityOffered(
+            quality=quality,
+            plan=plan_used(name, plans[quality]),
+            sampler=plans[quality].sampler,
+            num_inference_steps=fit.num_inference_steps,
+        )
+        for quality, name in PLAN_NAMES.items()
+        if quality in plans and (fit := plans[quality].fit) is not None
+    ]
 
 
 def require_used(folders: Sequence[PlanFolder], manifests: Sequence[Manifest]) -> None:
