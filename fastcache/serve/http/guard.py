@@ -123,7 +123,8 @@ class Guard:
         state: dict[str, Any] = scope.setdefault("state", {})
         state[ARRIVED] = start
         try:
-            state[OWNER] = self._admit(scope)
+            # A replica asks for no key: the front that passed the request on has, and says whose it was.
+            state[OWNER] = self._admit(scope) or state.get(OWNER)
             body = await self._read_body(receive, self._most_bytes(scope))
             if body is not None:
                 _check_structure(scope, body, self._limits)

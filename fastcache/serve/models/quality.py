@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from fastcache.bundle.bundle import read_manifest
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.plan import CachePlan
 from fastcache.serve.http.schema import PlanUsed, QualityOffered
+from fastcache.serve.models.listed import Listed, require_different
 
 Quality = Literal["low", "medium", "high"]
 PLAN_NAMES: Final[Mapping[Quality, str]] = {"low": "draft", "medium": "standard", "high": "fine"}
@@ -83,6 +85,20 @@ def offered_qualities(plans: Plans) -> list[QualityOffered]:
         for quality, name in PLAN_NAMES.items()
         if quality in plans and (fit := plans[quality].fit) is not None
     ]
+
+
+def read_offered(
+    models: Sequence[Listed], folders: Sequence[PlanFolder], trusted: Path | None = None
+) -> dict[str, Manifest]:
+    """The manifests of bundles by the names that clients use.
+
+    Raises: `BundleError` for a folder that is none; `ValueError` for equal names, and for plans for none of them.
+    """
+    manifests = [read_manifest(one.engines, trusted) for one in models]
+    names = [one.called(manifest) for one, manifest in zip(models, manifests, strict=True)]
+    require_different(names)
+    require_used(folders, manifests)
+    return dict(zip(names, manifests, strict=True))
 
 
 def require_used(folders: Sequence[PlanFolder], manifests: Sequence[Manifest]) -> None:
