@@ -74,7 +74,8 @@ def batch(
 
     Example: fastcache batch --engines demo-output/engines --prompts prompts.txt --output pictures --workers 2
     """
-    from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file, models_of, read_rows
+    from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file
+    from fastcache.serve.cluster.lines import models_of, read_rows
     from fastcache.serve.models.listed import listed
     from fastcache.serve.models.quality import read_plans
 

@@ -19,11 +19,10 @@ from fastcache.pipeline.controls import refreshed
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import Schedule
 from fastcache.serve.engine.events import Event
-from fastcache.serve.engine.executor import Drawing
+from fastcache.serve.engine.order import Drawing, Order
 from fastcache.serve.engine.requests import Served, at_most, bad
 from fastcache.serve.engine.scheduler import Job
 from fastcache.serve.engine.shown import fitted, shown
-from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import EditRequest, ImageRequest

@@ -262,8 +262,9 @@ def _replayed(body: bytes, receive: Receive, state: Mapping[str, Any]) -> Receiv
     async def replay() -> Message:
         if messages:
             return messages.pop()
-        message = await receive()
-        return {"type": "http.disconnect"} if state.get(HALF_CLOSED) else message
+        # It may have closed its side before the body was taken: then nothing more would wake `receive`.
+        message = None if state.get(HALF_CLOSED) else await receive()
+        return {"type": "http.disconnect"} if message is None or state.get(HALF_CLOSED) else message
 
     return replay
 

@@ -39,7 +39,7 @@ def described(entry: Entry, service: Service) -> Model:
             guidance_scale=model.defaults.guidance_scale,
         ),
         edits="vae_encoder" in manifest.engines,
-        qualities=offered_qualities(plans_for(service.plans, manifest) if served is None else served.plans),
+        qualities=offered_qualities(plans_for(service.catalogue.plans, manifest) if served is None else served.plans),
         bundle_sha256=manifest.bundle_sha256,
         loaded=served is not None,
     )
@@ -72,14 +72,14 @@ def add_admin(app: FastAPI, service: Service, errors: Errors, always: tuple[int,
     async def put(name: Name, asked: ModelPut) -> Model:
         """Offer a bundle under a name, in place of another of that name; answered once it is loaded."""
         service.require_ready()
-        entry = await service.put_model(name, FilePath(asked.engines))
+        entry = await service.catalogue.put(name, FilePath(asked.engines))
         return described(entry, service)
 
     @app.delete(f"{ADMIN_PATH}models/{{name:path}}", responses=errors(*always, 404, 409, 503))
     async def drop(name: Name) -> ModelDropped:
         """Offer a model no more; what was accepted for it is finished."""
         service.require_ready()
-        await service.drop_model(name)
+        await service.catalogue.drop(name)
         return ModelDropped(id=name)
 
 

@@ -22,7 +22,8 @@ from build_store import BuildStore
 from fastcache import Bundle, CachePlan
 from fastcache.cli import main
 from fastcache.commands.options import read_prompts
-from fastcache.serve.cluster.batch import INDEX, Artist, Model, models_of, read_rows
+from fastcache.serve.cluster.batch import INDEX, Artist
+from fastcache.serve.cluster.lines import Model, models_of, read_rows
 from fastcache.serve.cluster.rows import MAX_SEED, Shown, draw_rows, seed_of
 from fastcache.serve.models.listed import Listed
 
