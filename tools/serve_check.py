@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import httpx
 import psutil
 import typer
+from serve_check_mixed import EDIT, KINDS, draw, edit_of, mixed, models
 from serve_check_server import PROMPTS, Server, client_of, served, wish
 from serve_check_speed import latency, throughput
 
@@ -35,7 +36,7 @@ from fastcache.bench.machine import environment
 from fastcache.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from serve.malformed import malformed_bodies  # pyright: ignore[reportMissingImports]
+from serve.malformed import malformed_bodies, malformed_edits  # pyright: ignore[reportMissingImports]
 from serve.serving import GENERATE, schemathesis_command  # pyright: ignore[reportMissingImports]
 
 
@@ -60,20 +61,22 @@ def bursts(engines: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def disconnects(engines: Path, count: int) -> dict[str, Any]:
+def disconnects(engines: Path, count: int, *, edits: bool = False) -> dict[str, Any]:
     """Clients that leave at random steps: the worker is free within a step, and the counter tells what ran.
 
     A step that was at hand when the server ended the job is told apart from those that ran before it knew: the time
     from the client's leaving to that is the machine's, and a shallow step takes a few milliseconds.
     """
     rng, rows = random.Random(0), list[dict[str, float]]()
-    body = {"prompt": "a", "num_inference_steps": 60, "cache_interval": 3, "stream": True, "stream_steps": True}
+    body = {**edit_of(0), "strength": 1.0} if edits else {"prompt": "a"}
+    body |= {"num_inference_steps": 60, "cache_interval": 3, "stream": True, "stream_steps": True}
+    route = EDIT if edits else GENERATE
     options = ["--max-batch", "1", "--threads", "1"]
     with served(engines, *options) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         before = server.steps()
         for k in range(count):
             leave, start, at_hand = rng.randint(0, 30), server.steps(), server.metric(AT_HAND)
-            with client.stream("POST", GENERATE, json={**body, "job_id": f"d-{k}"}) as response:
+            with client.stream("POST", route, json={**body, "job_id": f"d-{k}"}) as response:
                 for line in response.iter_lines():
                     if f'"step": {leave},' in line:
                         break
@@ -143,12 +146,14 @@ def picture_of(answer: httpx.Response) -> str:
 
 
 def drains(engines: Path, rounds: int) -> dict[str, Any]:
-    """SIGTERM with one running and five queued."""
+    """SIGTERM with one running and five queued, generations and edits."""
 
     async def run(server: Server) -> Counter[int]:
         async with client_of(server) as client:
-            body = {"prompt": "a", "num_inference_steps": 100, "cache_interval": 10}
-            jobs = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(6)]
+            steps = {"num_inference_steps": 100, "cache_interval": 10}
+            edit = {**edit_of(0), "strength": 1.0, **steps}
+            asked = [(EDIT, edit), (GENERATE, {"prompt": "a", **steps})] * 3
+            jobs = [asyncio.create_task(client.post(route, json=body)) for route, body in asked]
             while (health := (await client.get("/health")).json())["running"] != 1 or health["waiting"] != 5:
                 await asyncio.sleep(0.01)
             server.process.send_signal(signal.SIGTERM)
@@ -220,15 +225,14 @@ def endurance(engines: Path, count: int) -> dict[str, Any]:
 BAD = malformed_bodies()
 
 
-def malformed(engines: Path, rounds: int) -> dict[str, Any]:
+def malformed(engines: Path, rounds: int, *, edits: bool = False) -> dict[str, Any]:
     """The corpus of malformed requests, again and again: all 4xx, memory flat, the next good one served."""
+    route, corpus = (EDIT, malformed_edits()) if edits else (GENERATE, [("application/json", body) for body in BAD])
     codes, marks = Counter[int](), list[dict[str, float]]()
     with served(engines) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(rounds):
-            for body in BAD:
-                codes[
-                    client.post(GENERATE, content=body, headers={"Content-Type": "application/json"}).status_code
-                ] += 1
+            for kind, body in corpus:
+                codes[client.post(route, content=body, headers={"Content-Type": kind}).status_code] += 1
             marks.append(server.footprint())
         drawn = client.post(GENERATE, json={"prompt": "a", "num_inference_steps": 2}).status_code
     grown = marks[-1]["rss_mib"] - marks[len(marks) // 3]["rss_mib"]
@@ -238,15 +242,16 @@ def malformed(engines: Path, rounds: int) -> dict[str, Any]:
 
 def swaps(engines: Path, rounds: int) -> dict[str, Any]:
     """SIGHUP again and again while clients draw: no request is lost, and no bundle stays."""
-    codes, marks, stop = Counter[int](), list[dict[str, float]](), threading.Event()
+    drawn, marks, stop = Counter[str](), list[dict[str, float]](), threading.Event()
 
-    def draw(server: Server) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+    async def client_of_kind(server: Server, kind: str) -> None:
+        async with client_of(server) as client:
             while not stop.is_set():
-                codes[client.post(GENERATE, json={"prompt": "a", "num_inference_steps": 6}).status_code] += 1
+                await draw(client, kind, 0, num_inference_steps=6)
+                drawn[kind] += 1
 
     with served(engines) as server, ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(draw, server) for _ in range(4)]
+        clients = [pool.submit(lambda kind=kind: asyncio.run(client_of_kind(server, kind))) for kind in KINDS]
         for loaded in range(2, rounds + 2):
             server.process.send_signal(signal.SIGHUP)
             while server.said().count("INFO serving") < loaded:
@@ -258,8 +263,8 @@ def swaps(engines: Path, rounds: int) -> dict[str, Any]:
         for client in clients:
             client.result()
     grown = marks[-1]["rss_mib"] - marks[len(marks) // 2]["rss_mib"]
-    ok = set(codes) == {200} and grown < 60
-    return {"rounds": rounds, "codes": dict(codes), "marks": marks, "grown_mib": round(grown, 1), "ok": ok}
+    ok = set(drawn) == set(KINDS) and grown < 60  # one that fails raises
+    return {"rounds": rounds, "drawn": dict(drawn), "marks": marks, "grown_mib": round(grown, 1), "ok": ok}
 
 
 def fuzz(engines: Path, examples: int) -> dict[str, Any]:
@@ -267,7 +272,8 @@ def fuzz(engines: Path, examples: int) -> dict[str, Any]:
     key = "a-key-for-this-check-only"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "keys").write_text(key)
-        options = ["--max-steps", "2", "--queue", "64", "--api-key-file", f"{folder}/keys"]
+        options = ["--max-steps", "2", "--queue", "64"]
+        options += ["--api-key-file", f"{folder}/keys", "--admin-key-file", f"{folder}/keys"]
         with served(engines, *options) as server:
             command = schemathesis_command(int(server.url.rpartition(":")[2]), examples, key)
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -278,10 +284,13 @@ def fuzz(engines: Path, examples: int) -> dict[str, Any]:
 
 def main(
     engines: Annotated[Path, typer.Option(help="A bundle of the bundled model; of up to 8 images for throughput.")],
+    second: Annotated[
+        Path | None, typer.Option(help="Another bundle for `models`; the same under another name if left out.")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Parts, by commas; all if left out.")] = None,
     leave_out: Annotated[str, typer.Option(help="Parts not to run, by commas.")] = "",
     scale: Annotated[float, typer.Option(help="Of all the counts; 1 is what the issue asks for.")] = 1.0,
-    threads: Annotated[int, typer.Option(help="Of the engines in throughput and latency.")] = 2,
+    threads: Annotated[int, typer.Option(help="Of the engines in throughput, mixed and latency.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Run the load tests and print what came of each."""
@@ -295,9 +304,13 @@ def main(
         "bursts": lambda: bursts(engines, times(20)),
         "disconnects": lambda: disconnects(engines, times(200)),
         "cancels": lambda: cancels(engines, times(1000)),
+        "disconnects-edits": lambda: disconnects(engines, times(200), edits=True),
         "drains": lambda: drains(engines, times(3)),
         "malformed": lambda: malformed(engines, times(10)),
+        "malformed-edits": lambda: malformed(engines, times(10), edits=True),
         "swaps": lambda: swaps(engines, times(10)),
+        "mixed": lambda: mixed(engines, times(96), threads),
+        "models": lambda: models(engines, second or engines, times(2000)),
         "endurance": lambda: endurance(engines, times(10_000)),
         "fuzz": lambda: fuzz(engines, times(1000)),
     }

@@ -24,7 +24,7 @@ SAMPLERS = ["ddim", "euler", "dpm++_2m", "unipc", "pndm", "euler_a"]
 class Server:
     """A `fastcache serve` process of its own."""
 
-    def __init__(self, engines: Path, *options: str) -> None:
+    def __init__(self, engines: Path | str, *options: str) -> None:
         command = [sys.executable, "-m", "fastcache.cli", "serve", "--engines", str(engines), "--port", "0", *options]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the process writes to it until it ends)
         self.process = subprocess.Popen(command, stderr=self._log)
@@ -43,7 +43,7 @@ class Server:
 
     def ended(self, job: str) -> float:
         """When a job ended, by the server's log, to the millisecond. Units: seconds of `time.time`."""
-        found = re.search(rf"^(\S+ \S+),(\d+) INFO job {job}: [a-z_]+$", self.said(), re.MULTILINE)
+        found = re.search(rf"^(\S+ \S+),(\d+) INFO (?:\S+ )?job {job}: [a-z_]+$", self.said(), re.MULTILINE)
         if found is None:
             raise ValueError(f"expected the end of job {job} in the server's log, got none")
         return time.mktime(time.strptime(found[1], "%Y-%m-%d %H:%M:%S")) + int(found[2]) / 1e3
@@ -76,7 +76,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(engines: Path, *options: str) -> Generator[Server]:
+def served(engines: Path | str, *options: str) -> Generator[Server]:
     server = Server(engines, *options)
     try:
         yield server

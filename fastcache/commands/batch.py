@@ -11,7 +11,6 @@ import typer
 
 from fastcache.commands.options import (
     CacheInterval,
-    EnginesOption,
     Guidance,
     Json,
     NegativePrompt,
@@ -25,7 +24,14 @@ from fastcache.console import print_json, progress
 
 
 def batch(
-    engines: EnginesOption,
+    engines: Annotated[
+        list[str],
+        typer.Option(
+            envvar="FASTCACHE_ENGINES",
+            metavar="DIR",
+            help="A bundle, or NAME=DIR; again for each further one. Rows that name no model are drawn with the first.",
+        ),
+    ],
     prompts: Annotated[
         Path, typer.Option(help="A text file with a prompt a line, or a .jsonl file with a JSON object a line.")
     ],
@@ -41,7 +47,10 @@ def batch(
     ] = 0,
     cache_interval: CacheInterval = None,
     plan: PlanFile = None,
-    plans: Annotated[Path | None, typer.Option(help="A folder of `plan --frontier`, for rows with a quality.")] = None,
+    plans: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A folder of `plan --frontier`, for rows with a quality; again for others."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw, each with engines of its own.")] = 1,
     cpus: Annotated[
         int | None, typer.Option(min=1, help="Cores for each worker; if left out they share this machine's.")
@@ -57,15 +66,17 @@ def batch(
 ) -> None:
     """Draw a file of prompts, on this machine or on a Ray cluster; started again, it draws what is left.
 
-    Rows of a .jsonl file may have id, prompt, negative_prompt, num_inference_steps, guidance_scale, sampler,
-    cache_interval, plan, quality (low, medium, high, with --plans), seed, and image, mask, strength, control_image,
-    adapter_image, ip_adapter_image and their scales; pictures are files, named from the rows' file on.
+    Rows of a .jsonl file may have id, model, prompt, negative_prompt, num_inference_steps, guidance_scale, sampler,
+    cache_interval, plan, quality (low, medium, high, with --plans), size, seed, and image, mask, strength,
+    control_image, adapter_image, ip_adapter_image and their scales; pictures are files, named from the rows' file on.
     A row's seed is the first 63 bits of SHA-256 of "SEED:ID"; its id, if it has none, the number of its line, as
     000001. Each picture is OUTPUT/ID.png, and index.jsonl lists all.
 
     Example: fastcache batch --engines demo-output/engines --prompts prompts.txt --output pictures --workers 2
     """
-    from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file, read_rows
+    from fastcache.serve.cluster.batch import INDEX, Cluster, draw_file
+    from fastcache.serve.cluster.lines import models_of, read_rows
+    from fastcache.serve.models.listed import listed
     from fastcache.serve.models.quality import read_plans
 
     if plan is not None and cache_interval is not None:
@@ -79,10 +90,11 @@ def batch(
         "plan": None if plan is None else json.loads(read_plan(plan).to_json()),
     }
     check_writable(output)
-    rows = read_rows(prompts, seed, defaults, None if plans is None else read_plans(plans))
+    models = models_of([listed(one) for one in engines], [read_plans(folder) for folder in plans or ()])
+    rows = read_rows(prompts, seed, defaults, models)
     cluster = Cluster(workers, cpus, gpus, address or os.environ.get("RAY_ADDRESS"))
     with progress() as say:
-        report = draw_file(engines, rows, output, cluster, say=say)
+        report = draw_file(models, rows, output, cluster, say=say)
     if json_:
         counts = {"drawn": report.drawn, "skipped": report.skipped, "failed": len(report.failed)}
         print_json({**counts, "index": str(output / INDEX), "rows": report.entries})

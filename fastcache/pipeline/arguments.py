@@ -132,6 +132,22 @@ def _steps_of_fit(request: Request, plan: CachePlan, fit: Fit) -> Steps:
     return Steps(fit.num_inference_steps, fitted=plan)
 
 
+def size_named(manifest: Manifest, name: str | None, shown: Mapping[str, Any]) -> Size:
+    """The size that a name as `512x768` means; without one, or for `auto`, that of a picture shown if the bundle has
+    it, else the usual one. `shown` are a request's arguments.
+
+    Raises: `ValueError`, listing the bundle's, for a size that it does not have.
+    """
+    sizes = {str(size): size for size in manifest.sizes}
+    if name not in (None, "auto"):
+        if name not in sizes:
+            raise ValueError(f"expected {', '.join(sizes)}, what this bundle draws, or auto, got {name}")
+        return sizes[name]
+    first = shown.get("image") or shown.get("control_image") or shown.get("adapter_image")
+    picture = first[0] if isinstance(first, list) else first
+    return sizes.get("" if picture is None else f"{picture.width}x{picture.height}", manifest.sizes[0])
+
+
 def size_of(manifest: Manifest, height: int | None, width: int | None, image: Any, mask: Any) -> Size:
     """The size to draw: as asked for, else the image's own unless it is inpainted, else the bundle's usual one.
 

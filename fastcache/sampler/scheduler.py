@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, Final, Protocol, cast
 
@@ -65,6 +66,9 @@ SAMPLERS: Final[Mapping[str, SchedulerChoice]] = MappingProxyType(
 )
 
 
+_importing = Lock()
+
+
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     """The diffusers scheduler that users call `name`, for a model whose own scheduler has this config.
 
@@ -79,10 +83,11 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
         raise expected(
             f"a sampler out of {', '.join(SAMPLERS)}", name, suggested(name, SAMPLERS) or "choose one of these"
         )
-    import diffusers
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    with _importing:  # of two threads at once, one finds diffusers' lazy modules half made
+        import diffusers
+        from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    scheduler_class: Any = getattr(diffusers, choice.class_name, None)
+        scheduler_class: Any = getattr(diffusers, choice.class_name, None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise expected("the model's scheduler to be one of diffusers", choice.class_name, "choose a sampler by name")
     accepted = inspect.signature(scheduler_class.__init__).parameters

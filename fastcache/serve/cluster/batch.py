@@ -1,4 +1,4 @@
-"""A file of prompts and a bundle -> a folder of pictures, drawn by workers of Ray Data on one machine or on many.
+"""A file of prompts and bundles -> a folder of pictures, drawn by workers of Ray Data on one machine or on many.
 
 A row's picture is one file, written whole, that says what it was drawn from: a row whose file stands is done, so a job
 that was killed is started again and draws what is left. Knows files and Ray; `rows.py` knows how rows are drawn.
@@ -6,27 +6,27 @@ that was killed is started again and draws what is left. Knows files and Ray; `r
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image as Pillow
-from pydantic import ValidationError
 
 from fastcache.bundle.bundle import open_bundle
 from fastcache.bundle.manifest import Manifest
 from fastcache.errors import BackendUnavailable
-from fastcache.expect import first_problem
-from fastcache.files import read_lines, write_whole
+from fastcache.files import write_whole
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.provenance import png_bytes
-from fastcache.serve.cluster.rows import PICTURES, Row, Shown, draw_rows, seed_of
-from fastcache.serve.models.quality import OWN_SETTINGS, PLAN_NAMES, PlanFolder
+from fastcache.serve.cluster.lines import Model
+from fastcache.serve.cluster.rows import Row, draw_rows
 from fastcache_engines.extras import install
 
 INDEX: Final = "index.jsonl"
@@ -61,78 +61,8 @@ class Report:
         return [entry for entry in self.entries if "error" in entry]
 
 
-def read_rows(path: Path, seed: int, defaults: dict[str, Any], plans: PlanFolder | None = None) -> list[Row]:
-    """The rows of a file: of `.jsonl` one JSON object a line, with the fields of `Row`; of any other one prompt a line.
-
-    A row without an id has its line's number, six digits from 000001; without a seed that of `seed_of`. Its pictures
-    are files from the folder of `path` on, and a `quality` stands for one of the `plans`.
-
-    Raises: `ValueError` naming the line.
-    """
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            given = _fields(line, path.suffix == ".jsonl")
-            _find_pictures(given, path.parent)
-            row = _row(_with_plan(given, plans), number, seed, defaults)
-        except ValidationError as error:
-            raise ValueError(f"{path}, line {number}: {first_problem(error, 'the row')}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        if row.id in rows:
-            raise ValueError(f"{path}, line {number}: expected ids that differ, got {row.id} again")
-        rows[row.id] = row
-    if not rows:
-        raise ValueError(f"expected a file of prompts, one a line, got {path} without any")
-    return list(rows.values())
-
-
-def _fields(line: str, is_json: bool) -> dict[str, Any]:
-    if not is_json:
-        return {"prompt": line.strip()}
-    found = json.loads(line)
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _find_pictures(given: dict[str, Any], folder: Path) -> None:
-    """Put in place of a picture's path what it names. Raises: `ValueError`."""
-    for name in PICTURES.keys() & given.keys():
-        if not isinstance(given[name], str):
-            raise ValueError(f"{name}: expected the path of a picture, from the rows' file on, got {given[name]!r}")
-        given[name] = Shown.of(folder / given[name])
-
-
-def _with_plan(given: dict[str, Any], plans: PlanFolder | None) -> dict[str, Any]:
-    """The plan that a row's quality stands for. Raises: `ValueError` for none, or beside what the plan says itself."""
-    if "quality" not in given:
-        return given
-    left = {name: value for name, value in given.items() if name != "quality"}
-    quality = given["quality"]
-    if plans is None or quality not in PLAN_NAMES:
-        known = f"a quality of {', '.join(PLAN_NAMES)}, with --plans"
-        raise ValueError(f"quality: expected {known}, got {quality!r}{'' if plans else ' and no plans'}")
-    if own := [name for name in OWN_SETTINGS if name in given]:
-        raise ValueError(f"quality: expected it without {own[0]}, which its plan says itself; leave one out")
-    return {**dict.fromkeys(OWN_SETTINGS), **left, "plan": json.loads(plans.plans[quality].to_json())}
-
-
-def _row(given: dict[str, Any], number: int, seed: int, defaults: dict[str, Any]) -> Row:
-    # A row's own interval takes the place of the job's plan, and the other way round.
-    other = {"cache_interval": "plan", "plan": "cache_interval"}
-    replaced = {other[name] for name in other.keys() & given.keys()}
-    kept = {name: value for name, value in defaults.items() if name not in replaced}
-    fields = {"id": f"{number:06d}", **kept, **given}
-    if "seed" not in fields:
-        fields["seed"] = seed_of(str(fields["id"]), seed)
-    return Row.model_validate(fields)
-
-
 def draw_file(
-    engines: Path,
+    models: Mapping[str, Model],
     rows: Sequence[Row],
     output: Path,
     cluster: Cluster | None = None,
@@ -144,15 +74,16 @@ def draw_file(
     Raises: `BackendUnavailable` without Ray; `BundleError`; `ValueError` for a folder with other rows' pictures.
     """
     cluster = cluster or Cluster()
-    engines, output = engines.resolve(), output.resolve()
-    manifest = open_bundle(engines).manifest
+    output, used = output.resolve(), {row.model for row in rows}
+    engines = {name: model.engines for name, model in models.items() if name in used}
+    manifests = {name: open_bundle(folder).manifest for name, folder in engines.items()}
     output.mkdir(parents=True, exist_ok=True)
-    left = [row for row in rows if not _is_done(output, row, manifest.bundle_sha256)]
+    left = [row for row in rows if not _is_done(output, row, manifests[row.model].bundle_sha256)]
     skipped, errors = len(rows) - len(left), dict[str, str]()
     say(f"{len(rows)} rows, {skipped} of them drawn before")
     if left:
         with _ray(cluster):
-            for done, result in enumerate(_results(engines, left, output, manifest, cluster), 1):
+            for done, result in enumerate(_results(engines, left, output, manifests.values(), cluster), 1):
                 if result["error"]:
                     errors[result["id"]] = result["error"]
                 say(f"{done} of {len(left)}: {result['id']}{' failed' if result['error'] else ''}")
@@ -163,6 +94,7 @@ def draw_file(
 
 def _entry(row: Row, error: str | None) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": row.id, "file": f"{row.id}.png", "seed": row.seed, "prompt": row.prompt}
+    entry["model"] = row.model
     return entry if error is None else {**entry, "file": None, "error": error}
 
 
@@ -185,30 +117,46 @@ def _is_done(output: Path, row: Row, bundle_sha256: str) -> bool:
 
 
 class Artist:
-    """A worker: loads the bundle once, draws batches of rows, and writes each picture whole."""
+    """A worker: draws batches of rows, and writes each picture whole.
 
-    def __init__(self, engines: str, output: str) -> None:
-        self._pipe = FastCachePipeline(open_bundle(engines))
-        self._output = Path(output)
+    It holds one bundle at a time, and keeps it until a row of another comes: rows of a model come one after the other.
+    """
+
+    def __init__(self, engines: dict[str, str], output: str) -> None:
+        self._engines, self._output = engines, Path(output)
+        self._pipe = lru_cache(maxsize=1)(self._load)
+
+    def _load(self, model: str) -> FastCachePipeline:
+        self._pipe.cache_clear()  # before the next is loaded, not after
+        return FastCachePipeline(open_bundle(self._engines[model]))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Ray Data's batch of rows as JSON -> their ids, and errors (empty for none)."""
-        bundle_sha256 = self._pipe.bundle.manifest.bundle_sha256
-        rows = [Row.model_validate_json(text) for text in batch["row"]]
+        rows, results = [Row.model_validate_json(text) for text in batch["row"]], dict[str, str]()
+        for model, own in itertools.groupby(sorted(rows, key=_alike), key=lambda row: row.model):
+            results |= self._draw(self._pipe(model), list(own))
+        return {"id": list(results), "error": list(results.values())}
+
+    def _draw(self, pipe: FastCachePipeline, rows: Sequence[Row]) -> dict[str, str]:
+        bundle_sha256 = pipe.bundle.manifest.bundle_sha256
         # Ray gives the batch of a worker that died to another; what it had drawn stands.
-        done = [row for row in rows if _is_done(self._output, row, bundle_sha256)]
-        results = {row.id: "" for row in done}
-        for outcome in draw_rows(self._pipe, [row for row in rows if row.id not in results]):
+        results = {row.id: "" for row in rows if _is_done(self._output, row, bundle_sha256)}
+        for outcome in draw_rows(pipe, [row for row in rows if row.id not in results]):
             row = outcome.row
             if outcome.picture is not None:
                 made = outcome.made | {"row_id": row.id, _DIGEST: row.digest(bundle_sha256)}
                 write_whole(self._output / f"{row.id}.png", png_bytes(outcome.picture, made))
             results[row.id] = outcome.error or ""
-        return {"id": list(results), "error": list(results.values())}
+        return results
+
+
+def _alike(row: Row) -> tuple[str, str]:
+    """Neighbours in this order share a bundle, and a batch."""
+    return row.model, row.settings
 
 
 def _results(
-    engines: Path, rows: Sequence[Row], output: Path, manifest: Manifest, cluster: Cluster
+    engines: Mapping[str, Path], rows: Sequence[Row], output: Path, manifests: Collection[Manifest], cluster: Cluster
 ) -> Iterator[dict[str, Any]]:
     import ray.data
 
@@ -216,16 +164,21 @@ def _results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # No more at once than leaves something for every worker.
-    most = max(1, min(manifest.profiles["batch"].max, -(-len(rows) // cluster.workers)))
-    alike = sorted(rows, key=lambda row: row.settings)  # neighbours share a batch
+    largest = min(manifest.profiles["batch"].max for manifest in manifests)
+    most = max(1, min(largest, -(-len(rows) // cluster.workers)))
+    alike = sorted(rows, key=_alike)
     # As many blocks as batches: a block is what a worker takes at a time, and what is drawn again if it dies.
     table = ray.data.from_items(
         [{"row": row.model_dump_json()} for row in alike], override_num_blocks=max(1, -(-len(alike) // most))
     )
-    gpus = cluster.gpus if cluster.gpus is not None else float(manifest.device_type == "cuda")
+    needs_gpu = any(manifest.device_type == "cuda" for manifest in manifests)
+    gpus = cluster.gpus if cluster.gpus is not None else float(needs_gpu)
     drawn = table.map_batches(
         Artist,
-        fn_constructor_kwargs={"engines": str(engines), "output": str(output)},
+        fn_constructor_kwargs={
+            "engines": {name: str(folder) for name, folder in engines.items()},
+            "output": str(output),
+        },
         batch_size=most,
         # One at a time, or the worker that is there first takes what the others would have drawn.
         compute=ray.data.ActorPoolStrategy(size=cluster.workers, max_tasks_in_flight_per_actor=1),

@@ -1,4 +1,4 @@
-"""A bundle -> the application of `app.py` on Ray Serve: replicas that draw, and a front that shares requests out.
+"""Bundles -> the application of `app.py` on Ray Serve: replicas that draw, and a front that shares requests out.
 
 Each replica of `Generator` is a whole server of its own, scheduler and engines included, so what reaches it shares
 engine calls as on one machine. `Front` checks keys and sizes, sends a request to a replica, and answers for one that
@@ -12,10 +12,11 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, TaskCancelledError
 from ray.serve import Application
@@ -25,16 +26,18 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastcache.bundle.bundle import read_manifest
 from fastcache.serve.cluster.answers import merged
 from fastcache.serve.http.answers import ClientLeft, unless_gone
 from fastcache.serve.http.app import UPLOAD_PATHS, create_app
 from fastcache.serve.http.errors import ApiError, failure
-from fastcache.serve.http.guard import Guard, Message, is_loopback, read_keys
+from fastcache.serve.http.guard import OWNER, Guard, Message, is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.metrics import Metrics
 from fastcache.serve.http.pictures import server_sent
 from fastcache.serve.http.service import Service
+from fastcache.serve.models.listed import Offer, listed
+from fastcache.serve.models.memory import bytes_of
+from fastcache.serve.models.quality import read_offered, read_plans
 
 _log = logging.getLogger("fastcache.serve")
 
@@ -46,16 +49,27 @@ _GRACE_S: Final = 2.0
 _LOST: Final = (RayActorError, ActorUnavailableError, ReplicaUnavailableError, DeploymentUnavailableError)
 
 
+def _several(value: object) -> object:
+    return value if isinstance(value, list | tuple) else (str(value),)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
 class Settings(BaseModel):
     """What `application` takes, from Python, `serve run`, or a config file's `args`.
 
-    `engines` lies at the same path on every machine. `cpus` and `gpus` are each replica's; without `gpus`, one if the
-    bundle needs it. `retries` is how often a request whose replica died is drawn again by another.
+    `engines` is a bundle's folder or `NAME=DIR`, or several of them; `plans`, `memory_limit` and `trusted_key` are as
+    for `fastcache serve`. All lie at the same path on every machine. `cpus` and `gpus` are each replica's; without
+    `gpus`, one if a bundle needs it. `retries` is how often a request whose replica died is drawn again by another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    engines: Path
+    engines: Texts = Field(min_length=1)
+    plans: Texts = ()
+    memory_limit: str | None = None  # of each replica
+    trusted_key: Path | None = None
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     upscale_delay_s: float = Field(30, ge=0)
@@ -75,6 +89,17 @@ class Settings(BaseModel):
     def limits(self) -> Limits:
         return Limits(max_batch=self.max_batch, queue=self.queue, max_steps=self.max_steps, timeout_s=self.timeout_s)
 
+    @property
+    def offer(self) -> Offer:
+        """Raises: `ValueError`."""
+        models = (listed(one) for one in self.engines)
+        return Offer(
+            tuple(replace(one, engines=one.engines.resolve()) for one in models),
+            memory_limit_bytes=None if self.memory_limit is None else bytes_of(self.memory_limit),
+            plans=tuple(Path(folder).resolve() for folder in self.plans),
+            trusted=None if self.trusted_key is None else self.trusted_key.resolve(),
+        )
+
 
 def application(args: Mapping[str, Any]) -> Application:
     """The application for `serve.run`, or `serve run fastcache.serve.ray:application engines=DIR`. `args`: `Settings`.
@@ -84,12 +109,13 @@ def application(args: Mapping[str, Any]) -> Application:
     settings = Settings.model_validate(args)
     if settings.max_replicas < settings.min_replicas:
         raise ValueError(f"expected max_replicas of {settings.min_replicas} or more, got {settings.max_replicas}")
-    limits, folder = settings.limits, settings.engines.resolve()
+    limits, offer = settings.limits, settings.offer
     keys = read_keys(settings.api_key_file) if settings.api_key_file is not None else ()
     hosts = (*_HERE, *settings.allowed_hosts) if not keys or settings.allowed_hosts else None
     gpus = settings.gpus
+    manifests = read_offered(offer.models, [read_plans(folder) for folder in offer.plans], offer.trusted)
     if gpus is None:
-        gpus = float(read_manifest(folder).device_type == "cuda")
+        gpus = float(any(manifest.device_type == "cuda" for manifest in manifests.values()))
     deployed: Any = serve.deployment(
         Generator,
         name=GENERATOR,
@@ -110,7 +136,7 @@ def application(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=settings.timeout_s + 10,
         max_surge_percent=100,  # a new bundle's replicas start before the old ones end
     )
-    generator = deployed.bind(str(folder), limits)
+    generator = deployed.bind(offer, limits)
 
     def front() -> ASGIApp:
         handle = serve.get_deployment_handle(GENERATOR, serve.get_replica_context().app_name)
@@ -134,8 +160,8 @@ def application(args: Mapping[str, Any]) -> Application:
 class Generator:
     """A replica that draws: the application of one machine, called with requests as values instead of over a socket."""
 
-    async def __init__(self, folder: str, limits: Limits) -> None:
-        self._service = Service(Path(folder), limits)
+    async def __init__(self, offer: Offer, limits: Limits) -> None:
+        self._service = Service(offer, limits)
         self._app = create_app(self._service)
         await self._service.start()
 
@@ -280,11 +306,12 @@ def _path(scope: Scope) -> str:
 
 
 def _portable(scope: Scope) -> dict[str, Any]:
-    """What of a scope another process can use. Keys stay here."""
+    """What of a scope another process can use. Keys stay here; whose they are goes along, as a digest."""
     names = ("type", "asgi", "http_version", "method", "scheme", "query_string", "client", "server")
     headers = [(bytes(name), bytes(value)) for name, value in scope["headers"] if name.lower() != b"authorization"]
     kept = {name: scope[name] for name in names if name in scope}
-    return {**kept, "headers": headers, "path": _path(scope), "root_path": ""}
+    state = {OWNER: scope.get("state", {}).get(OWNER)}
+    return {**kept, "headers": headers, "path": _path(scope), "root_path": "", "state": state}
 
 
 def _timeout_s(body: bytes, limits: Limits) -> float:

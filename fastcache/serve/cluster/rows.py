@@ -16,8 +16,10 @@ from typing import Annotated, Any, Final
 from PIL import Image as Pillow
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from fastcache.bundle.manifest import Manifest
 from fastcache.files import sha256_of
 from fastcache.loop.plan import CachePlan
+from fastcache.pipeline.arguments import size_named
 from fastcache.pipeline.images import read_image
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.request import MAX_SEED, Request
@@ -56,7 +58,7 @@ _SCALES: Final = ("strength", "controlnet_conditioning_scale", "adapter_conditio
 
 
 class Row(BaseModel):
-    """One picture to draw, with the field names of the images API. `id` names its file.
+    """One picture to draw, with the field names of the images API. `id` names its file, `model` one of several bundles.
 
     What is left out is the model's own way, or of the plan the bundle's: no caching.
     """
@@ -65,6 +67,7 @@ class Row(BaseModel):
 
     id: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
     prompt: str = Field(min_length=1)
+    model: str = ""
     negative_prompt: str | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = None
@@ -80,6 +83,7 @@ class Row(BaseModel):
     adapter_conditioning_scale: float | None = None
     ip_adapter_image: Shown | None = None
     ip_adapter_scale: float | None = None
+    size: str | None = Field(None, pattern=r"^(auto|[1-9][0-9]*x[1-9][0-9]*)$")
     seed: int = Field(ge=0, le=MAX_SEED)
 
     @property
@@ -91,8 +95,9 @@ class Row(BaseModel):
     def digest(self, bundle_sha256: str) -> str:
         """The hash of everything that decides the picture."""
         # What came later than the first rows counts only where it says something, so that their pictures stay theirs.
-        later = {name for name in (*PICTURES, *_SCALES) if getattr(self, name) is None}
-        content = [bundle_sha256, self.model_dump(mode="json", exclude=later)]
+        later = {name for name in (*PICTURES, *_SCALES, "size") if getattr(self, name) is None}
+        # Whatever a model is called, its bundle says what it is.
+        content = [bundle_sha256, self.model_dump(mode="json", exclude={*later, "model"})]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -124,12 +129,13 @@ def draw_rows(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]
                 yield from (Outcome(row, error=str(error)) for row in chosen)
 
 
-def request_of(rows: Sequence[Row]) -> Request:
+def request_of(rows: Sequence[Row], manifest: Manifest) -> Request:
     """The request that rows of equal settings stand for, an image each. Raises: `ValueError`."""
     first = rows[0]
     shown = {argument: getattr(first, name) for name, argument in PICTURES.items()}
     pictures = {name: read_image(Path(one.path)) for name, one in shown.items() if one is not None}
     numbers = {name: getattr(first, name) for name in _SCALES}
+    size = size_named(manifest, first.size, pictures)
     return Request(
         [row.prompt for row in rows],
         negative_prompt=None if first.negative_prompt is None else [row.negative_prompt or "" for row in rows],
@@ -139,13 +145,15 @@ def request_of(rows: Sequence[Row]) -> Request:
         cache_interval=first.cache_interval,
         plan=None if first.plan is None else CachePlan.from_json(json.dumps(first.plan)),
         seed=[row.seed for row in rows],
+        height=size.height,
+        width=size.width,
         **pictures,
         **{name: number for name, number in numbers.items() if number is not None},
     )
 
 
 def _draw(pipe: FastCachePipeline, rows: Sequence[Row]) -> Iterator[Outcome]:
-    result = pipe.draw(request_of(rows))
+    result = pipe.draw(request_of(rows, pipe.bundle.manifest))
     for row, picture in zip(rows, result.images, strict=True):
         own = {"prompt": row.prompt, "negative_prompt": row.negative_prompt or "", "seed": row.seed}
         yield Outcome(row, picture, result.made | own)

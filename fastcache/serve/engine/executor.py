@@ -5,57 +5,29 @@ The one place of the serving side that computes. Knows nothing about queues, thr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.recipe import Size
 from fastcache.errors import BundleError
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.lanes import Lanes
 from fastcache.loop.noise import draw
-from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, foretold
 from fastcache.loop.streams import load_streams
-from fastcache.pipeline.arguments import Terms
 from fastcache.pipeline.controls import Steering
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.prompts import Prompt, unet_inputs
-from fastcache.pipeline.request import Request
-from fastcache.pipeline.schedule import WHOLE, Schedule, Span, Steps
-from fastcache.sampler.table import SamplerTable
+from fastcache.serve.engine.order import Drawing
+from fastcache.serve.engine.schedules import Schedules
 from fastcache.serve.engine.speeds import Speeds
 from fastcache_engines.capturing import without_captures
-
-_WORTH_TIMING_AGAIN_S: Final = 1.0
-
-
-class DeviceBroken(RuntimeError):
-    """The device answers no more; only a new process can help."""
-
-
-@dataclass(eq=False)
-class Drawing:
-    """What a job draws, the first image with `seed`, and what that means for the bundle.
-
-    `steering` is made when its first image starts, for all of them: all that the U-Net takes besides latents.
-    """
-
-    request: Request
-    terms: Terms
-    seed: int
-    schedule: Schedule
-    plan: CachePlan
-    steering: Steering | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -65,14 +37,6 @@ class _InFlight:
     lanes: Lanes
     run: PlainRun
     scales: Tensor | None  # of ControlNets, where they change from step to step
-
-
-@dataclass(eq=False)
-class _Made:
-    """A schedule, once a thread has made it; the others wait for that one."""
-
-    schedule: Schedule | None = None
-    making: Lock = field(default_factory=Lock)
 
 
 class Executor:
@@ -102,30 +66,12 @@ class Executor:
         self.express = self.count // 4 if self.count >= 4 else int(self.count > 1)
         self._streams = load_streams(pipe.bundle, threads) if self.count > 1 else None
         self.speeds = Speeds()
-        self._tables = lru_cache(maxsize=128)(lambda *_: _Made())
-        self._asking = Lock()
+        self.schedule = Schedules(pipe)
         # People ask for a prompt again and again, and for the empty negative one always.
-        self._embeds = lru_cache(maxsize=32)(lambda text: pipe.prompts.encode([text]))
+        self.embeds = lru_cache(maxsize=32)(lambda text: pipe.prompts.encode([text]))
         self._lanes: dict[Size, Lanes] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._paced: Any = None
-
-    def schedule(self, sampler: str, num_steps: int | Steps, span: Span = WHOLE) -> Schedule:
-        """A sampler's calls as a table, made once, however many threads ask for it at the same time.
-
-        Raises: `ValueError` for steps that the sampler cannot take, or a sampler that is no table.
-        """
-        with self._asking:
-            made = self._tables(sampler, num_steps, span)
-        with made.making:
-            made.schedule = made.schedule or self._make_schedule(sampler, num_steps, span)
-        return made.schedule
-
-    def _make_schedule(self, sampler: str, num_steps: int | Steps, span: Span) -> Schedule:
-        schedule = self.pipe.schedule(sampler, num_steps, span=span)
-        if not isinstance(schedule.sampler, SamplerTable):
-            raise ValueError(f"expected a sampler that is a table, got {sampler}, which is not; name another sampler")
-        return schedule
 
     def lanes(self, size: Size) -> Lanes:
         """The lanes for images of a size, made when it is first drawn."""
@@ -147,57 +93,6 @@ class Executor:
     def held_bytes(self) -> int:
         """What the images in flight take now, of all sizes."""
         return sum(lanes.held_bytes for lanes in list(self._lanes.values()))
-
-    def warm_up(self) -> None:
-        """Load every engine and run each at the usual size, so that the first request pays for none of it.
-
-        What a step takes is timed here first, in a second run unless that would take long.
-        """
-        manifest = self.pipe.bundle.manifest
-        schedule = self._usual_schedule()
-        self._bind()
-        plan = CachePlan.all_full(schedule.sampler.num_calls)
-        request = blank_request(manifest)
-        self.fill(0, Drawing(request, self.pipe.terms(request), 0, schedule, plan), 0)
-        for name in manifest.passes:
-            for guided in (True, False):
-                if (took := self._timed_step(name, guided)) < _WORTH_TIMING_AGAIN_S:
-                    took = self._timed_step(name, guided)
-                self.speeds.note_step(name, guided, took)
-        self.pictures([0])
-        start = time.perf_counter()
-        self.pictures([0])
-        self.speeds.note("decode", time.perf_counter() - start)
-        self.clear(0)
-
-    def _bind(self) -> None:
-        """Load and bind the engines of the usual size, and encode a text."""
-        size = self.pipe.bundle.manifest.sizes[0]
-        if self.device != "cpu":  # in one thread, for engines on a GPU capture graphs as they are bound
-            self.lanes(size).bind()
-            with without_captures(self.device):
-                self._embeds("")
-            return
-        with ThreadPoolExecutor(1) as beside:
-            # Native code works, while Python encodes the text.
-            loading = beside.submit(lambda: self.lanes(size).bind())
-            self._embeds("")
-            loading.result()
-
-    def _timed_step(self, name: str, guided: bool) -> float:
-        start = time.perf_counter()
-        self.run([(0, 0)], name=name, guided=guided)
-        if self.device != "cpu":
-            torch.cuda.current_stream().synchronize()
-        return time.perf_counter() - start
-
-    def _usual_schedule(self) -> Schedule:
-        """That of a request which names no sampler, or else one of any."""
-        terms = self.pipe.terms(blank_request(self.pipe.bundle.manifest))
-        try:
-            return self.schedule(terms.sampler_name, terms.steps.count)
-        except ValueError:  # the model's own runs its own step, so that requests must name another
-            return self.schedule("ddim", terms.steps.count)
 
     def fill(self, lane: int, drawing: Drawing, index: int) -> None:
         """Put image `index` at its start: noise, or a picture under noise; and what steers it, unless an image of the
@@ -248,7 +143,7 @@ class Executor:
         return Steering(inputs | steering.inputs, steering.scales)
 
     def _encoded(self, name: str, text: str) -> Prompt:
-        embeds = self._embeds(text)
+        embeds = self.embeds(text)
         return Prompt(name, embeds=embeds.hidden, pooled=embeds.pooled)
 
     def clear(self, lane: int) -> None:
@@ -319,39 +214,3 @@ class Executor:
         """The latents without noise that the step just taken foretells. Shapes: returns (1, C, H, W)."""
         kind = self.pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon")
         return foretold(self._in_flight[lane].run, step, kind)
-
-    def check_device(self) -> None:
-        """Raises: `DeviceBroken` if the device fails at what cannot fail."""
-        try:
-            with without_captures(self.device):
-                probe = torch.ones(8, device=self.device)
-                alive = float((probe + probe).sum()) == 16.0
-        except RuntimeError as error:
-            raise DeviceBroken(f"expected the device to add, got {type(error).__name__}; start again") from error
-        if not alive:
-            raise DeviceBroken("expected the device to add, got another sum; start again")
-
-
-def blank_request(manifest: Manifest) -> Request:
-    """A request that a bundle can draw, with black pictures for all that it is shown."""
-    model, size = manifest.model, manifest.sizes[0]
-    black = Pillow.new("RGB", (size.width, size.height))
-    kinds = [entry.kind for entry in model.controls]
-    pictures: dict[str, Any] = {}
-    if (count := kinds.count("controlnet")) > 0:
-        pictures["control_image"] = black if count == 1 else [black] * count
-    if "t2i_adapter" in kinds:
-        pictures["adapter_image"] = black
-    if "ip_adapter" in kinds:
-        pictures["ip_adapter_image"] = black
-    if model.in_channels != model.latent_channels:
-        pictures |= {"image": black, "mask_image": black}
-    return Request("", guidance_scale=2.0, height=size.height, width=size.width, **pictures)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a backend ran out of memory. Each says it in its own words, so the words are looked at."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in said for words in ("out of memory", "failed to allocate memory", "bad_alloc", "cannot allocate memory")
-    )

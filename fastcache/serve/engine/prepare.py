@@ -14,16 +14,15 @@ from typing import Any, Final
 
 from fastcache.loop.features import moves
 from fastcache.loop.plan import CachePlan
-from fastcache.pipeline.arguments import Terms, plan_for, terms_of
+from fastcache.pipeline.arguments import Terms, plan_for, size_named, terms_of
 from fastcache.pipeline.controls import refreshed
 from fastcache.pipeline.request import Request
 from fastcache.pipeline.schedule import Schedule
 from fastcache.serve.engine.events import Event
-from fastcache.serve.engine.executor import Drawing
+from fastcache.serve.engine.order import Drawing, Order
 from fastcache.serve.engine.requests import Served, at_most, bad
 from fastcache.serve.engine.scheduler import Job
-from fastcache.serve.engine.shown import fitted, shown, size_of
-from fastcache.serve.engine.worker import Order
+from fastcache.serve.engine.shown import fitted, shown
 from fastcache.serve.http.errors import ApiError
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import EditRequest, ImageRequest
@@ -74,7 +73,7 @@ def prepare(asked: ImageRequest, arrival: Arrival, served: Served, limits: Limit
             raise bad(name, f"expected at most {most} tokens, the model's limit, got {got}; shorten it")
     seed = secrets.randbits(31) if asked.seed is None else asked.seed
     pictures = shown(asked, served.manifest)
-    size = size_of(asked, served.manifest, pictures)
+    size = size_named(served.manifest, asked.size, pictures)
     arguments = {**fitted(pictures, size), "height": size.height, "width": size.width, "seed": seed}
     choice, drawing = _chosen(asked, arrival, served, limits, latency, arguments)
     plan, terms = drawing.plan, drawing.terms
@@ -88,7 +87,6 @@ def prepare(asked: ImageRequest, arrival: Arrival, served: Served, limits: Limit
         "edits" if isinstance(asked, EditRequest) else "generations",
         choice.name,
         choice.quality,
-        None if plan.fit is None else plan.fit.psnr_db,
     )
     return Job(
         id=arrival.job_id,

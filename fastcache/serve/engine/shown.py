@@ -23,19 +23,6 @@ _STEERED_BY: Final = (
 )
 
 
-def size_of(asked: ImageRequest, manifest: Manifest, arguments: Mapping[str, Any]) -> Size:
-    """The size to draw: as asked for, else that of the picture at hand if the bundle has it, else the usual one."""
-    for size in manifest.sizes:
-        if str(size) == asked.size:
-            return size
-    first = arguments.get("image") or arguments.get("control_image") or arguments.get("adapter_image")
-    picture = first[0] if isinstance(first, list) else first
-    for size in manifest.sizes:
-        if picture is not None and (size.width, size.height) == picture.size:
-            return size
-    return manifest.sizes[0]
-
-
 def shown(asked: ImageRequest, manifest: Manifest) -> dict[str, Any]:
     """The pipeline's arguments for a body's pictures and scales, the pictures as large as they came.
 

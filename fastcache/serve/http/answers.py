@@ -19,13 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from fastcache.pipeline.provenance import record
 from fastcache.serve.engine.events import Done, Drawn, Preview, Stepped
-from fastcache.serve.engine.worker import Order
 from fastcache.serve.http.errors import ApiError, failure
 from fastcache.serve.http.guard import ARRIVED, OWNER
 from fastcache.serve.http.jobs import Jobs
 from fastcache.serve.http.pictures import encoded, server_sent
-from fastcache.serve.http.schema import EditRequest, ImageData, ImageRequest, ImagesResponse, PlanUsed
+from fastcache.serve.http.schema import EditRequest, ImageData, ImageRequest, ImagesResponse
 from fastcache.serve.http.service import Service, Ticket
+from fastcache.serve.models.quality import plan_used
 
 T = TypeVar("T")
 
@@ -145,16 +145,9 @@ def _body(ticket: Ticket, asked: ImageRequest, files: list[bytes]) -> ImagesResp
         size=ticket.job.size,
         output_format=asked.file_format,
         quality=ticket.order.quality,
-        plan=plan_used(ticket.order),
+        plan=plan_used(ticket.order.plan_name, ticket.order.drawing.plan),
         data=[ImageData(b64_json=_base64(file), seed=seed + image) for image, file in enumerate(files)],
     )
-
-
-def plan_used(order: Order) -> PlanUsed:
-    """What the answer says of the plan that drew it."""
-    plan = order.drawing.plan
-    full = sum(plan.is_full(step) for step in range(plan.num_steps))
-    return PlanUsed(name=order.plan_name, unet_calls=plan.num_steps, full_calls=full, psnr_db=order.psnr_db)
 
 
 def _base64(file: bytes) -> str:
@@ -178,7 +171,8 @@ async def _events(ticket: Ticket, asked: ImageRequest) -> AsyncIterator[bytes]:
     """OpenAI's `image_generation.*` or `image_edit.*` events, and where asked for `fastcache.step` for each step."""
     common = {"id": ticket.job.id, "created_at": int(time.time()), "size": ticket.job.size}
     common |= {"output_format": asked.file_format, "seed": ticket.order.drawing.seed}
-    common |= {"quality": ticket.order.quality, "plan": plan_used(ticket.order).model_dump()}
+    plan = plan_used(ticket.order.plan_name, ticket.order.drawing.plan)
+    common |= {"quality": ticket.order.quality, "plan": plan.model_dump()}
     what = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
     async for event in ticket.events():
         match event:

@@ -208,14 +208,14 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses=_errors(*_ALWAYS))
     async def in_detail() -> HealthInDetail:
         """What the server is doing."""
-        served, worker = service.served, service.worker
+        served, desk = service.served, service.desk
         return HealthInDetail(
             status=service.state,
             model=next(iter(service.shelf.entries), None),
             loaded=[entry.name for entry in service.shelf.entries.values() if entry.served is not None],
-            running=worker.running,
-            waiting=worker.waiting,
-            bundles=worker.bundles,
+            running=desk.running,
+            waiting=desk.waiting,
+            bundles=desk.bundles,
             max_batch=None if served is None else served.executor.count,
             queue=service.limits.queue,
         )

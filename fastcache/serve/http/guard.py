@@ -123,7 +123,8 @@ class Guard:
         state: dict[str, Any] = scope.setdefault("state", {})
         state[ARRIVED] = start
         try:
-            state[OWNER] = self._admit(scope)
+            # A replica asks for no key: the front that passed the request on has, and says whose it was.
+            state[OWNER] = self._admit(scope) or state.get(OWNER)
             body = await self._read_body(receive, self._most_bytes(scope))
             if body is not None:
                 _check_structure(scope, body, self._limits)
@@ -261,8 +262,9 @@ def _replayed(body: bytes, receive: Receive, state: Mapping[str, Any]) -> Receiv
     async def replay() -> Message:
         if messages:
             return messages.pop()
-        message = await receive()
-        return {"type": "http.disconnect"} if state.get(HALF_CLOSED) else message
+        # It may have closed its side before the body was taken: then nothing more would wake `receive`.
+        message = None if state.get(HALF_CLOSED) else await receive()
+        return {"type": "http.disconnect"} if message is None or state.get(HALF_CLOSED) else message
 
     return replay
 

@@ -107,7 +107,7 @@ class Jobs:
         return self._status(job)
 
     def _status(self, job: _Job) -> JobStatus:
-        position = self._service.worker.position(job.id) if job.ended is None else None
+        position = self._service.desk.position(job.id) if job.ended is None else None
         return JobStatus(
             id=job.id,
             created=job.created,

@@ -11,10 +11,10 @@ from fastapi import FastAPI, Path
 from fastcache.sampler.scheduler import SAMPLERS
 from fastcache.sampler.stored import Samplers
 from fastcache.serve.http.errors import ApiError
-from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.schema import Model, ModelDropped, ModelPut, Models, Usual
 from fastcache.serve.http.service import Service
 from fastcache.serve.models.listed import NAME
+from fastcache.serve.models.quality import offered_qualities, plans_for
 from fastcache.serve.models.shelf import Entry
 
 ADMIN_PATH: Final = "/v1/admin/"  # what lies below needs an administrator's key
@@ -23,7 +23,7 @@ Errors = Callable[..., dict[int | str, dict[str, Any]]]
 Name = Annotated[str, Path(pattern=f"^{NAME}$")]
 
 
-def described(entry: Entry, limits: Limits) -> Model:
+def described(entry: Entry, service: Service) -> Model:
     """What clients are told of a model."""
     manifest = entry.manifest
     model, served = manifest.model, entry.served
@@ -35,9 +35,11 @@ def described(entry: Entry, limits: Limits) -> Model:
         samplers=list(SAMPLERS),
         defaults=Usual(
             sampler=samplers.own,
-            num_inference_steps=min(model.defaults.num_inference_steps, limits.max_steps),
+            num_inference_steps=min(model.defaults.num_inference_steps, service.limits.max_steps),
             guidance_scale=model.defaults.guidance_scale,
         ),
+        edits="vae_encoder" in manifest.engines,
+        qualities=offered_qualities(plans_for(service.catalogue.plans, manifest) if served is None else served.plans),
         bundle_sha256=manifest.bundle_sha256,
         loaded=served is not None,
     )
@@ -54,13 +56,13 @@ def add_models(app: FastAPI, service: Service, errors: Errors, always: tuple[int
     @app.get("/v1/models", responses=errors(*always, 503))
     async def models() -> Models:
         """The models that are offered, the one first that is drawn with where a request names none."""
-        return Models(data=[described(entry, service.limits) for entry in offered().values()])
+        return Models(data=[described(entry, service) for entry in offered().values()])
 
     @app.get("/v1/models/{model_id:path}", responses=errors(*always, 404, 503))
     async def model(model_id: str) -> Model:
         """One model by its id."""
         offered()
-        return described(service.shelf.find(model_id), service.limits)
+        return described(service.shelf.find(model_id), service)
 
 
 def add_admin(app: FastAPI, service: Service, errors: Errors, always: tuple[int, ...]) -> None:
@@ -70,14 +72,14 @@ def add_admin(app: FastAPI, service: Service, errors: Errors, always: tuple[int,
     async def put(name: Name, asked: ModelPut) -> Model:
         """Offer a bundle under a name, in place of another of that name; answered once it is loaded."""
         service.require_ready()
-        entry = await service.put_model(name, FilePath(asked.engines))
-        return described(entry, service.limits)
+        entry = await service.catalogue.put(name, FilePath(asked.engines))
+        return described(entry, service)
 
     @app.delete(f"{ADMIN_PATH}models/{{name:path}}", responses=errors(*always, 404, 409, 503))
     async def drop(name: Name) -> ModelDropped:
         """Offer a model no more; what was accepted for it is finished."""
         service.require_ready()
-        await service.drop_model(name)
+        await service.catalogue.drop(name)
         return ModelDropped(id=name)
 
 

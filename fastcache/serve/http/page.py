@@ -1,4 +1,4 @@
-"""The page at `/`: three static files, served as they are, under a policy that lets them reach this server only.
+"""The page at `/`: four static files, served as they are, under a policy that lets them reach this server only.
 
 They hold nothing that needs a key; what they ask for does. Knows nothing about images.
 """
@@ -16,6 +16,7 @@ _FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/easel.js": ("easel.js", "text/javascript; charset=utf-8"),
 }
 PAGE_PATHS: Final = frozenset(_FILES)
 _HEADERS: Final = {

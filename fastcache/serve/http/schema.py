@@ -219,6 +219,15 @@ class JobStatus(BaseModel):
     kept_s: int | None = Field(None, description="For how long an ended job is kept, if no newer ones need its room.")
 
 
+class QualityOffered(BaseModel):
+    """A quality, the plan that it stands for, and the uncached run that the plan was fitted to."""
+
+    quality: str
+    plan: PlanUsed
+    sampler: str | None
+    num_inference_steps: int
+
+
 class Usual(BaseModel):
     """What a request is drawn with that does not say."""
 
@@ -237,6 +246,8 @@ class Model(BaseModel):
     sizes: list[str]
     samplers: list[str]
     defaults: Usual
+    edits: bool = Field(description="Whether it takes pictures to begin with.")
+    qualities: list[QualityOffered] = Field(description="Those of its fitted plans, the best last.")
     bundle_sha256: str
     loaded: bool = Field(description="Whether a request need not wait for it to be loaded.")
 

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from fastcache.errors import BackendUnavailable
-from fastcache.serve.engine.executor import DeviceBroken
+from fastcache.serve.engine.device import DeviceBroken
 from fastcache.serve.http.app import create_app
 from fastcache.serve.http.guard import is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
@@ -69,7 +69,7 @@ def serve(
         raise BackendUnavailable(str(service.failure)) from service.failure
     if service.failure is not None:
         raise service.failure
-    return not service.is_loading
+    return not service.shelf.is_loading
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -108,7 +108,7 @@ async def _serve(server: Server, service: Service, listener: socket.socket) -> N
 async def _reload(service: Service) -> None:
     _log.info("loading every bundle again")
     try:
-        await service.reload()
+        await service.catalogue.reload()
     except Exception as error:
         _log.error("what was served before goes on being served: %s", error)
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from fastcache.bundle.bundle import read_manifest
 from fastcache.bundle.manifest import Manifest
 from fastcache.loop.plan import CachePlan
+from fastcache.serve.http.schema import PlanUsed, QualityOffered
+from fastcache.serve.models.listed import Listed, require_different
 
 Quality = Literal["low", "medium", "high"]
 PLAN_NAMES: Final[Mapping[Quality, str]] = {"low": "draft", "medium": "standard", "high": "fine"}
@@ -61,6 +64,41 @@ def plans_for(folders: Sequence[PlanFolder], manifest: Manifest) -> Plans:
     """The plans that were fitted for a bundle's weights; of several folders those of the last."""
     found = [one.plans for one in folders if one.weights_sha256 == manifest.weights_sha256]
     return found[-1] if found else {}
+
+
+def plan_used(name: str, plan: CachePlan) -> PlanUsed:
+    """What clients are told of a plan."""
+    full = sum(plan.is_full(step) for step in range(plan.num_steps))
+    psnr_db = None if plan.fit is None else plan.fit.psnr_db
+    return PlanUsed(name=name, unet_calls=plan.num_steps, full_calls=full, psnr_db=psnr_db)
+
+
+def offered_qualities(plans: Plans) -> list[QualityOffered]:
+    """The qualities of a model's plans, the best last."""
+    return [
+        QualityOffered(
+            quality=quality,
+            plan=plan_used(name, plans[quality]),
+            sampler=plans[quality].sampler,
+            num_inference_steps=fit.num_inference_steps,
+        )
+        for quality, name in PLAN_NAMES.items()
+        if quality in plans and (fit := plans[quality].fit) is not None
+    ]
+
+
+def read_offered(
+    models: Sequence[Listed], folders: Sequence[PlanFolder], trusted: Path | None = None
+) -> dict[str, Manifest]:
+    """The manifests of bundles by the names that clients use.
+
+    Raises: `BundleError` for a folder that is none; `ValueError` for equal names, and for plans for none of them.
+    """
+    manifests = [read_manifest(one.engines, trusted) for one in models]
+    names = [one.called(manifest) for one, manifest in zip(models, manifests, strict=True)]
+    require_different(names)
+    require_used(folders, manifests)
+    return dict(zip(names, manifests, strict=True))
 
 
 def require_used(folders: Sequence[PlanFolder], manifests: Sequence[Manifest]) -> None:

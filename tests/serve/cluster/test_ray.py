@@ -28,8 +28,11 @@ from build_store import BuildStore
 from fastcache import Bundle
 from fastcache.serve.cluster.answers import Answer, merged
 from fastcache.serve.http.metrics import CONTENT_TYPE, Metrics
+from serve.http.test_edits import EDIT, file, pixels
+from serve.models.test_quality import fitted
 
 GENERATE = "/v1/images/generations"
+KEYS = ("the-first-of-the-keys", "the-second-of-the-keys")
 SETTINGS = {"min_replicas": 2, "max_replicas": 2, "max_batch": 2, "queue": 4, "max_steps": 1000, "cpus": 0.5}
 
 
@@ -91,6 +94,10 @@ def test_settings_are_checked(tiny_bundle: Bundle) -> None:
         ({"min_replicas": 3, "max_replicas": 2}, "expected max_replicas of 3 or more, got 2"),
         ({"queue": 0}, "queue"),
         ({"upscale_delay_s": -1}, "upscale_delay_s"),
+        ({"memory_limit": "much"}, "expected a memory limit"),
+        ({"engines": [str(tiny_bundle.path)] * 2}, "expected models of different names"),
+        ({"engines": "nowhere"}, "expected --engines to be a bundle's folder"),
+        ({"plans": "nowhere"}, "expected --plans to be a folder"),
     ):
         with pytest.raises(ValueError, match=says):
             application({"engines": tiny_bundle.path, **wrong})
@@ -103,8 +110,9 @@ def bundle(tiny_model: Path, builds: BuildStore) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def cluster(bundle: Bundle) -> Iterator[httpx.Client]:
-    """Ray Serve with two replicas of the tiny model, and a client."""
+def cluster(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Ray Serve with two replicas of the tiny model under two names, and a client."""
+    folder = tmp_path_factory.mktemp("ray")
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     serve: Any = pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
     from fastcache.serve.cluster.ray import application
@@ -115,8 +123,15 @@ def cluster(bundle: Bundle) -> Iterator[httpx.Client]:
     ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application({"engines": bundle.path, **SETTINGS}), name="fastcache")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        plans, keys = folder / "plans", folder / "keys"
+        plans.mkdir()
+        for name, points in {"draft": (0, 6), "standard": (0, 4, 8), "fine": (0, 3, 6, 9)}.items():
+            (plans / f"{name}.json").write_text(fitted(bundle, points, 25.5).to_json())
+        keys.write_text("\n".join(KEYS))
+        args = {"engines": [str(bundle.path), f"two={bundle.path}"], "plans": plans, "api_key_file": keys}
+        serve.run(application({**args, "allowed_hosts": ["a.example"], **SETTINGS}), name="fastcache")
+        own = {"Authorization": f"Bearer {KEYS[0]}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, headers=own) as client:
             yield client
     finally:
         serve.shutdown()
@@ -170,12 +185,29 @@ def test_the_same_application_answers(cluster: httpx.Client, bundle: Bundle) -> 
     assert cluster.get("/v1/models").json()["data"][0]["id"] == "tiny-model"
     steps = [line for line in cluster.get("/metrics").text.splitlines() if line.startswith("unet_steps_total{")]
     assert sum(float(line.rpartition(" ")[2]) for line in steps) == 4
-    for content, status in ((b"{", 400), (b'{"prompt":"a","quality":"high"}', 400), (b'{"prompt":""}', 400)):
+    for content, status in ((b"{", 400), (b'{"prompt":"a","quality":"hd"}', 400), (b'{"prompt":""}', 400)):
         refused = cluster.post(GENERATE, content=content, headers={"Content-Type": "application/json"})
         assert refused.status_code == status
         assert set(refused.json()) == {"error"}
     assert cluster.get("/livez", headers={"Host": "another.example"}).status_code == 403
     assert cluster.post("/v1/jobs/nobody/cancel").status_code == 404
+
+
+@pytest.mark.slow
+def test_models_qualities_edits_and_jobs(cluster: httpx.Client) -> None:
+    body = {"prompt": "a", "num_inference_steps": 3, "seed": 1}
+    assert [model["id"] for model in cluster.get("/v1/models").json()["data"]] == ["tiny-model", "two"]
+    drawn = cluster.post(GENERATE, json={"prompt": "a", "model": "two", "quality": "high", "seed": 1}).json()
+    assert (drawn["model"], drawn["plan"]["name"], drawn["plan"]["unet_calls"]) == ("two", "fine", 4)
+    assert cluster.post(GENERATE, json={**body, "model": "three"}).status_code == 404
+    edited = cluster.post(EDIT, data={"prompt": "a", "strength": "0.5"}, files={"image": file(pixels(0))})
+    assert edited.json()["data"]
+    job = cluster.post(GENERATE, json={**body, "background": True})
+    assert job.status_code == 202
+    where = job.headers["location"]
+    until(lambda: cluster.get(where).json()["status"] == "done")
+    assert cluster.get(where, headers={"Authorization": f"Bearer {KEYS[1]}"}).status_code == 404
+    assert cluster.get("/v1/models", headers={"Authorization": "Bearer nobody"}).status_code == 401
 
 
 @pytest.mark.slow

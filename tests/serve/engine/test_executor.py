@@ -28,7 +28,9 @@ from fastcache.pipeline.arguments import plan_for, terms_of
 from fastcache.pipeline.request import Request
 from fastcache.sampler.scheduler import SAMPLERS, make_scheduler
 from fastcache.sampler.table import compile_sampler
-from fastcache.serve.engine.executor import Drawing, Executor, is_out_of_memory
+from fastcache.serve.engine.device import is_out_of_memory
+from fastcache.serve.engine.executor import Executor
+from fastcache.serve.engine.order import Drawing
 from fastcache.serve.engine.scheduler import Batch, Image, Job, Scheduler
 from tiny_model import save_tiny_sdxl
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastcache
 from fastcache import Bundle
 from fastcache.serve.engine.executor import Executor
+from fastcache.serve.engine.warm import warm_up
 from fastcache_engines import Engine
 from fastcache_engines.capturing import capture_lock, without_captures
 
@@ -94,7 +95,7 @@ def executor(tiny_bundle: Bundle, watch: Watch, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_warm_up_captures_in_one_thread_and_draws_while_nobody_captures(executor: Executor, watch: Watch) -> None:
-    executor.warm_up()
+    warm_up(executor)
     assert set(watch.binders) == {threading.get_ident()}
     assert len(watch.running) > 8  # a text, every pass, a picture
     assert not any(watch.running)
@@ -105,7 +106,7 @@ def test_a_warm_up_captures_in_one_thread_and_draws_while_nobody_captures(execut
 def test_a_load_waits_for_the_engine_call_at_hand(executor: Executor, watch: Watch) -> None:
     """As a reload beside a worker: what it captures comes between two calls."""
     executor.clear = lambda lane: None  # the image of the warm-up stays
-    executor.warm_up()
+    warm_up(executor)
     watch.running.clear()
     inside, go_on, captured = threading.Event(), threading.Event(), threading.Event()
 

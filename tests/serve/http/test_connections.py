@@ -83,7 +83,7 @@ def test_where_all_are_busy_a_new_one_is_told_to_come_again(few: Running) -> Non
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 5" in answer
         assert b"too_busy" in answer
-    few.until(lambda: few.service.worker.outstanding == 0)
+    few.until(lambda: few.service.desk.outstanding == 0)
     assert httpx.get(f"http://127.0.0.1:{few.port}/livez").status_code == 200
 
 
@@ -108,7 +108,7 @@ def test_one_that_closes_its_own_side_is_answered(few: Running) -> None:
         answer = everything(asking)
     assert answer.startswith(b"HTTP/1.1 499")
     assert b"expected the connection open in both directions" in answer
-    few.until(lambda: few.service.worker.outstanding == 0)
+    few.until(lambda: few.service.desk.outstanding == 0)
 
 
 def test_a_stream_that_is_left_ends_in_silence(few: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,7 +117,7 @@ def test_a_stream_that_is_left_ends_in_silence(few: Running, caplog: pytest.LogC
         assert asking.recv(12) == b"HTTP/1.1 200"
         asking.shutdown(socket.SHUT_WR)
         everything(asking)
-    few.until(lambda: few.service.worker.outstanding == 0)
+    few.until(lambda: few.service.desk.outstanding == 0)
     assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
@@ -137,14 +137,14 @@ def test_time_counts_from_arrival(few: Running) -> None:
 def test_what_is_prepared_for_one_that_left_is_dropped(few: Running) -> None:
     """Thirty new tables for clients that are gone: those that were not begun are never made."""
     assert few.service.served is not None
-    made: Any = few.service.served.executor._tables
+    made: Any = few.service.served.executor.schedule._tables
     before = made.cache_info().currsize
     for first in range(0, 30, 6):
         with connected(few.port, 6) as leaving:
             for k, one in enumerate(leaving):
                 one.sendall(posted(num_inference_steps=300 + first + k, sampler="unipc"))
-            few.until(lambda: few.service.worker.outstanding > 0)
-        few.until(lambda: few.service.worker.outstanding == 0)
+            few.until(lambda: few.service.desk.outstanding > 0)
+        few.until(lambda: few.service.desk.outstanding == 0)
     assert few.draw(num_inference_steps=1).status_code == 200
     assert made.cache_info().currsize - before < 30
 

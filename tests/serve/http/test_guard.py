@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -16,7 +17,7 @@ import httpx
 import pytest
 
 from fastcache import Bundle
-from fastcache.serve.http.guard import is_loopback, read_keys
+from fastcache.serve.http.guard import HALF_CLOSED, _replayed, is_loopback, read_keys
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.http.server import serve
 from serve.serving import GENERATE, Running, running
@@ -117,7 +118,7 @@ def test_a_job_is_cancelled_by_the_key_that_asked_for_it(keyed: Running) -> None
     own, other = ({"Authorization": f"Bearer {key}"} for key in KEYS)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(keyed.draw, headers=own, num_inference_steps=150, n=4, job_id="mine")
-        keyed.until(lambda: keyed.service.worker.running > 0)
+        keyed.until(lambda: keyed.service.desk.running > 0)
         refused = keyed.client.post("/v1/jobs/mine/cancel", headers=other)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")
         assert keyed.client.post("/v1/jobs/mine/cancel", headers=own).json()["status"] == "cancelled"
@@ -177,3 +178,12 @@ def test_a_server_beyond_this_machine_needs_keys(tiny_bundle: Bundle, tmp_path: 
         read_keys(tmp_path / "missing")
     (tmp_path / "keys").write_text("\n".join(KEYS) + "\n")
     assert len(read_keys(tmp_path / "keys")) == 2
+
+
+def test_one_that_closed_its_side_before_its_body_was_taken_has_left() -> None:
+    async def receive() -> Any:
+        raise AssertionError("nothing would wake it")
+
+    replay = _replayed(b"body", receive, {HALF_CLOSED: True})
+    assert asyncio.run(replay())["body"] == b"body"
+    assert asyncio.run(replay()) == {"type": "http.disconnect"}

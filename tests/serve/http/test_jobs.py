@@ -66,7 +66,7 @@ def test_results_are_bounded(tiny_bundle: Bundle) -> None:
     limits = Limits(max_batch=2, queue=8, keep_results_s=0.01)
     with running(tiny_bundle.path, limits=limits) as served:
         job = begin(served)
-        served.until(lambda: served.service.worker.outstanding == 0)
+        served.until(lambda: served.service.desk.outstanding == 0)
         time.sleep(0.02)
         served.until(lambda: served.client.get(f"/v1/jobs/{job}").status_code == 404)
 

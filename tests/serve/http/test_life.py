@@ -26,8 +26,10 @@ import pytest
 import fastcache
 from fastcache import Bundle
 from fastcache.bundle.bundle import MANIFEST, read_manifest
-from fastcache.serve.engine.executor import DeviceBroken, Executor
+from fastcache.serve.engine.device import DeviceBroken
+from fastcache.serve.engine.executor import Executor
 from fastcache.serve.http.limits import Limits
+from fastcache.serve.models import catalogue
 from serve.serving import GENERATE, LIMITS, Running, running
 
 LONG = {"num_inference_steps": 999, "prompt": "a", "seed": 0}
@@ -66,16 +68,16 @@ def test_a_burst_beyond_the_queue_is_told_to_come_again(small: Running, monkeypa
         run(self, *arguments, **named)
 
     def open_gate() -> None:
-        if next(refused) + small.service.worker.outstanding == 100:
+        if next(refused) + small.service.desk.outstanding == 100:
             gate.set()
 
     monkeypatch.setattr(Executor, "run", held)
     with ThreadPoolExecutor() as pool:
         running_one = pool.submit(small.draw, num_inference_steps=600, job_id="first")
-        small.until(lambda: small.service.worker.running == 1)
+        small.until(lambda: small.service.desk.running == 1)
         assert statuses(small, [{"prompt": "a", "num_inference_steps": 1}] * 99, open_gate) == {200: 8, 429: 91}
         assert running_one.result().status_code == 200
-    assert small.service.worker.outstanding == 0
+    assert small.service.desk.outstanding == 0
 
 
 def steps_of(served: Running) -> float:
@@ -89,10 +91,10 @@ def test_a_client_that_leaves_takes_its_job_with_it(tiny: Running) -> None:
             for line in response.iter_lines():
                 if '"step": 3,' in line:
                     break
-        tiny.until(lambda: tiny.service.worker.outstanding == 0)
+        tiny.until(lambda: tiny.service.desk.outstanding == 0)
     with pytest.raises(httpx.ReadTimeout):
         tiny.client.post(GENERATE, json=LONG, timeout=0.3)
-    tiny.until(lambda: tiny.service.worker.outstanding == 0)
+    tiny.until(lambda: tiny.service.desk.outstanding == 0)
     steps = steps_of(tiny)
     assert tiny.draw(num_inference_steps=7).status_code == 200
     assert steps_of(tiny) - steps - 7 in (0, 1)  # the step at hand, and nothing after it
@@ -105,7 +107,7 @@ def test_a_cancel_ends_the_named_job_only(tiny: Running) -> None:
             f"job-{k}": pool.submit(tiny.draw, **{**LONG, "num_inference_steps": 300}, job_id=f"job-{k}")
             for k in range(6)
         }
-        tiny.until(lambda: tiny.service.worker.outstanding == 6)
+        tiny.until(lambda: tiny.service.desk.outstanding == 6)
         for name in ("job-1", "job-5", "job-1"):
             answer = tiny.client.post(f"/v1/jobs/{name}/cancel")
             assert (answer.status_code, answer.json()) == (200, {"id": name, "status": "cancelled"})
@@ -130,7 +132,7 @@ def test_a_deadline_can_be_shortened(tiny: Running, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Executor, "run", slowly)
     with ThreadPoolExecutor() as pool:
         others = [pool.submit(tiny.draw, num_inference_steps=100) for _ in range(4)]
-        tiny.until(lambda: tiny.service.worker.running == 4)
+        tiny.until(lambda: tiny.service.desk.running == 4)
         late = tiny.draw(**LONG, timeout=1)
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "job_late"
@@ -224,7 +226,7 @@ def test_a_bundle_is_swapped_without_dropping_a_request(swappable: Path) -> None
         clients = [pool.submit(client) for _ in range(6)]
         served.until(lambda: len(answers) > 10)
         long = pool.submit(served.draw, num_inference_steps=300, model="first", job_id="long")
-        served.until(lambda: "long" in served.service._known)
+        served.until(lambda: "long" in served.service.names)
         rename(swappable, "second")
         reload(served)
         seen = len(answers)
@@ -235,7 +237,7 @@ def test_a_bundle_is_swapped_without_dropping_a_request(swappable: Path) -> None
         assert long.result().json()["model"] == "first"
         assert {answer.status_code for answer in answers} == {200}
         assert Counter(answer.json()["model"] for answer in answers).keys() == {"first", "second"}
-        served.until(lambda: served.service.worker.bundles == 1)  # the first is let go
+        served.until(lambda: served.service.desk.bundles == 1)  # the first is let go
         assert served.draw(model="first").status_code == 404
         assert served.draw(model="second").status_code == 200
 
@@ -243,7 +245,7 @@ def test_a_bundle_is_swapped_without_dropping_a_request(swappable: Path) -> None
 def reload(served: Running) -> None:
     loop = served.service.loop
     assert loop is not None
-    asyncio.run_coroutine_threadsafe(served.service.reload(), loop).result()
+    asyncio.run_coroutine_threadsafe(served.service.catalogue.reload(), loop).result()
 
 
 def test_a_bundle_that_does_not_load_leaves_the_old_one(swappable: Path) -> None:
@@ -256,13 +258,13 @@ def test_a_bundle_that_does_not_load_leaves_the_old_one(swappable: Path) -> None
 
 
 def test_while_it_loads_requests_are_told_to_come_again(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, warm_up = threading.Event(), Executor.warm_up
+    gate, warm_up = threading.Event(), catalogue.warm_up
 
-    def slowly(self: Executor) -> None:
+    def slowly(executor: Executor) -> None:
         gate.wait()
-        warm_up(self)
+        warm_up(executor)
 
-    monkeypatch.setattr(Executor, "warm_up", slowly)
+    monkeypatch.setattr(catalogue, "warm_up", slowly)
     with running(tiny_bundle.path, wait=False) as served:
         served.until(lambda: _answers(served))
         for answer in (served.draw(), served.client.get("/readyz"), served.client.get("/v1/models")):
@@ -330,8 +332,8 @@ def test_sigterm_finishes_what_runs_and_refuses_what_waits(tiny_bundle: Bundle) 
 def test_sigterm_does_not_wait_for_engines_to_load(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Loading takes ten minutes here, longer than any test."""
     slow = (
-        "import time; from fastcache.serve.engine.executor import Executor; "
-        "Executor.warm_up = lambda self: time.sleep(600)"
+        "import time; from fastcache.serve.models import catalogue; "
+        "catalogue.warm_up = lambda executor: time.sleep(600)"
     )
     (tmp_path / "sitecustomize.py").write_text(slow)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -52,7 +52,7 @@ def test_the_model_field_chooses_and_the_oldest_makes_room(two: Running) -> None
     other = two.draw(model="other")
     assert (other.json()["model"], loaded(two)) == ("other", ["other"])
     assert pictures(other) == pictures(first)
-    two.until(lambda: two.service.worker.bundles == 1)
+    two.until(lambda: two.service.desk.bundles == 1)
     missing = two.draw(model="nobody")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
@@ -65,7 +65,7 @@ def test_a_model_that_must_go_finishes_what_it_began(two: Running) -> None:
         answers = list(pool.map(lambda name: two.draw(model=name, num_inference_steps=60), names))
     assert [answer.json()["model"] for answer in answers] == names
     assert all(pictures(answer) == expected for answer in answers)
-    two.until(lambda: two.service.worker.bundles == 1)
+    two.until(lambda: two.service.desk.bundles == 1)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_too_many_who_wait_for_a_load_are_told_to_come_again(tiny_bundle: Bundle
     limits = Limits(max_batch=1, queue=2, max_steps=1000)
     with running(Offer(models, memory_limit_bytes=limit), limits=limits) as served, ThreadPoolExecutor(8) as pool:
         long = pool.submit(served.draw, num_inference_steps=600)
-        served.until(lambda: served.service.worker.running == 1)
+        served.until(lambda: served.service.desk.running == 1)
         got = [answer.result() for answer in [pool.submit(served.draw, model="other") for _ in range(6)]]
         assert long.result().status_code == 200
     assert Counter(answer.status_code for answer in got) == {200: 2, 503: 4}
@@ -93,9 +93,9 @@ def test_an_administrator_adds_swaps_and_drops(two: Running, tiny_bundle: Bundle
         drawn = [pool.submit(two.draw, model="third", num_inference_steps=100) for _ in range(3)]
         assert two.client.put(path, json=body, headers=HEADERS).status_code == 200
         assert {answer.result().status_code for answer in drawn} == {200}
-        two.until(lambda: two.service.worker.running == 0)
+        two.until(lambda: two.service.desk.running == 0)
         last = pool.submit(two.draw, model="third", num_inference_steps=100)
-        two.until(lambda: two.service.worker.running == 1)
+        two.until(lambda: two.service.desk.running == 1)
         assert two.client.delete(path, headers=HEADERS).json() == {"id": "third", "object": "model", "deleted": True}
         assert last.result().status_code == 200
     assert two.draw(model="third").status_code == 404

@@ -1,9 +1,11 @@
-"use strict";
+import { Easel } from "./easel.js";
 
 const form = document.getElementById("ask");
 const status = document.getElementById("status");
 const drawButton = document.getElementById("draw");
 const cancelButton = document.getElementById("cancel");
+const easel = new Easel(form.elements, (text) => say(text, true));
+let models = []; // as /v1/models has them
 let running = null;
 
 function say(text, failed = false) {
@@ -19,27 +21,81 @@ function headers() {
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   if (response.status === 401) document.getElementById("key-field").hidden = false;
-  return new Error(body?.error?.message ?? `The server answered ${response.status}.`);
+  const message = body?.error?.message ?? `The server answered ${response.status}.`;
+  return Object.assign(new Error(message), { status: response.status });
 }
 
-function fill(select, values) {
-  select.replaceChildren(...values.map((value) => new Option(value, value)));
+/** The options of a select; what was chosen stays so, where it is still among them. */
+function fill(select, options) {
+  const before = select.options.length ? select.value : null;
+  select.replaceChildren(...options.map(([value, text, enabled = true]) => {
+    const option = new Option(text, value);
+    option.disabled = !enabled;
+    return option;
+  }));
+  if (options.some(([value, , enabled = true]) => enabled && value === before)) select.value = before;
+}
+
+function same(values) {
+  return values.map((value) => [value, value]);
 }
 
 /** What the server offers: asked for at the start, and again once there is a key. */
 async function offers() {
   const response = await fetch("v1/models", { headers: headers() });
   if (!response.ok) throw await refusal(response);
-  const [model] = (await response.json()).data;
-  fill(form.elements.sampler, model.samplers);
-  fill(form.elements.size, model.sizes);
+  models = (await response.json()).data;
+  fill(form.elements.model, same(models.map((model) => model.id)));
+  document.getElementById("model-field").hidden = models.length < 2;
+  show();
+  say(`Ready: ${models.map((model) => model.id).join(", ")}.`);
+}
+
+/** Ask for the offers, again while the server loads. */
+async function begin() {
+  try {
+    await offers();
+  } catch (error) {
+    say(error.message, true);
+    if (error.status === 503) setTimeout(begin, 1000);
+  }
+}
+
+function chosen() {
+  return models.find((model) => model.id === form.elements.model.value);
+}
+
+/** Show what the chosen model can do. */
+function show() {
+  const fields = form.elements;
+  const model = chosen();
+  fill(fields.sampler, same(model.samplers));
+  fill(fields.size, same(model.sizes));
+  const plans = Object.fromEntries(model.qualities.map((offer) => [offer.quality, offer.plan]));
+  fill(fields.quality, [
+    ...["medium", "high", "low"].map((quality) => [quality, told(quality, plans[quality]), quality in plans]),
+    ["", "as under More"],
+  ]);
   const { sampler, ...numbers } = model.defaults;
-  if (model.samplers.includes(sampler)) form.elements.sampler.value = sampler;
+  if (model.samplers.includes(sampler)) fields.sampler.value = sampler;
   for (const [name, value] of Object.entries(numbers)) {
-    const field = form.elements[name];
+    const field = fields[name];
     if (field.value === field.defaultValue) field.value = value; // else somebody has been quicker
   }
-  say(`Ready: ${model.id}.`);
+  easel.offered = model.edits;
+  easel.resize(...fields.size.value.split("x").map(Number));
+  byQuality();
+}
+
+function told(quality, plan) {
+  if (!plan) return `${quality}: no fitted plans here`;
+  const figure = plan.psnr_db === null ? "" : `, ${plan.psnr_db.toFixed(1)} dB`;
+  return `${quality}: ${plan.unet_calls} steps, ${plan.full_calls} full${figure}`;
+}
+
+/** A quality's plan says its steps itself. */
+function byQuality() {
+  document.getElementById("numbers").disabled = form.elements.quality.value !== "";
 }
 
 /** The events of a stream, as {type, ...} objects. */
@@ -102,25 +158,27 @@ class Panel {
   async draw(asked, signal) {
     this.clear();
     const start = performance.now();
-    const body = { ...asked, stream: true, stream_steps: true, partial_images: Math.min(8, asked.num_inference_steps - 1) };
-    const response = await fetch("v1/images/generations", {
+    const body = { ...asked, stream: true, stream_steps: true, partial_images: 8 };
+    const response = await fetch(`v1/images/${asked.image ? "edits" : "generations"}`, {
       method: "POST", headers: headers(), body: JSON.stringify(body), signal,
     });
     if (!response.ok) throw await refusal(response);
-    let done = false;
+    let plan = null;
     for await (const event of events(response)) {
       if (event.type === "fastcache.step") this.step(event);
       else if (event.type === "error") throw new Error(event.error.message);
       else {
-        done = event.type === "image_generation.completed";
+        const done = event.type.endsWith(".completed");
+        if (done) plan = event.plan;
         this.show(event, `${done ? "" : "Unfinished: "}${asked.prompt}`);
       }
     }
-    if (!done) throw new Error("The server ended the answer before the image was done.");
+    if (!plan) throw new Error("The server ended the answer before the image was done.");
     const seconds = (performance.now() - start) / 1000;
+    const far = plan.psnr_db === null ? "" : `; ${plan.psnr_db.toFixed(1)} dB from uncached on calibration`;
     this.figures.textContent =
       `${seconds.toFixed(2)} s; ${this.strip.querySelectorAll(".full").length} full and ` +
-      `${this.strip.querySelectorAll(".shallow").length} shallow steps`;
+      `${this.strip.querySelectorAll(".shallow").length} shallow steps${far}`;
     return seconds;
   }
 }
@@ -139,26 +197,35 @@ function remember(asked, text) {
     item.append(image);
   }
   const line = document.createElement("span");
-  line.textContent =
-    `${asked.prompt} (${asked.num_inference_steps} steps of ${asked.sampler}, every ${asked.cache_interval}, ` +
-    `guidance ${asked.guidance_scale}, seed ${asked.seed}): ${text}`;
+  const how = asked.quality
+    ? `quality ${asked.quality}`
+    : `${asked.num_inference_steps} steps of ${asked.sampler}, every ${asked.cache_interval}`;
+  const from = asked.image ? `, ${asked.mask ? "under a mask" : "from a picture"}, strength ${asked.strength}` : "";
+  line.textContent = `${asked.prompt} (${how}${from}, guidance ${asked.guidance_scale}, seed ${asked.seed}): ${text}`;
   item.append(line);
   document.getElementById("history").prepend(item);
 }
 
 function request() {
   const fields = form.elements;
-  const asked = { prompt: fields.prompt.value, sampler: fields.sampler.value, size: fields.size.value };
+  const asked = { prompt: fields.prompt.value, model: fields.model.value, size: fields.size.value, ...easel.fields };
   if (fields.negative_prompt.value) asked.negative_prompt = fields.negative_prompt.value;
-  for (const name of ["num_inference_steps", "cache_interval", "guidance_scale", "seed"]) {
-    asked[name] = Number(fields[name].value);
-  }
-  return asked;
+  for (const name of ["guidance_scale", "seed"]) asked[name] = Number(fields[name].value);
+  if (fields.quality.value) return { ...asked, quality: fields.quality.value };
+  for (const name of ["num_inference_steps", "cache_interval"]) asked[name] = Number(fields[name].value);
+  return { ...asked, sampler: fields.sampler.value };
+}
+
+/** The same without caching: of a quality the run that its plan was fitted to. */
+function plain({ quality, ...asked }) {
+  const offer = chosen().qualities.find((one) => one.quality === quality);
+  const own = offer ? { num_inference_steps: offer.num_inference_steps, sampler: offer.sampler } : {};
+  return { ...asked, ...own, cache_interval: 1 };
 }
 
 /** One after the other, so that neither slows the other down. */
 async function run(signal) {
-  if (!form.elements.sampler.options.length) await offers();
+  if (!models.length) await offers();
   const asked = request();
   uncached.clear();
   say("Drawing with caching.");
@@ -166,8 +233,8 @@ async function run(signal) {
   let text = `cached ${seconds.toFixed(2)} s`;
   if (form.elements.beside.checked) {
     say("Drawing without caching.");
-    const plain = await uncached.draw({ ...asked, cache_interval: 1 }, signal);
-    text += `, uncached ${plain.toFixed(2)} s: ${(plain / seconds).toFixed(2)} times as fast`;
+    const other = await uncached.draw(plain(asked), signal);
+    text += `, uncached ${other.toFixed(2)} s: ${(other / seconds).toFixed(2)} times as fast`;
   }
   remember(asked, text);
   say(`Done: ${text}.`);
@@ -194,5 +261,13 @@ cancelButton.addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
-form.elements.key.addEventListener("change", () => offers().catch((error) => say(error.message, true)));
-offers().catch((error) => say(error.message, true));
+// A field that does not fit is shown, be it in what is folded up.
+form.addEventListener("invalid", (event) => {
+  const folded = event.target.closest("details");
+  if (folded) folded.open = true;
+}, true);
+form.elements.model.addEventListener("change", show);
+form.elements.quality.addEventListener("change", byQuality);
+form.elements.size.addEventListener("change", () => easel.resize(...form.elements.size.value.split("x").map(Number)));
+form.elements.key.addEventListener("change", begin);
+begin();
