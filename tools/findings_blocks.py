@@ -63,12 +63,13 @@ def blocks_command(setting: Setting, work: Work = WORK, results: Results = RESUL
     say(f"shares of a full step by block: {', '.join(f'{share:.3f}' for share in shares)}")
     reused = within_time(pipe, own.sampler, changes, shares, most)
     closed = with_scale_shift(walks, reused, blocks)
+    fewer = replace(CachePlan.all_full(most), model=reused.model, sampler=own.sampler)
+    made = {f"steps-{most}": fewer, f"reused-{most}": reused, f"closed form-{most}": closed}
+    write_plans(results / f"{setting}.json", made)
     live = StableDiffusionPipeline.from_pretrained(MODEL_DIRECTORY, safety_checker=None)
     how = Training(rounds=UPDATES // own.steps)
-    trained = train(live, reused, judges.calibration_prompts(how.rounds * how.batch), how, say)
-    fewer = replace(CachePlan.all_full(most), model=reused.model, sampler=own.sampler)
-    made = {"steps": fewer, "reused": reused, "closed form": closed, "trained": trained}
-    write_plans(results / f"{setting}.json", {f"{name}-{most}": plan for name, plan in made.items()})
+    made[f"trained-{most}"] = train(live, reused, judges.calibration_prompts(how.rounds * how.batch), how, say)
+    write_plans(results / f"{setting}.json", made)
     (results / f"{setting}-changes.json").write_text(
         json.dumps({"blocks": [block.place for block in blocks], "l1rel": changes.round(5).tolist()}) + "\n"
     )

@@ -37,7 +37,7 @@ class Training:
 
     rounds: int = 60
     batch: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     guidance_scale: float = 4.0
 
 
@@ -67,7 +67,8 @@ class Student:
         for piece in self.chain.pieces:
             if isinstance(piece, Trunk) and piece.entry is not None:
                 piece.entry.register_forward_hook(lambda _module, _inputs, found: self._handed_on.append(found))
-        self.embeddings: Tensor = unet.time_embedding(unet.time_proj(table.timesteps.float())).detach()
+        embeddings: Tensor = unet.time_embedding(unet.time_proj(table.timesteps.float())).detach()
+        self.embeddings = embeddings / embeddings.norm(dim=1).mean()  # so that a learning rate is one of the outputs
         self._reused = [self._reused_at(step) for step in range(plan.num_steps)]
 
     def _reused_at(self, step: int) -> list[int]:

@@ -21,9 +21,16 @@ import fastcache
 from fastcache import Bundle, CachePlan, FastCachePipeline
 from fastcache.cli import app, main
 
-pytestmark = pytest.mark.slow  # some 850 command lines
 
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
+def commands_of(group: Any, name: str = "") -> dict[str, Any]:
+    """Every command by its words, those of groups among them."""
+    found = {} if not name else {name: group}
+    for word, command in getattr(group, "commands", {}).items():
+        found |= commands_of(command, f"{name} {word}".strip())
+    return found
+
+
+COMMANDS = commands_of(typer.main.get_command(app))
 FLAGS = [(name, each) for name, command in COMMANDS.items() for each in command.params if each.name != "help"]
 VALUES = [
     *("", "-1", "0", "1", "0.5", "nan", "1e400", "9" * 30, "abc", "two\nlines", "nowhere/at/all", "/proc", "FILE"),
@@ -34,6 +41,8 @@ SHARE = int(os.environ.get("FASTCACHE_TEST_SHARE", "6"))
 LONG_WORK = (
     "compile.builder._run_worker",
     "bench.bench.run_bench",
+    "bench.end_to_end.run_end_to_end",
+    "bench.sweep.sweep",
     "bench.kernels.bench_kernels",
     "evaluate.evaluate.evaluate",
     "analysis.measure.analyse",
@@ -52,7 +61,7 @@ BASES: dict[str, list[str]] = {
     "inspect": ["BUNDLE", "MODEL --branches"],
     "verify": ["BUNDLE"],
     "generate": ["--engines BUNDLE --prompt x --steps 1 --output x.png"],
-    "bench": ["--engines BUNDLE --steps 2", "--model MODEL --steps 2", "--kernels"],
+    "bench": ["--engines BUNDLE --steps 2", "--model MODEL --steps 2", "--model MODEL --sweep", "--kernels"],
     "plan": [
         f"--engines BUNDLE --steps 4 --output p.json {wish}"
         for wish in ("--uniform 2", "--nonuniform 2", f"--refreshes 2 {_PROMPTS}", f"--budget 2 {_PROMPTS}")
@@ -61,6 +70,8 @@ BASES: dict[str, list[str]] = {
     "analyze": ["--model MODEL --steps 2 --prompts prompts.txt --output analysis"],
     "serve": ["--engines BUNDLE --port 0"],
     "batch": ["--engines BUNDLE --prompts prompts.txt --output batch"],
+    "models": ["--folder BUNDLE"],
+    "models prune": ["--dry-run"],
     "export-triton": ["--engines BUNDLE --output triton"],
 }
 
@@ -123,6 +134,7 @@ def filled(text: str, tiny_bundle: Bundle, tiny_model: Path) -> list[str]:
     return [known.get(word, word) for word in text.split()]
 
 
+@pytest.mark.slow  # some 850 command lines
 @pytest.mark.parametrize(("command", "flag"), FLAGS, ids=[f"{name} {flag.name}" for name, flag in FLAGS])
 def test_any_value_is_taken_or_refused_in_one_line_that_names_it(
     command: str, flag: Any, run: Run, tiny_bundle: Bundle, tiny_model: Path
@@ -132,7 +144,7 @@ def test_any_value_is_taken_or_refused_in_one_line_that_names_it(
         for value in VALUES[first::SHARE]:
             Path("a-file.txt").write_text("of something else")  # which a command may take for its output
             value = str(Path("a-file.txt").resolve()) if value == "FILE" else value
-            arguments = with_flag([command, *filled(base, tiny_bundle, tiny_model)], flag, value)
+            arguments = with_flag([*command.split(), *filled(base, tiny_bundle, tiny_model)], flag, value)
             code, said = run(arguments)
             errors = [line for line in said.splitlines() if line.startswith("error: ")]
             shown = " ".join(arguments)[:200], said[:400]
