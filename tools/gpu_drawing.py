@@ -163,7 +163,7 @@ def run_server(task: Task, folder: Path) -> dict[str, Any]:
         service, start = Service(bundle.path, Limits(max_batch=2, timeout_s=120.0)), time.perf_counter()
         await service.start()
         found = {"start_s": time.perf_counter() - start, "image_s": await draw(service)}
-        beside, _ = await asyncio.gather(draw(service), service.reload())
+        beside, _ = await asyncio.gather(draw(service), service.catalogue.reload())
         found |= {"image_beside_reload_s": beside, "image_after_s": await draw(service)}
         await service.close()
         return {name: round(value, 3) for name, value in found.items()}
