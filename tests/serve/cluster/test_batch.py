@@ -112,6 +112,7 @@ def test_a_worker_draws_what_the_pipeline_draws_and_nothing_twice(tiny_bundle: B
         artist({"row": [other[0].model_dump_json()]})
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_with_the_models_that_they_name(
     tiny_bundle: Bundle, tiny_model: Path, builds: BuildStore, tmp_path: Path
 ) -> None:
