@@ -46,7 +46,7 @@ from fastcache.sampler.scheduler import make_scheduler
 from fastcache.sampler.table import SamplerTable, compile_sampler
 
 SHARE = 0.7  # of the uncached time, as 14 of 20 steps in the paper's tables
-UPDATES = 1200  # of a training
+UPDATES = 800  # of a training
 Setting = Annotated[str, typer.Option(help=f"One of {', '.join(BLOCKS)}.")]
 
 

@@ -136,7 +136,8 @@ def test_build_generate_bench_and_serve_connect_to_nobody(backend: str, watch: W
             (url,) = next(found.groups() for line in server.stderr if (found := re.search(r"listening on (\S+)", line)))
             while httpx.get(f"{url}/readyz").status_code != 200:
                 pass
-            answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 2})
+            asked = {"prompt": PROMPT, "num_inference_steps": 2}
+            answer = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=120)
             assert answer.status_code == 200, answer.text
         finally:
             os.kill(server_of(server), signal.SIGTERM)
