@@ -29,7 +29,7 @@ from findings_setting import (
     write_plans,
 )
 from torch import Tensor
-from train_scale_shift import Training, train
+from train_scale_shift import Training, line, train
 
 from fastcache import CachePlan, FastCachePipeline
 from fastcache.cut.names import FULL, pattern_of
@@ -68,7 +68,13 @@ def blocks_command(setting: Setting, work: Work = WORK, results: Results = RESUL
     write_plans(results / f"{setting}.json", made)
     live = StableDiffusionPipeline.from_pretrained(MODEL_DIRECTORY, safety_checker=None)
     how = Training(rounds=UPDATES // own.steps)
-    made[f"trained-{most}"] = train(live, reused, judges.calibration_prompts(how.rounds * how.batch), how, say)
+    made[f"trained-{most}"] = train(
+        live,
+        reused,
+        judges.calibration_prompts(how.rounds * how.batch),
+        how,
+        lambda number, loss: say(line(number, loss, how)),
+    )
     write_plans(results / f"{setting}.json", made)
     (results / f"{setting}-changes.json").write_text(
         json.dumps({"blocks": [block.place for block in blocks], "l1rel": changes.round(5).tolist()}) + "\n"

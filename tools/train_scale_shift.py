@@ -8,7 +8,7 @@ Source: Block Caching, arXiv 2312.03209, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +115,16 @@ class Student:
         yield found
 
 
-def train(pipe: Any, plan: CachePlan, prompts: Sequence[str], how: Training, say: Any = lambda _: None) -> CachePlan:
+def train(
+    pipe: Any,
+    plan: CachePlan,
+    prompts: Sequence[str],
+    how: Training,
+    told: Callable[[int, float], object] = lambda _number, _loss: None,
+) -> CachePlan:
     """The plan with trained scales and shifts; it begins at those that it has.
 
+    `told` is called after each run with its number and its mean loss, a relative squared error, in a step.
     `pipe` is diffusers' pipeline of the model. Round k draws prompts and seeds k * batch to (k + 1) * batch.
 
     Raises: `ValueError` for a plan without patterns of blocks, or without a sampler.
@@ -149,18 +156,27 @@ def train(pipe: Any, plan: CachePlan, prompts: Sequence[str], how: Training, say
             optimizer.step()
             found.append(loss.item())
         schedule.step()
-        say(f"run {number + 1} of {how.rounds}: relative squared error {sum(found) / len(found):.3e} a step")
+        told(number, sum(found) / len(found))
     with torch.no_grad():
         made = torch.stack([student.adjustment(layer, step) for step in range(plan.num_steps)])
     name = plan.made_by.removesuffix(", scale and shift")
     return replace(plan, scale_shift=ScaleShift.of(made.numpy()), made_by=f"{name}, trained scale and shift")
 
 
+def line(number: int, loss: float, how: Training) -> str:
+    """What is said after a run."""
+    return f"run {number + 1} of {how.rounds}: relative squared error {loss:.3e} a step"
+
+
 def main(
-    plan: Annotated[Path, typer.Option(help="A plan of `fastcache plan --blocks`.")],
+    plan: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plan of `fastcache plan --blocks`.")],
     output: Annotated[Path, typer.Option(help="The trained plan.")],
-    model: Annotated[Path, typer.Option(help="A diffusers folder; the bundled model if left out.")] = MODEL_DIRECTORY,
-    prompts: Annotated[Path | None, typer.Option(help="A prompt a line; the bundled model has its own.")] = None,
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="A diffusers folder; the bundled model if left out.")
+    ] = MODEL_DIRECTORY,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt a line; the bundled model has its own.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of the student.")] = Training.rounds,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a run.")] = Training.batch,
     learning_rate: float = Training.learning_rate,
@@ -169,11 +185,17 @@ def main(
     """Train the scale and shift of a plan of blocks. The same command gives the same plan."""
     from diffusers import StableDiffusionPipeline
 
-    own = CachePlan.from_json(plan.read_text())
+    try:
+        own = CachePlan.from_json(plan.read_text())
+    except ValueError as error:
+        raise typer.BadParameter(f"{plan}: {error}") from None
     how = Training(rounds, batch, learning_rate, guidance_scale)
     texts = prompts.read_text().splitlines() if prompts else calibration_prompts(rounds * batch)
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    made = train(pipe, own, texts, how, lambda line: typer.echo(line, err=True))
+    try:
+        made = train(pipe, own, texts, how, lambda number, loss: typer.echo(line(number, loss, how), err=True))
+    except ValueError as error:
+        raise typer.BadParameter(f"{plan}: {error}") from None
     write_whole(output, made.to_json().encode())
     typer.echo(output)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
+import macs
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,18 +73,7 @@ def flops(module: torch.nn.Module, inputs: dict[str, Any]) -> tuple[int, Any]:
     return counter.get_total_flops(), outputs
 
 
-@pytest.fixture(scope="module")
-def macs() -> Any:
-    """`tools/macs.py`, which is a program and no package's."""
-    spec = importlib.util.spec_from_file_location("macs", Path(__file__).parents[2] / "tools" / "macs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["macs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_averages_are_the_papers(macs: Any) -> None:
+def test_averages_are_the_papers() -> None:
     for model in macs.PAPER:
         found = macs.counted(model)
         for interval, theirs in model.macs.items():
@@ -95,7 +82,7 @@ def test_averages_are_the_papers(macs: Any) -> None:
             assert found.average(model.steps, as_counted) / 1e9 == pytest.approx(theirs, rel=0.003)
 
 
-def test_the_table_marks_and_explains_what_differs(macs: Any) -> None:
+def test_the_table_marks_and_explains_what_differs() -> None:
     rows = macs.table()
     assert len(rows) == 2 + len(macs.PAPER) * len(macs.INTERVALS)
     assert ["130.45" in row for row in rows] == ["see below" in row for row in rows]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffusers
+import parity
+import parity_pipelines as pipelines
+import parity_subjects as subjects
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
@@ -20,19 +20,6 @@ from repeats import mostly_slow
 
 # numpy's word to diffusers, and transformers' to diffusers' text encoder of LDM, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning", "ignore::FutureWarning")
-
-
-def load(name: str) -> Any:
-    path = Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-subjects, _, pipelines = map(load, ("parity_subjects", "parity_others", "parity_pipelines"))
 
 
 QUICK = ("SD, inpaint, 9 channels", "SDXL, ControlNet and IP-Adapter", "T2I-Adapter", "LoRA", "AnimateDiff")
@@ -151,11 +138,11 @@ def test_a_control_net_of_another_class_runs_whole() -> None:
 
 def test_the_parity_table_measures_what_it_says() -> None:
     """One row of tools/parity.py, and the invariant at a wrong feature."""
-    parity = load("parity")
     row = parity.measure("DDPM", pipelines.PIPELINES["DDPM"])
     assert row.branches == 12
     assert row.all_full_db == float("inf")
     assert row.shallow_vs_full < 1e-5
+    assert row.deepcache_db is not None
     assert row.deepcache_db >= 60
     assert "`DDPMPipeline`" in row.markdown()
     assert row.to_json()["all_full_db"] == "inf"

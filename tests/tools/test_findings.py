@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from typing import Any
-
-import pytest
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+import findings
 
 
-@pytest.fixture(scope="module")
-def findings() -> Any:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module("findings")
-    finally:
-        sys.path.remove(str(TOOLS))
-
-
-def test_local_search_improves_and_keeps_the_number(findings: Any) -> None:
+def test_local_search_improves_and_keeps_the_number() -> None:
     wanted = (0, 4, 5, 17)
 
     def score(steps: tuple[int, ...]) -> float:

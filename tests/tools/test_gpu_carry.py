@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import gpu_carry as carry
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_carry.py"
 
-
-@pytest.fixture(scope="module")
-def carry() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_carry", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_carry"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_is_carried_is_what_the_card_lacks(carry: ModuleType) -> None:
+def test_what_is_carried_is_what_the_card_lacks() -> None:
     found = carry.missing(carry.WANTED)
     assert {"diffusers", "deepcache", "pydantic", "pydantic-core", "fastapi"} <= found.keys()
     assert not found.keys() & carry.ON_CARD
@@ -35,7 +21,7 @@ def test_what_is_carried_is_what_the_card_lacks(carry: ModuleType) -> None:
         carry.missing([*carry.WANTED, "no-such-package"])
 
 
-def test_files_go_into_portions_and_are_whole_again(carry: ModuleType, tmp_path: Path) -> None:
+def test_files_go_into_portions_and_are_whole_again(tmp_path: Path) -> None:
     files = {"a.whl": b"a" * 10, "b.whl": bytes(range(250)), "c.whl": b"c" * 15}
     (tmp_path / "wheels").mkdir()
     for name, content in files.items():
@@ -48,7 +34,7 @@ def test_files_go_into_portions_and_are_whole_again(carry: ModuleType, tmp_path:
     said = [
         # as on the card, before anything is installed
         subprocess.run(
-            [sys.executable, "-I", str(TOOL), str(place), str(target)], capture_output=True, text=True, check=True
+            [sys.executable, "-I", carry.__file__, str(place), str(target)], capture_output=True, text=True, check=True
         ).stdout.strip()
         for place in reversed(made)
     ]
@@ -58,7 +44,7 @@ def test_files_go_into_portions_and_are_whole_again(carry: ModuleType, tmp_path:
     assert "pip install" not in carry.bring_command(made[0], last=False)
 
 
-def test_a_file_that_was_damaged_on_the_way_is_refused(carry: ModuleType, tmp_path: Path) -> None:
+def test_a_file_that_was_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.whl").write_bytes(b"wheel")
     (place,) = carry.pack([tmp_path / "a.whl"], tmp_path, 100)
     (part,) = (part for part in place.iterdir() if part.name != carry.LISTED)
@@ -68,8 +54,8 @@ def test_a_file_that_was_damaged_on_the_way_is_refused(carry: ModuleType, tmp_pa
     assert not (tmp_path / "there" / "a.whl").exists()
 
 
-def test_the_checkout_counts_and_leaves_room(carry: ModuleType) -> None:
-    checkout = carry.checkout_bytes(TOOL.parents[1])
-    assert TOOL.stat().st_size < checkout < carry.MOST_BYTES
+def test_the_checkout_counts_and_leaves_room() -> None:
+    checkout = carry.checkout_bytes(Path(carry.__file__).parents[1])
+    assert Path(carry.__file__).stat().st_size < checkout < carry.MOST_BYTES
     with pytest.raises(ValueError, match="expected room beside the checkout, got -1 bytes"):
         carry.portions({"a": 1}, -1)
