@@ -226,10 +226,13 @@ def test_a_callback_sees_and_replaces_the_latents(
 def test_nothing_is_kept_between_calls(pipe: FastCachePipeline, demo_bundle: Callable[[int], fastcache.Bundle]) -> None:
     calls: list[dict[str, Any]] = [
         {},
-        {"prompt": OTHER_PROMPT, "guidance_scale": 3.0},
+        {"prompt": OTHER_PROMPT},
+        {"guidance_scale": 3.0},
         {"guidance_scale": 1.0},
         {"prompt": [PROMPT, OTHER_PROMPT], "generator": (0, 1)},
-        {"sampler": "dpm++_2m", "num_inference_steps": 5, "cache_interval": 5},
+        {"sampler": "dpm++_2m", "num_inference_steps": 5},
+        {"sampler": "euler_a"},
+        {"cache_interval": 5},
         {},
     ]
     for call in calls:
