@@ -26,7 +26,6 @@ from gpu_plan import (
     Subject,
     calls,
     check_command,
-    commit_here,
     further,
     quarter_hour,
     seconds,
@@ -38,7 +37,7 @@ from pieces import Board, Piece, end_with_parent, run_pieces
 
 from fastcache.bench.arms import parse_dtype
 from fastcache.bench.kernels import KernelResult, kernel_table
-from fastcache.bench.machine import environment, gpus
+from fastcache.bench.machine import commit, environment, gpus
 from fastcache.console import figure, print_table
 from fastcache.files import write_json
 
@@ -185,12 +184,12 @@ def chosen(work: Sequence[Piece], only: str) -> list[Piece]:
 
 def known_commit(given: str | None) -> str:
     """What results are of: a result without it is nobody's."""
-    commit = given or commit_here()
-    if commit is None:
+    found = given or commit()
+    if found is None:
         raise typer.BadParameter(
             "expected --commit where the checkout came without its history, got none; `plan` says it"
         )
-    return commit
+    return found
 
 
 def new_board(output: Path, commit: str | None) -> Board:

@@ -26,17 +26,14 @@ from fastcache.bench.loops import CallClock
 from fastcache.bundle.bundle import Bundle
 from fastcache.compile.models import find_model
 from fastcache.evaluate.judges import calibration_prompts
-from fastcache.loop.fit import Fit
 from fastcache.loop.plan import CachePlan
 from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.pipeline.request import Request
 from fastcache.planning.fitting import Fitting, Reference
-from fastcache.planning.skipping import FORETOLD, skipping_rows
-from fastcache.sampler.scheduler import make_scheduler
-from fastcache.sampler.table import compile_sampler
 
 STOCHASTIC = "euler_a"  # its noise comes from a generator on the CPU, which no step may wait for
 CALIBRATED_ON = 3
+GUIDANCE = 7.5  # where rows are by a formula
 
 
 def run_demo(task: Task, folder: Path) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def run_demo(task: Task, folder: Path) -> dict[str, Any]:
 
     By plain and by fitted plans, and by a sampler that draws noise.
     """
-    bundle = whole_bundle(task, folder)
+    bundle = bundle_of(task, folder, whole=True)
     pipes = {"launches": fastcache.load(bundle.path), "graph": graphed(bundle)}
     plan = CachePlan.uniform(task.steps, 3)
     # `say` counts the pictures that a fit walks on
@@ -65,10 +62,13 @@ def run_demo(task: Task, folder: Path) -> dict[str, Any]:
     return {"bundle": bundle.manifest.bundle_sha256, "loops": rows}
 
 
-def whole_bundle(task: Task, folder: Path) -> Bundle:
-    """A small model's bundle with all that draws a picture. Raises: `RuntimeError` saying why there is none."""
-    task = replace(task, arms=((f"engine:{task.backend}:{task.dtype}", 1, 0),))
-    bundles, lineup = build_bundles(task.lineup, replace(task.settings, batch=2), folder, say, whole=True)
+def bundle_of(task: Task, folder: Path, *, whole: bool = False) -> Bundle:
+    """A step's own bundle, for two pictures at once and with all that draws one where it is `whole`.
+
+    Raises: `RuntimeError` saying why there is none.
+    """
+    task = replace(task, arms=((f"engine:{task.backend}:{task.dtype}", 1, 0),), batch=2 if whole else task.batch)
+    bundles, lineup = build_bundles(task.lineup, task.settings, folder, say, whole=whole)
     if not bundles:
         raise RuntimeError(f"no bundle: {next(iter(lineup.skipped.values()))}")
     return next(iter(bundles.values()))
@@ -146,7 +146,10 @@ def run_server(task: Task, folder: Path) -> dict[str, Any]:
     from fastcache.serve.http.schema import ImageRequest
     from fastcache.serve.http.service import Service
 
-    bundle, asked = whole_bundle(task, folder), ImageRequest(prompt="a", num_inference_steps=task.steps, seed=0)
+    bundle, asked = (
+        bundle_of(task, folder, whole=True),
+        ImageRequest(prompt="a", num_inference_steps=task.steps, seed=0),
+    )
 
     async def draw(service: Service) -> float:
         start, pictures = time.perf_counter(), 0
@@ -176,19 +179,16 @@ def run_fitted(task: Task, folder: Path) -> dict[str, Any]:
 
     Its rows are by a formula, for the model has random weights; what rows cost is the same.
     """
-    task = replace(task, arms=((f"engine:{task.backend}:{task.dtype}", 1, 0),))
-    bundles, lineup = build_bundles(task.lineup, task.settings, folder, say)
-    if not bundles:
-        raise RuntimeError(f"no bundle: {next(iter(lineup.skipped.values()))}")
-    bundle, model = next(iter(bundles.values())), find_model(task.model, random_weights=task.settings.random_weights)
+    bundle, model = bundle_of(task, folder), find_model(task.model, random_weights=task.settings.random_weights)
     inputs = {name: value.to(task.device) for name, value in make_inputs(model, task.settings).items()}
     latents = inputs.pop("latents")
-    plan, arms, clock = by_formula(bundle, task), list[dict[str, Any]](), CallClock(task.device)
-    for name, pipe in (("launches", fastcache.load(bundle.path)), ("graph", graphed(bundle))):
+    launched, clock = fastcache.load(bundle.path), CallClock(task.device)
+    plan, arms = by_formula(launched, task), list[dict[str, Any]]()
+    for name, pipe in (("launches", launched), ("graph", graphed(bundle))):
 
         def loop(pipe: FastCachePipeline = pipe, whole: bool = name == "graph") -> Tensor:
             generator = torch.Generator().manual_seed(1)
-            request = Request(plan=plan, latents=latents, guidance_scale=7.5, generator=generator)
+            request = Request(plan=plan, latents=latents, guidance_scale=GUIDANCE, generator=generator)
             *_, last = pipe.start(request, inputs, guided=True, whole=whole).steps
             return last.latents.clone()
 
@@ -199,21 +199,7 @@ def run_fitted(task: Task, folder: Path) -> dict[str, Any]:
     return {"plan": json.loads(plan.to_json()), "arms": arms}
 
 
-def by_formula(bundle: Bundle, task: Task) -> CachePlan:
-    manifest = bundle.manifest
-    scheduler, points = manifest.model.scheduler, range(0, task.steps, 3)
-    table = compile_sampler(make_scheduler("ddim", scheduler), task.steps)
-    rows = skipping_rows(table, scheduler.get("prediction_type", "epsilon"), points, FORETOLD["line"])
-    fit = Fit(
-        task.steps,
-        tuple(points),
-        tuple(rows),
-        guidance_scale=7.5,
-        height=manifest.height,
-        width=manifest.width,
-        weights_sha256=manifest.weights_sha256,
-        backend=manifest.backend,
-        dtype=manifest.dtype,
-        images=0,
-    )
-    return replace(CachePlan.uniform(len(points), 3), model=manifest.model.name, sampler="ddim", fit=fit)
+def by_formula(pipe: FastCachePipeline, task: Task) -> CachePlan:
+    reference = Reference("ddim", task.steps, GUIDANCE)
+    skipping = Fitting(pipe, [""], reference).skipping(max(1, task.steps // 3), "line")
+    return replace(skipping, passes=CachePlan.uniform(skipping.num_steps, 3).passes)

@@ -5,13 +5,12 @@ The order is that of what later steps rest on. A rehearsal on the CPU runs the s
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_task import ROOT, Task
+from gpu_task import Task
 from pieces import Piece
 
 import fastcache_engines
@@ -150,15 +149,6 @@ def calls(pieces: Sequence[Piece]) -> list[list[Piece]]:
 def seconds(pieces: Sequence[Piece]) -> float:
     """What steps take at most."""
     return sum(piece.limit_s or 0 for piece in pieces)
-
-
-def commit_here() -> str | None:
-    """The commit of this checkout, with "-dirty" behind it for changes; None where the history is not there."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def check_command(commit: str, carried: str, left_s: float) -> str:

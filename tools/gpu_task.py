@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm
+from fastcache.bench.arms import BenchSettings, cached_arm
 from fastcache.bench.lineup import Lineup, line_up_arms
 from fastcache_engines import DType
 
@@ -71,14 +71,8 @@ class Task:
 
     @property
     def lineup(self) -> Lineup:
-        """The arms, called by their caching as well, for one benchmark has several kinds of it."""
-
-        def make(name: str, interval: int, branch_id: int) -> Arm:
-            told = f"{name} I={interval} B={branch_id}" if interval > 1 else name
-            arm = parse_arm(name, Defaults(dtype=self.dtype))
-            return replace(arm, name=told, cache_interval=interval, branch_id=branch_id)
-
-        return line_up_arms([make(*arm) for arm in self.arms], self.device)
+        arms = [cached_arm(name, self.dtype, interval, branch_id) for name, interval, branch_id in self.arms]
+        return line_up_arms(arms, self.device)
 
 
 def say(message: str) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from fastcache.bench.work import unet_work
 from fastcache.compile.models import find_model
+from fastcache.cut.work import uniform_cost
 
 INTERVALS = (1, 2, 3, 5, 10, 20)
 TOLERANCE = 0.02
@@ -41,14 +42,9 @@ class MultiplyAdds:
     full: int
     shallow: int
 
-    def ceiling(self, num_calls: int, interval: int) -> float:
-        """The speed-up of a uniform plan over no caching, if time were multiply-adds alone."""
-        return self.full / self.average(num_calls, interval)
-
     def average(self, num_calls: int, interval: int) -> float:
         """What a call costs on average under a uniform plan."""
-        refreshes = -(-num_calls // interval)
-        return (refreshes * self.full + (num_calls - refreshes) * self.shallow) / num_calls
+        return uniform_cost(self.full, self.shallow, num_calls, interval)
 
 
 PAPER = (
@@ -68,12 +64,6 @@ def table() -> list[str]:
             beside = "- | -" if theirs is None else f"{theirs:.2f} | {_difference(ours, theirs)}"
             rows.append(f"| {model.title} | {model.branch_id} | {model.steps} | {interval} | {ours:.2f} | {beside} |")
     return rows
-
-
-def multiply_adds(preset: str, branch_id: int, height: int, width: int) -> MultiplyAdds:
-    """Of both passes of a preset, attention included."""
-    work = unet_work(find_model(preset, random_weights=True), height, width)
-    return MultiplyAdds(work.full.total, work.shallow[branch_id].total)
 
 
 def counted(model: Published) -> MultiplyAdds:

@@ -5,7 +5,7 @@ Plain values: knows nothing about torch, processes or bundles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 from fastcache.expect import one_of
@@ -136,6 +136,16 @@ def parse_arm(name: str, defaults: Defaults) -> Arm:
         raise ValueError(f"expected an arm {GRAMMAR}, got {name!r}, which has {parts[0]!r} left over")
     interval = defaults.cache_interval if kind in _CACHING else 1
     return Arm(name, kind, backend, dtype, interval, defaults.branch_id)
+
+
+def cached_arm(name: str, dtype: Precision, cache_interval: int, branch_id: int) -> Arm:
+    """An arm with its own caching, which its name says too: for benchmarks of several kinds of it.
+
+    Raises: as `parse_arm`.
+    """
+    arm = parse_arm(name, Defaults(dtype=dtype))
+    told = f"{name} I={cache_interval} B={branch_id}" if cache_interval > 1 else name
+    return replace(arm, name=told, cache_interval=cache_interval, branch_id=branch_id)
 
 
 def parse_arms(names: str, defaults: Defaults) -> tuple[Arm, ...]:

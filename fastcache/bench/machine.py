@@ -55,7 +55,7 @@ def environment(threads: int) -> dict[str, Any]:
         "fast_bf16": fastcache_engines.fast_bf16(),
         "system": platform.platform(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -111,10 +111,11 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """This checkout's commit, with "-dirty" behind it where files have changed; None where there is no history."""
     root = Path(fastcache.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

@@ -7,20 +7,19 @@ come smallest first. Knows the published figures; how arms are timed is the busi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from fastcache.bench.arms import Arm, BenchSettings, Defaults, parse_arm
+from fastcache.bench.arms import Arm, BenchSettings, cached_arm
 from fastcache.bench.bench import ArmResult, run_bench
 from fastcache.bench.lineup import build_bundles, line_up_arms
-from fastcache.bench.work import unet_work
+from fastcache.bench.work import geometry, unet_work
 from fastcache.compile.models import find_model
+from fastcache.cut.work import uniform_cost
 
 CACHINGS: Final = ((3, 0), (5, 0), (5, 1))  # the table's columns: cache interval I and branch B
-SIZES: Final = (512, 768, 1024)
-BATCHES: Final = (1, 4, 8)
 # DeepCache's speed-ups on an RTX A5000 by size and batch, for each of CACHINGS; of whole pipelines, 50 steps, SD2.1.
 # Source: diffusers' documentation, optimization/deepcache.
 PUBLISHED: Final[Mapping[tuple[int, int], tuple[float, ...]]] = {
@@ -38,33 +37,37 @@ PUBLISHED: Final[Mapping[tuple[int, int], tuple[float, ...]]] = {
 
 def sweep(
     settings: BenchSettings, backend: str, sizes: Sequence[int], batches: Sequence[int], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The table's rows. A cell's bundles are gone when it is done, for those of one alone take gigabytes.
+) -> Iterator[list[dict[str, Any]]]:
+    """The table's rows, a cell at a time. A cell's bundles are gone when it is done, for they take gigabytes.
 
     Shapes: `sizes` are the sides of square pictures, in pixels.
+
+    Raises: `ValueError`, before anything is timed, for a size that the model does not draw.
     """
-    cells = sorted(((size, batch) for size in sizes for batch in batches), key=lambda cell: cell[0] ** 2 * cell[1])
-    rows = list[dict[str, Any]]()
-    for size, batch in cells:
-        own = replace(settings, height=size, width=size, batch=batch)
-        say(f"{size}x{size}, batch {batch}")
+    shapes = geometry(find_model(settings.model, random_weights=settings.random_weights))
+    for size in sizes:
+        shapes.size(size, size)
+    cells = [replace(settings, height=size, width=size, batch=batch) for size in sizes for batch in batches]
+    return _cells(sorted(cells, key=lambda cell: cell.height**2 * cell.batch), backend, say)
+
+
+def _cells(cells: Sequence[BenchSettings], backend: str, say: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
+    for own in cells:
+        say(f"{own.width}x{own.height}, batch {own.batch}")
         with tempfile.TemporaryDirectory(prefix="fastcache-sweep-") as folder:
             bundles, lineup = build_bundles(line_up_arms(arms_of(own, backend), own.device), own, Path(folder), say)
-            rows += rows_of(own, run_bench(own, lineup, bundles, say).results)
-    return rows
+            yield rows_of(own, run_bench(own, lineup, bundles, say).results)
 
 
 def arms_of(settings: BenchSettings, backend: str) -> list[Arm]:
     """Eager, the engines uncached, and each caching by the DeepCache package and by engines."""
-    dtype = settings.dtype
-    torchs = "fp32" if dtype == "int8" else dtype
-    plain = [f"eager:{torchs}", f"engine:{backend}:{dtype}"]
-    caching = [f"deepcache:{torchs}", f"engine+cache:{backend}:{dtype}"]
-    found = [parse_arm(name, Defaults()) for name in plain]
-    for interval, branch in CACHINGS:
-        arms = [parse_arm(name, Defaults(cache_interval=interval, branch_id=branch)) for name in caching]
-        found += [replace(arm, name=f"{arm.name} I={interval} B={branch}") for arm in arms]
-    return found
+    own = settings.dtype
+    torchs = "fp32" if own == "int8" else own
+    plain = [(f"eager:{torchs}", 1, 0), (f"engine:{backend}:{own}", 1, 0)]
+    cached = [
+        (name, *caching) for caching in CACHINGS for name in (f"deepcache:{torchs}", f"engine+cache:{backend}:{own}")
+    ]
+    return [cached_arm(name, own, interval, branch_id) for name, interval, branch_id in (*plain, *cached)]
 
 
 def rows_of(settings: BenchSettings, results: Sequence[ArmResult]) -> list[dict[str, Any]]:
@@ -80,9 +83,8 @@ def rows_of(settings: BenchSettings, results: Sequence[ArmResult]) -> list[dict[
     uncached = {arm.backend: arm.loop_ms_p50 for arm in results if arm.cache_interval == 1}
 
     def ceiling(interval: int, branch: int) -> float:
-        full = -(-settings.steps // interval)
-        rest = (settings.steps - full) * work.shallow[branch].total / work.full.total
-        return round(settings.steps / (full + rest), 3)
+        full, shallow = work.full.total, work.shallow[branch].total
+        return round(full / uniform_cost(full, shallow, settings.steps, interval), 3)
 
     def row(arm: ArmResult) -> dict[str, Any]:
         common = {"size": cell[0], "batch": cell[1], "arm": arm.name.split(" ")[0]}

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcache.commands.options import Device, Height, RandomWeights, Sampler, Steps, Width, check_writable, existing_of
+from fastcache.commands.options import (
+    Device,
+    Height,
+    RandomWeights,
+    Sampler,
+    Steps,
+    Width,
+    check_writable,
+    existing_of,
+    named,
+)
 from fastcache.console import figure, notes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -81,9 +91,9 @@ def bench(  # as long as its flags are many
 
     Example: fastcache bench --model demo --arms eager,deepcache,engine,engine+cache:openvino:bf16 --steps 20
     """
+    _check_kind(ctx)
+    check_writable(chart, None if str(json_file) == "-" else json_file)
     if kernels:
-        if engines is not None or model is not None or arms is not None:
-            raise ValueError("expected --kernels without --engines, --model and --arms, got both; time them apart")
         _bench_kernels(batch, dtype, repeats, branch_id or 0, json_file)
         return
     if sweep:
@@ -97,9 +107,6 @@ def bench(  # as long as its flags are many
         raise ValueError("expected either --engines or --model, got " + ("neither" if model is None else "both"))
     if chart is not None:
         check_chartable(arms)
-    check_writable(chart, None if str(json_file) == "-" else json_file)
-    if end_to_end and chart is not None:
-        raise ValueError("expected --end-to-end without --chart, got both; leave --chart out")
     source = {"engines": engines} if model is None else {"model": model, "random_weights": random_weights}
     settings, results, result = _measure(
         Wishes(arms, backend, device, dtype, branch_id, height, width),
@@ -126,7 +133,28 @@ def bench(  # as long as its flags are many
         notes.print(f"chart: {chart}", markup=False, soft_wrap=True)
 
 
-_OF_ONE_CELL = ("engines", "arms", "height", "width", "batch", "cache_interval", "branch_id", "chart", "end_to_end")
+# What a kind of benchmark says itself, or has no use for.
+_NOT_WITH = {
+    "kernels": (
+        *("engines", "model", "random_weights", "arms", "backend", "device", "cache_interval", "steps", "height"),
+        *("width", "sampler", "warmup", "end_to_end", "sweep", "chart"),
+    ),
+    "sweep": ("engines", "arms", "height", "width", "batch", "cache_interval", "branch_id", "chart", "end_to_end"),
+    "end_to_end": ("chart",),
+}
+
+
+def _check_kind(ctx: typer.Context) -> None:
+    """Refuse flags that a kind of benchmark would ignore. Raises: `ValueError`."""
+    for kind, others in _NOT_WITH.items():
+        if ctx.params[kind] and (clashing := named(ctx, *others)):
+            raise ValueError(f"expected --{_flag(kind)} without --{_flag(clashing[0])}, got both; leave one out")
+    if not ctx.params["sweep"] and (given := named(ctx, "sizes", "batches")):
+        raise ValueError(f"expected --{given[0]} only with --sweep, got it without; leave it out")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _sides(flag: str, text: str) -> list[int]:
@@ -138,7 +166,7 @@ def _sides(flag: str, text: str) -> list[int]:
 
 
 def _sweep(ctx: typer.Context, json_file: Path | None) -> None:
-    """`bench --sweep`: one benchmark a size and batch, and their table.
+    """`bench --sweep`: one benchmark a size and batch, written as it comes, and their table.
 
     Raises: `ValueError` for flags that a sweep says itself.
     """
@@ -147,11 +175,9 @@ def _sweep(ctx: typer.Context, json_file: Path | None) -> None:
     from fastcache.bench.lineup import Wishes, of_model
     from fastcache.bench.machine import environment, load_average
     from fastcache.bench.sweep import sweep
+    from fastcache.errors import BackendUnavailable
 
     flags, load = ctx.params, load_average()
-    clashing = [name for name in _OF_ONE_CELL if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if clashing:
-        raise ValueError(f"expected --sweep without --{clashing[0].replace('_', '-')}, got both; leave one out")
     if flags["model"] is None:
         raise ValueError("expected --sweep with --model, for its sizes are built one after another, got none")
     sizes, batches = _sides("--sizes", flags["sizes"]), _sides("--batches", flags["batches"])
@@ -160,11 +186,22 @@ def _sweep(ctx: typer.Context, json_file: Path | None) -> None:
     settings, _ = of_model(
         flags["model"], flags["random_weights"], wishes, common | {"threads": torch.get_num_threads()}
     )
+    machine, rows = {**environment(settings.threads), "load_average_before": load}, list[dict[str, Any]]()
+    result = {"environment": machine, "settings": asdict(settings), "table": rows}
+    only_json = str(json_file) == "-"
     with progress() as say:
-        rows = sweep(settings, flags["backend"], sizes, batches, say)
-    machine = {**environment(settings.threads), "load_average_before": load}
-    if _write_json({"environment": machine, "settings": asdict(settings), "table": rows}, json_file):
-        return
+        for cell in sweep(settings, flags["backend"], sizes, batches, say):
+            rows += cell
+            _write_json(result, None if only_json else json_file)  # as it is so far: a kill loses one cell
+    if not only_json or not _write_json(result, json_file):
+        _show_sweep(settings, rows)
+    if all("skipped" in row for row in rows):
+        raise BackendUnavailable(
+            f"expected an arm that runs on this machine, got none; the first: {rows[0]['skipped']}"
+        )
+
+
+def _show_sweep(settings: BenchSettings, rows: Sequence[dict[str, Any]]) -> None:
     ratios = ("speedup_vs_eager", "speedup_vs_uncached", "ceiling_vs_uncached", "published")
     print_table(
         f"{settings.model}, {settings.steps} {settings.sampler} steps, {settings.dtype}, {settings.device}, "

@@ -101,6 +101,12 @@ PlanFile = Annotated[Path | None, typer.Option(help="A plan file, made by `fastc
 OutputFolder = Annotated[Path, typer.Option("--output", help="The folder to write.")]
 
 
+def named(ctx: typer.Context, *parameters: str) -> list[str]:
+    """Those of some parameters that stand on the command line."""
+    sources = {name: ctx.get_parameter_source(name) for name in parameters}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
 def check_writable(*outputs: Path | None) -> None:
     """Ask before long work whether files or folders can be written; nothing is left behind.
 

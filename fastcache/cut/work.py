@@ -44,6 +44,12 @@ class UNetWork:
     shallow: tuple[Work, ...]
 
 
+def uniform_cost(full: float, shallow: float, num_calls: int, interval: int) -> float:
+    """What a U-Net call costs on average where every `interval`th is full and the others are shallow."""
+    refreshes = -(-num_calls // interval)
+    return (refreshes * full + (num_calls - refreshes) * shallow) / num_calls
+
+
 def empty_unet(kind: type[Any], config: Mapping[str, Any]) -> Any:
     """A U-Net of a class and a configuration with no memory behind its weights."""
     with torch.device("meta"):

@@ -49,6 +49,8 @@ def test_the_table_sets_ceilings_and_published_figures_beside_the_measured() -> 
         ("--engines .", "expected --sweep without --engines, got both; leave one out"),
         ("", "expected --sweep with --model, for its sizes are built one after another, got none"),
         ("--model demo --sizes 64,x", "expected --sizes as whole numbers from 1 to 8192 by commas"),
+        ("--model demo --sizes 64,63", "expected a height and width divisible by 4, got (63, 63)"),
+        ("--model demo --kernels", "expected --kernels without --model, got both; leave one out"),
         ("--model demo --batches 0", "expected --batches as whole numbers from 1 to 8192 by commas"),
     ],
 )
@@ -60,6 +62,14 @@ def test_what_a_sweep_says_itself(
         main()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["fastcache", "bench", "--model", "demo", "--sizes", "64"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "expected --sizes only with --sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow
