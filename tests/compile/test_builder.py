@@ -110,7 +110,7 @@ def test_equal_weights_are_stored_once(tiny_bundle: Bundle) -> None:
 @pytest.mark.slow
 def test_another_recipe_needs_force(tiny_model: Path, bundle_copy: Path) -> None:
     before = content(bundle_copy)
-    recipe = Recipe(model=str(tiny_model), components=("unet",))
+    recipe = Recipe(model=str(tiny_model), components=("unet",), dtype="fp32")
     with pytest.raises(ValueError, match=r"holds a bundle of another model, recipe or version; force \(--force\)"):
         fastcache.build_engines(recipe, output=bundle_copy, branch_id=1)
     assert content(bundle_copy) == before

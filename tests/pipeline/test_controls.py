@@ -61,10 +61,10 @@ def files(builds: BuildStore, tiny_model: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def pipe(builds: BuildStore, tiny_model: Path, files: dict[str, Path]) -> FastCachePipeline:
     output = builds.bundle(tiny_model, branch_id=(0, 2), **{kind: str(path) for kind, path in files.items()}).path
-    flags = [text for kind, path in files.items() for text in (f"--{kind.replace('_', '-')}", str(path))]
+    flags = ["--model", tiny_model, "--output", output, "--branch-id", "0,2", "--dtype", "fp32"]
+    flags += [text for kind, path in files.items() for text in (f"--{kind.replace('_', '-')}", path)]
     with pytest.MonkeyPatch.context() as patch:
-        # It finds that these flags' bundle is there.
-        command("build-engines", "--model", tiny_model, "--output", output, "--branch-id", "0,2", *flags, patch=patch)
+        command("build-engines", *flags, patch=patch)  # finds that these flags' bundle is there
     return fastcache.load(output)
 
 

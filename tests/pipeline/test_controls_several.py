@@ -43,7 +43,8 @@ def folders(builds: BuildStore, tiny_model: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def pipe(builds: BuildStore, tiny_model: Path, folders: list[Path]) -> FastCachePipeline:
     output = builds.bundle(tiny_model, controlnet=tuple(map(str, folders))).path
-    flags = ["--model", tiny_model, "--output", output, "--controlnet", folders[0], "--controlnet", folders[1]]
+    flags = ["--model", tiny_model, "--output", output, "--dtype", "fp32"]
+    flags += [text for folder in folders for text in ("--controlnet", folder)]
     with pytest.MonkeyPatch.context() as patch:
         command("build-engines", *flags, patch=patch)  # finds that these flags' bundle is there
     return fastcache.load(output)
