@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import fastcache
 import fastcache_engines
@@ -97,3 +101,42 @@ def test_weights_of_8_bits_are_refused_where_they_overflow(bundle: Bundle, monke
     monkeypatch.setattr(fastcache_engines, "int8_weight_bits", lambda: 7)
     with pytest.raises(BackendUnavailable, match="expected a processor with VNNI"):
         fastcache.load(bundle.path)
+
+
+def test_rounding_stands_before_layers_and_not_before_reshapes() -> None:
+    """Both users of a rounded tensor, one behind a reshape and a transpose, and the graph gives what it gave."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.02),
+        "zero": np.int8(-10),
+        "shape": np.array([-1, 4, 4, 8]),
+        "conv": rng.normal(size=(8, 8, 1, 1)).astype(np.float32),
+        "linear": rng.normal(size=(8, 8)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["narrow"]),
+        helper.make_node("DequantizeLinear", ["narrow", "scale", "zero"], ["wide"]),
+        helper.make_node("Reshape", ["wide", "shape"], ["square"]),
+        helper.make_node("Transpose", ["square"], ["channels first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["channels first", "conv"], ["a"]),
+        helper.make_node("MatMul", ["wide", "linear"], ["b"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "rounding",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 16, 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "ab"],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    changed = ir.serde.deserialize_model(model)
+    quantize.round_next_to_layers(changed.graph)
+
+    by_type = {node.op_type: node for node in changed.graph}
+    assert [node.op_type for node in changed.graph].count("QuantizeLinear") == 2
+    assert by_type["Reshape"].inputs[0] is changed.graph.inputs[0]
+    assert all(quantize._before_rounding(by_type[name].inputs[0]) is not None for name in ("Conv", "MatMul"))
+    x = rng.normal(size=(2, 16, 8)).astype(np.float32)
+    before, after = (ReferenceEvaluator(one).run(None, {"x": x}) for one in (model, ir.serde.serialize_model(changed)))
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)

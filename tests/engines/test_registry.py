@@ -41,8 +41,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def small_bundle(small: str, tiny_model: Path, tmp_path: Path) -> fastcache.Bundle:
     """The tiny model built with it; in this process, for a child would not know of it."""
-    wishes: dict[str, Any] = {"model": str(tiny_model), "backend": small, "batch": "1:1:2", "components": ("unet",)}
-    worker.build(resolve(recipe_from(wishes)), tmp_path, lambda message: None)
+    wishes: dict[str, Any] = {"model": str(tiny_model), "backend": small, "dtype": "fp32", "batch": "1:1:2"}
+    job = resolve(recipe_from({**wishes, "components": ("unet",)}))
+    worker.build(job, tmp_path, lambda message: None)
     return open_bundle(tmp_path)
 
 
