@@ -43,7 +43,7 @@ _log = logging.getLogger("fastcache.serve")
 
 GENERATOR: Final = "Generator"
 _HERE: Final = ("localhost", "127.0.0.1", "[::1]")
-_CONTROL_TIMEOUT_S: Final = 5.0
+_CONTROL_TIMEOUT_S: Final = 30.0  # after as long without an answer Ray takes a replica for dead
 # Time for the replica's own answer to a deadline (504) to arrive before the front gives one.
 _GRACE_S: Final = 2.0
 _LOST: Final = (RayActorError, ActorUnavailableError, ReplicaUnavailableError, DeploymentUnavailableError)
@@ -272,10 +272,10 @@ class Front:
                 timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True
             )
         except (TimeoutError, *_LOST):
-            raise _lost() from None
+            raise _silent() from None
         answers = [answer for answer in found if not isinstance(answer, BaseException)]
         if not answers:
-            raise _lost()
+            raise _silent()
         for message in merged(asked["path"], answers):
             await send(message)
 
@@ -325,3 +325,8 @@ def _timeout_s(body: bytes, limits: Limits) -> float:
 def _lost() -> ApiError:
     message = "the replica that drew this was lost; another takes its place, ask again"
     return ApiError(503, message, code="replica_lost", retry_after_s=5)
+
+
+def _silent() -> ApiError:
+    message = f"no replica answered within {_CONTROL_TIMEOUT_S:g} s; ask again"
+    return ApiError(503, message, code="no_answer", retry_after_s=5)

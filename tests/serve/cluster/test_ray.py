@@ -182,7 +182,9 @@ def test_the_same_application_answers(cluster: httpx.Client, bundle: Bundle) -> 
 
     assert cluster.get("/livez").status_code == cluster.get("/readyz").status_code == 200
     assert cluster.get("/health").json()["max_batch"] == 2 * SETTINGS["max_batch"]
-    assert cluster.get("/v1/models").json()["data"][0]["id"] == "tiny-model"
+    models = cluster.get("/v1/models")
+    assert models.status_code == 200, models.text
+    assert models.json()["data"][0]["id"] == "tiny-model"
     steps = [line for line in cluster.get("/metrics").text.splitlines() if line.startswith("unet_steps_total{")]
     assert sum(float(line.rpartition(" ")[2]) for line in steps) == 4
     for content, status in ((b"{", 400), (b'{"prompt":"a","quality":"hd"}', 400), (b'{"prompt":""}', 400)):
