@@ -289,7 +289,7 @@ def main(
     ] = None,
     only: Annotated[str | None, typer.Option(help="Parts, by commas; all if left out.")] = None,
     leave_out: Annotated[str, typer.Option(help="Parts not to run, by commas.")] = "",
-    scale: Annotated[float, typer.Option(help="Of all the counts; 1 is what the issue asks for.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Of all the counts, which are those of a whole check at 1.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Of the engines in throughput, mixed and latency.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
