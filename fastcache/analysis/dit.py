@@ -65,7 +65,8 @@ def load_dit(folder: Path | None) -> DiTTransformer2DModel:
             f"expected a transformer that tools/train_dit.py trained in {folder}: {str(error).splitlines()[0]}"
         ) from None
     if model.config.num_embeds_ada_norm != len(CLASSES) or model.config.sample_size != LATENT_SHAPE[1]:
-        raise ValueError(f"expected a transformer of {len(CLASSES)} classes on 16x16 latents in {folder}, got another")
+        own = f"{model.config.num_embeds_ada_norm} on {model.config.sample_size}x{model.config.sample_size}"
+        raise ValueError(f"expected a transformer of {len(CLASSES)} classes on 16x16 latents in {folder}, got {own}")
     return model.eval().requires_grad_(False)
 
 

@@ -197,14 +197,14 @@ class Recipe(BaseModel):
             raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
         if self.blocks and (self.cut == "projected" or self.kernels or self.controls):
             raise ValueError(
-                "expected blocks with the plain cut, without kernels or networks beside the U-Net, got both"
+                "expected blocks with cut plain, without kernels and networks beside the U-Net, got both; leave one out"
             )
         if self.quantize and (self.blocks or self.controls or self.kernels):
             raise ValueError(
                 "expected quantize without blocks, kernels or networks beside the U-Net, got both; leave one out"
             )
         if self.sizes and (self.height or self.width):
-            raise ValueError("expected either sizes or height and width, got both")
+            raise ValueError("expected either sizes or height and width, got both; leave one out")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"expected sizes to name each once, got {', '.join(map(str, self.sizes))}")
         return self

@@ -80,7 +80,7 @@ def batch(
     from fastcache.serve.models.quality import read_plans
 
     if plan is not None and cache_interval is not None:
-        raise ValueError("expected --cache-interval or --plan, got both")
+        raise ValueError("expected --cache-interval or --plan, got both; leave one out")
     defaults: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,

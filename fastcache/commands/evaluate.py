@@ -81,7 +81,7 @@ def evaluate(
     check_writable(output)
     plans = _read_plans(plan)
     if (inception is None) != (reference_images is None):
-        raise ValueError("expected --inception and --reference-images together, got one of them")
+        raise ValueError("expected --inception and --reference-images together, got one of them; give both or neither")
     pipe = FastCachePipeline(open_bundle(engines))
     chosen = _prompts(pipe, prompts, num_images)
     guidance = pipe.bundle.manifest.model.defaults.guidance_scale if guidance_scale is None else guidance_scale

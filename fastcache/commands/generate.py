@@ -223,10 +223,14 @@ def _is_file(output: Path) -> bool:
 def _choose_quality(given: dict[str, Any]) -> None:
     """Turn --quality and --plans into --plan. Raises: `ValueError` for one without the other, or another quality."""
     quality, plans = given.pop("quality", None), given.pop("plans", None)
-    if (quality is None) != (plans is None) or (quality is not None and given.keys() & {"plan", "cache_interval"}):
-        raise ValueError("expected --quality with --plans and without --plan and --cache-interval, got otherwise")
+    if (quality is None) != (plans is None):
+        both = ("--quality", "--plans") if plans is None else ("--plans", "--quality")
+        raise ValueError(f"expected {both[0]} together with {both[1]}, got it alone; give both or neither")
     if quality is None:
         return
+    if own := given.keys() & {"plan", "cache_interval"}:
+        flag = "--" + min(own).replace("_", "-")
+        raise ValueError(f"expected --quality, which chooses the plan, without {flag}, got both; leave one out")
     if quality not in ("draft", "standard", "fine"):
         raise ValueError(f"expected --quality draft, standard or fine, got {quality}")
     given["plan"] = Path(plans) / f"{quality}.json"
@@ -243,11 +247,13 @@ def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
             f"expected --seed below 2**63 for each of {num_images} images, got {given['seed']} for the first"
         )
     if {"plan", "cache_interval"} <= given.keys():
-        raise ValueError("expected --cache-interval or --plan, got both")
+        raise ValueError("expected --cache-interval or --plan, got both; leave one out")
     if {"plan", "refiner"} <= given.keys():
-        raise ValueError("expected --cache-interval with --refiner, whose steps no plan file counts, got --plan")
+        raise ValueError(
+            "expected --cache-interval with --refiner, for no plan counts its steps, got --plan; leave it out"
+        )
     if "denoising_end" in given and "refiner" not in given:
-        raise ValueError("expected --refiner with --denoising-end, got none, and the picture would not be finished")
+        raise ValueError("expected --refiner with --denoising-end, for it ends the picture, got none; name a refiner")
 
 
 def _unwrapped(value: Any) -> Any:

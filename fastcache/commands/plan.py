@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -202,28 +202,42 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
     if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
-        raise ValueError("expected --choose-guidance with --max-latency-ms and without --guidance-steps, got otherwise")
+        got = _named({wish[2:]} | given & {"guidance_steps"})
+        raise ValueError(
+            f"expected --choose-guidance with --max-latency-ms and without --guidance-steps, got it with {got}"
+        )
     if flags["output"] is not None and flags["output"].is_dir():
         raise ValueError(f"expected --output to be a file, got the folder {flags['output']}; name a file in it")
-    if ("output" in given) == (wish == "--frontier"):
-        raise ValueError("expected --output with a file, or --frontier without one, got otherwise")
+    if wish == "--frontier" and "output" in given:
+        raise ValueError("expected --frontier, which names its folder, without --output, got both; leave one out")
+    if wish != "--frontier" and "output" not in given:
+        raise ValueError("expected --output with a file for the plan, got none; add --output plan.json")
     if wish in _CHOICES and "choose_guidance" not in given and given & {"fit", "guidance_steps", "forecast"}:
-        raise ValueError(f"expected {wish}, which fits its plan, without --fit, --guidance-steps and --forecast")
+        got = _named(given & {"fit", "guidance_steps", "forecast"})
+        raise ValueError(f"expected {wish}, which fits its plan itself, without {got}, got both; leave {got} out")
     if wish in _FORMULAS and ("calibration" in given or ("prompts" in given and "fit" not in given)):
-        raise ValueError(f"expected --prompts and --calibration only with a plan that is measured, got {wish}")
+        got = _named(given & {"calibration", "prompts"})
+        raise ValueError(f"expected {wish}, which measures nothing, without {got}, got both; leave {got} out")
 
 
 def _check_blocks(wish: str, given: set[str]) -> None:
     """Raises: `ValueError` for flags that do not go with --blocks, or only with it."""
     scheduled = "blocks" in given and wish == "--threshold"
     if "blocks" in given and (wish not in (*_CHOICES, "--threshold") or "choose_guidance" in given):
+        got = _named({wish[2:]} | given & {"choose_guidance"})
         raise ValueError(
-            f"expected --blocks with --threshold, {', '.join(_CHOICES)}, and without --choose-guidance, got otherwise"
+            f"expected --blocks with one of {', '.join(('--threshold', *_CHOICES))} alone, got it with {got}"
         )
-    if scheduled and given & {"branch_id", "calibration", "forecast"}:
-        raise ValueError("expected --blocks --threshold without --branch-id, --calibration and --forecast, got both")
+    if scheduled and (strange := given & {"branch_id", "calibration", "forecast"}):
+        got = _named(strange)
+        raise ValueError(f"expected --blocks --threshold without {got}, got both; leave {got} out")
     if not scheduled and given & {"no_scale_shift", "chart"}:
-        raise ValueError("expected --no-scale-shift and --chart only with --blocks --threshold, got them without")
+        got = _named(given & {"no_scale_shift", "chart"})
+        raise ValueError(f"expected {got} only with --blocks --threshold, got it with {wish}; leave it out")
+
+
+def _named(flags: Iterable[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in sorted(flags))
 
 
 def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[int]:

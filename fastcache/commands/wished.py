@@ -44,7 +44,7 @@ def extended(
     from fastcache.loop.plan import Forecast
 
     if order is None and (damping is not None or by != "step"):
-        raise ValueError("expected --forecast-by and --damping only with --forecast, got one without")
+        raise ValueError("expected --forecast-by and --damping only with --forecast, got one without; add --forecast 1")
     if order is not None:
         made = replace(made, forecast=Forecast(order, 1.0 if damping is None else damping, cast(Any, by)))
     if guidance_steps is None:

@@ -72,7 +72,7 @@ class FastCacheHelper:
         if not isinstance(kernels, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise expected("kernels to be True or False", kernels, "docs/kernels.md says what they are")
         if not isinstance(engines, Bundle | str | os.PathLike | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise expected("engines to be a bundle or its folder", engines, "build one with `fastcache build`")
+            raise expected("engines to be a bundle or its folder", engines, "build one with `fastcache build-engines`")
         if kernels and engines is not None:
             raise ValueError(
                 "expected kernels or engines, got both; an engine's kernels are chosen when it is built (--kernels)"

@@ -192,10 +192,10 @@ def span_of(request: Request, info: ModelInfo) -> Span:
     if image is None:
         for name, value in (("mask_image", mask), ("strength", strength), ("denoising_start", start)):
             if value is not None:
-                raise ValueError(f"expected an image with {name}, got none")
+                raise ValueError(f"expected an image with {name}, got none; give the image that it is about")
         return Span(denoising_end=end)
     if request.latents is not None:
-        raise ValueError("expected latents or image, got both")
+        raise ValueError("expected latents or image, got both; leave one out")
     if info.edits:
         for name, value in (("mask_image", mask), ("strength", strength), ("denoising_start", start)):
             if value is not None:
@@ -242,7 +242,10 @@ def check_plan(plan: CachePlan, manifest: Manifest, num_calls: int, sampler: str
     """
     name = manifest.model.public_name
     if plan.num_steps != num_calls:
-        raise ValueError(f"expected a plan for the sampler's {num_calls} U-Net calls, got one for {plan.num_steps}")
+        raise ValueError(
+            f"expected a plan for the sampler's {num_calls} U-Net calls, got one for {plan.num_steps}; "
+            "draw with as many steps, or make another with `fastcache plan`"
+        )
     check_reuse(plan, manifest.passes)
     check_channels(plan.scale_shift, sum(block.channels for block in manifest.blocks))
     if plan.model not in (None, manifest.model.name, name):

@@ -182,11 +182,13 @@ def _fitted(
     Raises: `ValueError` for noise at each step or an early end, which no row was fitted for.
     """
     if eta or span.denoising_end is not None:
-        what = "eta 0" if eta else "no denoising_end"
-        raise ValueError(f"expected {what} with a fitted plan, whose rows are for a whole run without noise")
+        what, got = ("eta 0", eta) if eta else ("no denoising_end", span.denoising_end)
+        raise ValueError(f"expected {what} with a fitted plan, fitted for a whole run without noise, got {got:g}")
     begun = begun_at(plan, reference, prediction_type, begin)
     if begun.fit is None or (begin == 0 and begun.fit.points[0] != 0):
-        raise ValueError("expected a fitted plan that begins at the reference's first call, got one that does not")
+        raise ValueError(
+            "expected a fitted plan from the reference's first call on, got one from a later; give an image"
+        )
     return fitted_table(reference, begun.fit)
 
 
