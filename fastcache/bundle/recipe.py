@@ -197,7 +197,8 @@ class Recipe(BaseModel):
             raise ValueError(f"expected components with 'unet' among them, got {', '.join(self.components) or 'none'}")
         if self.blocks and (self.cut == "projected" or self.kernels or self.controls):
             raise ValueError(
-                "expected blocks with cut plain, without kernels and networks beside the U-Net, got both; leave one out"
+                "expected blocks with the plain cut, without kernels or networks beside the U-Net, got both; "
+                "leave one out"
             )
         if self.quantize and (self.blocks or self.controls or self.kernels):
             raise ValueError(

@@ -253,7 +253,7 @@ def _check(output: Path, num_images: int, given: Mapping[str, Any]) -> None:
             "expected --cache-interval with --refiner, for no plan counts its steps, got --plan; leave it out"
         )
     if "denoising_end" in given and "refiner" not in given:
-        raise ValueError("expected --refiner with --denoising-end, for it ends the picture, got none; name a refiner")
+        raise ValueError("expected --refiner with --denoising-end, got none; name the one that ends the picture")
 
 
 def _unwrapped(value: Any) -> Any:
