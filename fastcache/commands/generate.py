@@ -225,7 +225,7 @@ def _choose_quality(given: dict[str, Any]) -> None:
     quality, plans = given.pop("quality", None), given.pop("plans", None)
     if (quality is None) != (plans is None):
         both = ("--quality", "--plans") if plans is None else ("--plans", "--quality")
-        raise ValueError(f"expected {both[0]} together with {both[1]}, got it alone; give both or neither")
+        raise ValueError(f"expected {both[0]} with {both[1]}, got it alone; give both or neither")
     if quality is None:
         return
     if own := given.keys() & {"plan", "cache_interval"}:
