@@ -48,6 +48,8 @@ def main(
 
     Example: python tools/block_times.py --model sd15 --size 256 --output build/block-times.json
     """
+    if strange := set(ways.split(",")) - set(WAYS):
+        raise typer.BadParameter(f"expected ways out of {', '.join(WAYS)}, got {', '.join(sorted(strange))}")
     load, calls, held = load_average(), Calls(), list[dict[str, Any]]()
     for way in ways.split(","):
         bundle = build(model, size, backend, work, blocks=way != "engines")

@@ -18,6 +18,7 @@ from fastcache.commands.options import (
     Width,
     check_writable,
     existing_of,
+    flags_of,
     named,
 )
 from fastcache.console import figure, notes, print_json, print_table, progress
@@ -148,13 +149,9 @@ def _check_kind(ctx: typer.Context) -> None:
     """Refuse flags that a kind of benchmark would ignore. Raises: `ValueError`."""
     for kind, others in _NOT_WITH.items():
         if ctx.params[kind] and (clashing := named(ctx, *others)):
-            raise ValueError(f"expected --{_flag(kind)} without --{_flag(clashing[0])}, got both; leave one out")
+            raise ValueError(f"expected {flags_of(kind)} without {flags_of(clashing[0])}, got both; leave one out")
     if not ctx.params["sweep"] and (given := named(ctx, "sizes", "batches")):
-        raise ValueError(f"expected --{given[0]} only with --sweep, got it without; leave it out")
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+        raise ValueError(f"expected {flags_of(given[0])} only with --sweep, got it without; leave it out")
 
 
 def _sides(flag: str, text: str) -> list[int]:

@@ -23,6 +23,7 @@ from fastcache.commands.options import (
     TrustedKey,
     check_writable,
     existing_of,
+    flags_of,
     read_plan,
 )
 from fastcache.console import next_step, notes, print_json
@@ -224,13 +225,13 @@ def _choose_quality(given: dict[str, Any]) -> None:
     """Turn --quality and --plans into --plan. Raises: `ValueError` for one without the other, or another quality."""
     quality, plans = given.pop("quality", None), given.pop("plans", None)
     if (quality is None) != (plans is None):
-        both = ("--quality", "--plans") if plans is None else ("--plans", "--quality")
-        raise ValueError(f"expected {both[0]} with {both[1]}, got it alone; give both or neither")
+        raise ValueError("expected --quality with --plans, got one of them; give both or neither")
     if quality is None:
         return
     if own := given.keys() & {"plan", "cache_interval"}:
-        flag = "--" + min(own).replace("_", "-")
-        raise ValueError(f"expected --quality, which chooses the plan, without {flag}, got both; leave one out")
+        raise ValueError(
+            f"expected --quality, which chooses the plan, without {flags_of(*own)}, got both; leave one out"
+        )
     if quality not in ("draft", "standard", "fine"):
         raise ValueError(f"expected --quality draft, standard or fine, got {quality}")
     given["plan"] = Path(plans) / f"{quality}.json"
@@ -294,7 +295,7 @@ def _pictures(flag: str, files: Any) -> Any:
     try:
         return _each(read_image, files)
     except ValueError as error:
-        raise ValueError(f"--{flag.replace('_', '-')}: {error}") from None
+        raise ValueError(f"{flags_of(flag)}: {error}") from None
 
 
 def _read_embeds(file: str) -> dict[str, Any]:

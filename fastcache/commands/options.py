@@ -107,6 +107,11 @@ def named(ctx: typer.Context, *parameters: str) -> list[str]:
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
+def flags_of(*parameters: str) -> str:
+    """Parameters as they are written on the command line: `--json and --plan`."""
+    return " and ".join(f"--{name.replace('_', '-')}" for name in sorted(parameters))
+
+
 def check_writable(*outputs: Path | None) -> None:
     """Ask before long work whether files or folders can be written; nothing is left behind.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from fastcache.commands.options import (
     Sampler,
     Steps,
     check_writable,
+    flags_of,
     generate_with,
 )
 from fastcache.console import next_step, print_json
@@ -197,14 +198,15 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
     """Raises: `ValueError` for flags that do not go together."""
     given = {name for name, value in flags.items() if value not in (None, False)}
     for name in given & {"threshold", "budget", "max_latency_ms"}:
-        number(f"--{name.replace('_', '-')}", flags[name], 0)
+        number(flags_of(name), flags[name], 0)
     _check_blocks(wish, given)
     if wish != "--nonuniform" and given & {"center", "power", "as_shipped"}:
         raise ValueError(f"expected --center, --power and --as-shipped only with --nonuniform, got them with {wish}")
     if "choose_guidance" in given and (wish != "--max-latency-ms" or "guidance_steps" in given):
-        got = _named({wish[2:]} | given & {"guidance_steps"})
+        got = flags_of(wish[2:], *given & {"guidance_steps"})
         raise ValueError(
-            f"expected --choose-guidance with --max-latency-ms and without --guidance-steps, got it with {got}"
+            f"expected --choose-guidance with --max-latency-ms and without --guidance-steps, got it with {got}; "
+            "leave it out"
         )
     if flags["output"] is not None and flags["output"].is_dir():
         raise ValueError(f"expected --output to be a file, got the folder {flags['output']}; name a file in it")
@@ -212,11 +214,12 @@ def _check(wish: str, flags: Mapping[str, Any]) -> None:
         raise ValueError("expected --frontier, which names its folder, without --output, got both; leave one out")
     if wish != "--frontier" and "output" not in given:
         raise ValueError("expected --output with a file for the plan, got none; add --output plan.json")
-    if wish in _CHOICES and "choose_guidance" not in given and given & {"fit", "guidance_steps", "forecast"}:
-        got = _named(given & {"fit", "guidance_steps", "forecast"})
+    own = given & {"fit", "guidance_steps", "forecast"}
+    if wish in _CHOICES and "choose_guidance" not in given and own:
+        got = flags_of(*own)
         raise ValueError(f"expected {wish}, which fits its plan itself, without {got}, got both; leave {got} out")
     if wish in _FORMULAS and ("calibration" in given or ("prompts" in given and "fit" not in given)):
-        got = _named(given & {"calibration", "prompts"})
+        got = flags_of(*given & {"calibration", "prompts"})
         raise ValueError(f"expected {wish}, which measures nothing, without {got}, got both; leave {got} out")
 
 
@@ -224,20 +227,17 @@ def _check_blocks(wish: str, given: set[str]) -> None:
     """Raises: `ValueError` for flags that do not go with --blocks, or only with it."""
     scheduled = "blocks" in given and wish == "--threshold"
     if "blocks" in given and (wish not in (*_CHOICES, "--threshold") or "choose_guidance" in given):
-        got = _named({wish[2:]} | given & {"choose_guidance"})
+        got = flags_of(wish[2:], *given & {"choose_guidance"})
         raise ValueError(
-            f"expected --blocks with one of {', '.join(('--threshold', *_CHOICES))} alone, got it with {got}"
+            f"expected --blocks with one of {', '.join(('--threshold', *_CHOICES))} alone, got it with {got}; "
+            "take one of these"
         )
     if scheduled and (strange := given & {"branch_id", "calibration", "forecast"}):
-        got = _named(strange)
+        got = flags_of(*strange)
         raise ValueError(f"expected --blocks --threshold without {got}, got both; leave {got} out")
-    if not scheduled and given & {"no_scale_shift", "chart"}:
-        got = _named(given & {"no_scale_shift", "chart"})
+    if not scheduled and (strange := given & {"no_scale_shift", "chart"}):
+        got = flags_of(*strange)
         raise ValueError(f"expected {got} only with --blocks --threshold, got it with {wish}; leave it out")
-
-
-def _named(flags: Iterable[str]) -> str:
-    return " and ".join(f"--{name.replace('_', '-')}" for name in sorted(flags))
 
 
 def _branches(manifest: Manifest, text: str | None, *, several: bool) -> list[int]:

@@ -143,10 +143,12 @@ def round_next_to_layers(graph: ir.Graph) -> None:
     while waiting:
         widen = waiting.pop()
         rounded, before = widen.inputs[0], _before_rounding(widen.outputs[0])
-        if rounded is None or before is None or (narrow := rounded.producer()) is None:
+        if rounded is None or before is None or (narrow := rounded.producer()) is None or not _is_single(narrow):
             continue
         for mover in [use.node for use in widen.outputs[0].uses() if use.idx == 0 and use.node.op_type in _MOVES]:
             moved = mover.outputs[0]
+            if moved.is_graph_output():
+                continue
             after = [(use.node, use.idx) for use in moved.uses()]
             mover.replace_input_with(0, before)
             again = ir.node("QuantizeLinear", [moved, *narrow.inputs[1:]], attributes=dict(narrow.attributes))
@@ -155,8 +157,14 @@ def round_next_to_layers(graph: ir.Graph) -> None:
             for node, place in after:
                 node.replace_input_with(place, wide.outputs[0])
             waiting.append(wide)
-        if not widen.outputs[0].uses():
+        if not widen.outputs[0].uses() and not widen.outputs[0].is_graph_output():
             graph.remove([widen, narrow] if len(rounded.uses()) == 1 else [widen], safe=True)
+
+
+def _is_single(narrow: ir.Node) -> bool:
+    """Whether a rounding has one scale for all of its tensor, which a reshape leaves valid."""
+    scale = narrow.inputs[1]
+    return scale is not None and scale.shape is not None and math.prod(scale.shape.numpy()) == 1
 
 
 @contextlib.contextmanager

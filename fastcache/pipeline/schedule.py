@@ -187,7 +187,7 @@ def _fitted(
     begun = begun_at(plan, reference, prediction_type, begin)
     if begun.fit is None or (begin == 0 and begun.fit.points[0] != 0):
         raise ValueError(
-            "expected a fitted plan from the reference's first call on, got one from a later; give an image"
+            "expected a fitted plan that begins at the reference's first call, got one that begins later; give an image"
         )
     return fitted_table(reference, begun.fit)
 

@@ -328,5 +328,4 @@ def _lost() -> ApiError:
 
 
 def _silent() -> ApiError:
-    message = f"no replica answered within {_CONTROL_TIMEOUT_S:g} s; ask again"
-    return ApiError(503, message, code="no_answer", retry_after_s=5)
+    return ApiError(503, "no replica answered; ask again", code="no_answer", retry_after_s=5)
