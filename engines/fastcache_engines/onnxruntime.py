@@ -31,6 +31,7 @@ CAPABILITIES = Capabilities(
     fused_attention=True,
     layers=True,
     quantized=True,
+    conditions=True,
 )
 
 build, describe, check_targets = onnx_files.keep_graphs, onnx_files.describe, refuse_targets

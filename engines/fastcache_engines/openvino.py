@@ -42,6 +42,7 @@ CAPABILITIES = Capabilities(
     free_tokens=True,
     layers=True,
     quantized=True,
+    conditions=True,
 )
 
 describe, check_targets = onnx_files.describe, refuse_targets

@@ -33,7 +33,8 @@ class Capabilities:
     runs. `shares_weights`: engines of one build that are alive together hold equal weights once. `free_tokens`: one
     engine runs several prompt lengths. `kernels`: a graph may hold operators of the caller's. `fused_attention`: a
     graph may hold ONNX Runtime's own attention. `layers`: `evaluate` gives every tensor of a graph, for comparing.
-    `quantized`: on a CPU it computes a graph's 8-bit layers in 8 bits.
+    `quantized`: on a CPU it computes a graph's 8-bit layers in 8 bits. `conditions`: on a CPU an `If` in a graph takes
+    only the branch that is chosen, and a tensor may be both what it takes and what it gives.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Capabilities:
     fused_attention: bool = False
     layers: bool = False
     quantized: bool = False
+    conditions: bool = False
 
     @property
     def named(self) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.patterns import chain_pass
+from fastcache.cut.chain import RUNS, kept
 from fastcache_engines import TensorSpec
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "int64", "int32", "bool"})
@@ -30,7 +32,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     if len(set(names)) < len(names):
         yield "expected each file once, got one twice"
     yield from _wrong_passes(manifest)
-    yield from _wrong_chain(manifest)
+    yield from _wrong_blocks(manifest)
     yield from _wrong_sizes(manifest)
     for role, engine in manifest.engines.items():
         if engine.file not in names:
@@ -74,21 +76,25 @@ def _wrong_engines_of_passes(manifest: Manifest) -> Iterator[str]:
             yield f"expected the pass {name} to take and store what full stores, got {', '.join(unknown or one.takes)}"
 
 
-def _wrong_chain(manifest: Manifest) -> Iterator[str]:
-    """A chain runs in full what the full pass runs, and gives the residual of each block."""
-    if not (manifest.chain or manifest.blocks):
-        return
-    known = [role for role in manifest.chain if role in manifest.engines]
-    if (
-        len(known) < len(manifest.chain)
-        or chain_pass(manifest.engines, known, ()) != manifest.named_passes["full"].engines
-    ):
+def _wrong_blocks(manifest: Manifest) -> Iterator[str]:
+    """What the full pass runs gives the residual of each block: a chain, or an engine with a condition for each."""
+    full, chain, blocks = manifest.named_passes["full"], manifest.chain, manifest.blocks
+    known = [role for role in chain or full.engines if role in manifest.engines]
+    if chain and (len(known) < len(chain) or chain_pass(manifest.engines, known, ()) != full.engines):
         yield "expected a chain of the engines that the full pass runs, got another"
-    given = {spec.name: spec.shape for role in known for spec in manifest.engines[role].outputs}
-    residuals = [block.residual for block in manifest.blocks]
-    fit = all(given.get(block.residual, ())[1:2] == (block.channels,) for block in manifest.blocks)
-    if len({*residuals}) < len(residuals) or not fit:
-        yield f"expected a chain that gives the residuals of its {len(residuals)} blocks, got one without"
+    given = {spec.name: spec for role in known for spec in manifest.engines[role].outputs}
+    taken = {spec.name: spec for role in known for spec in manifest.engines[role].inputs}
+    residuals = [given[block.residual] for block in blocks if block.residual in given]
+    fit = [one.shape[1:2] for one in residuals] == [(block.channels,) for block in blocks]
+    if len({one.name for one in residuals}) < len(blocks) or not fit:
+        yield f"expected a full pass that gives the residuals of its {len(blocks)} blocks, got one without"
+    runs = taken[RUNS].shape[1:] if RUNS in taken else ()
+    kept_fit = all(replace(one, name=kept(one.name)) == taken.get(kept(one.name)) for one in residuals)
+    if not chain and blocks and not (kept_fit and runs == (len(blocks),) and full.runs == (True,) * len(blocks)):
+        yield f"expected a full pass with a condition for each of its {len(blocks)} blocks, got one without"
+    wrong = [name for name, one in manifest.named_passes.items() if one.runs and (chain or name != "full")]
+    if wrong or (full.runs and not blocks):
+        yield f"expected conditions for blocks in the full pass alone, got them in {', '.join(wrong) or 'one without'}"
 
 
 def _wrong_sizes(manifest: Manifest) -> Iterator[str]:

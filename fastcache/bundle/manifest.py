@@ -22,7 +22,7 @@ SCHEMA = "fastcache.bundle/5"
 
 Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of the U-Net
 # An engine's part in the bundle. One that a pass runs bears the pass's name: `full`, `shallow-0`. In a bundle of blocks
-# a pass runs several, in turn: the `stem`, trunks and blocks.
+# patterns of them run the full one, which has a condition for each, or a chain in turn: the `stem`, trunks and blocks.
 # `controlnet_embedding`, `t2i_adapter` and `ip_adapter` make what the passes take of a picture that steers them.
 Role = Annotated[
     str,
@@ -57,12 +57,14 @@ class EngineEntry(_Value):
 class PassEntry(_Value):
     """What one U-Net call runs: its engines, in turn, and which of the cached features it takes and stores, by name.
 
+    `runs` says of each block whether engines with conditions run it; it is empty where they have none.
     `multiply_adds` are those of one row of the batch, attention included; 0 where nobody counted them.
     """
 
     engines: tuple[Role, ...]
     takes: tuple[str, ...]
     stores: tuple[str, ...]
+    runs: tuple[bool, ...] = ()
     multiply_adds: int = Field(0, ge=0)
 
 
@@ -249,7 +251,7 @@ class Manifest(_Value):
     @cached_property
     def passes(self) -> Passes:
         """Every pass that the bundle can run."""
-        return Passes(self)
+        return Passes(self.named_passes, self.engines, self.chain, self.blocks)
 
     @property
     def features(self) -> tuple[str, ...]:

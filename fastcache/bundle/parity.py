@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import BlockEntry, EngineEntry, Parity, PassEntry
-from fastcache.bundle.patterns import chain_pass
-from fastcache.cut.chain import ADJUSTMENT, neutral
+from fastcache.bundle.patterns import Passes
+from fastcache.cut.chain import ADJUSTMENT, RUNS, kept_in, kept_name, neutral
+from fastcache.cut.names import pattern_pass
 from fastcache.errors import BundleError
 from fastcache_engines import TOLERANCE, Backend, DType, Engine, LoadOptions, TensorSpec
 
@@ -74,26 +75,23 @@ class Trial:
     """A pass to try on the reference: its engines' files, in turn, and whether the residuals it reuses are adjusted."""
 
     files: tuple[str, ...]
+    own: PassEntry
     adjusted: bool = False
 
 
-def trials(
-    engines: Mapping[str, EngineEntry],
-    passes: Mapping[str, PassEntry],
-    chain: Sequence[str],
-    blocks: Sequence[BlockEntry],
-) -> list[Trial]:
+def trials(engines: Mapping[str, EngineEntry], passes: Passes, blocks: Sequence[BlockEntry]) -> list[Trial]:
     """What shows that engines compute what the model does: the full pass, and each other one.
 
     Of patterns of blocks these are every second block, each half once, and none with a scale and a shift.
     """
-    found = [Trial(tuple(engines[role].file for role in one.engines)) for one in passes.values()]
-    residuals = [block.residual for block in blocks]
-    for reused, adjusted in (residuals[::2], False), (residuals[1::2], False), (residuals, True):
-        if reused:
-            roles = chain_pass(engines, chain, reused)
-            found.append(Trial(tuple(engines[role].file for role in roles), adjusted))
-    return found
+    of_blocks = [pattern_pass([k % 2 != rest for k in range(len(blocks))]) for rest in (0, 1)] if blocks else []
+    tried = [(name, False) for name in dict.fromkeys([*passes, *of_blocks])]
+    if blocks:
+        tried.append((pattern_pass([False] * len(blocks)), True))
+    return [
+        Trial(tuple(engines[role].file for role in passes[name].engines), passes[name], adjusted)
+        for name, adjusted in tried
+    ]
 
 
 def measure_parity(
@@ -116,7 +114,9 @@ def measure_parity(
         place(tensors, specs, expected | of_full, options.device)
         if ADJUSTMENT in specs and not trial.adjusted:
             tensors[ADJUSTMENT].copy_(neutral(*tensors[ADJUSTMENT].shape[::2]))
-        made = [spec.name for engine in engines for spec in engine.outputs]
+        if RUNS in specs:
+            tensors[RUNS].copy_(torch.tensor(trial.own.runs))
+        made = [spec.name for engine in engines for spec in engine.outputs if spec.name not in trial.own.takes]
         for name in made:
             tensors[name].fill_(torch.nan)
         for engine in engines:
@@ -140,7 +140,8 @@ def place(tensors: dict[str, Tensor], specs: Mapping[str, TensorSpec], known: Te
     for name in specs.keys() & known.keys():
         sizes |= specs[name].sizes_in(known[name].shape)
     for name, spec in specs.items():
-        if name not in tensors:
+        if name not in tensors and kept_name(name) is None:
             tensors[name] = torch.zeros(spec.shape_at(sizes), dtype=getattr(torch, spec.dtype), device=device)
         if name in known:
             tensors[name].copy_(known[name])
+    tensors |= kept_in(tensors, specs)

@@ -1,6 +1,6 @@
-"""A bundle's named passes and its chain of engines -> every pass that it can run, patterns of blocks among them.
+"""A bundle's named passes and its blocks -> every pass that it can run, patterns of blocks among them.
 
-A chain of b blocks has 2^b patterns, so what one of them runs, takes and stores is worked out when it is asked for.
+b blocks have 2^b patterns, so what one of them runs, takes and stores is worked out when it is asked for.
 Knows names only.
 """
 
@@ -13,21 +13,27 @@ from fastcache.cut.chain import run_order
 from fastcache.cut.names import FULL, pattern_of
 
 if TYPE_CHECKING:
-    from fastcache.bundle.manifest import EngineEntry, Manifest, PassEntry
+    from fastcache.bundle.manifest import BlockEntry, EngineEntry, PassEntry
 
 
 class Passes(Mapping[str, "PassEntry"]):
     """A bundle's passes by name. Iterating gives the named ones; a pattern of blocks is found by its name."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest, self._named = manifest, manifest.named_passes
+    def __init__(
+        self,
+        named: Mapping[str, PassEntry],
+        engines: Mapping[str, EngineEntry],
+        chain: Sequence[str],
+        blocks: Sequence[BlockEntry],
+    ) -> None:
+        self._named, self._engines, self._chain, self._blocks = named, engines, chain, blocks
         self._patterns: dict[str, PassEntry] = {}
 
     def __getitem__(self, name: str) -> PassEntry:
         if name in self._named:
             return self._named[name]
         if name not in self._patterns:
-            pattern = pattern_of(name, len(self._manifest.blocks))
+            pattern = pattern_of(name, len(self._blocks))
             if pattern is None or not pattern:
                 raise KeyError(name)
             self._patterns[name] = self._entry(pattern)
@@ -36,7 +42,7 @@ class Passes(Mapping[str, "PassEntry"]):
     def __contains__(self, name: object) -> bool:
         if name in self._named:
             return True
-        blocks = len(self._manifest.blocks)
+        blocks = len(self._blocks)
         return isinstance(name, str) and bool(blocks) and pattern_of(name, blocks) is not None
 
     def __iter__(self) -> Iterator[str]:
@@ -46,12 +52,13 @@ class Passes(Mapping[str, "PassEntry"]):
         return len(self._named)
 
     def _entry(self, runs: Sequence[bool]) -> PassEntry:
-        manifest, full = self._manifest, self._named[FULL]
-        reused = tuple(block.residual for block, run in zip(manifest.blocks, runs, strict=True) if not run)
-        left_out = sum(block.multiply_adds for block in manifest.blocks if block.residual in reused)
+        full = self._named[FULL]
+        reused = tuple(block.residual for block, run in zip(self._blocks, runs, strict=True) if not run)
+        left_out = sum(block.multiply_adds for block in self._blocks if block.residual in reused)
         return full.model_copy(
             update={
-                "engines": chain_pass(manifest.engines, manifest.chain, reused),
+                "engines": chain_pass(self._engines, self._chain, reused) if self._chain else full.engines,
+                "runs": () if self._chain else tuple(runs),
                 "takes": reused,
                 "stores": tuple(name for name in full.stores if name not in reused),
                 "multiply_adds": full.multiply_adds - left_out,

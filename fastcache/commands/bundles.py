@@ -230,8 +230,10 @@ def inspect(
 
 def _show_blocks(manifest: Manifest) -> None:
     full = manifest.named_passes["full"].multiply_adds
+    pieces = len(manifest.chain) - len(manifest.blocks)
+    others = f"the other {pieces} pieces always run" if manifest.chain else "each in an If of the full engine"
     print_table(
-        f"Blocks that a pass may leave out; the other {len(manifest.chain) - len(manifest.blocks)} pieces always run",
+        f"Blocks that a pass may leave out; {others}",
         ["block", "place", "channels", "multiply-adds", "of the full pass"],
         [
             [str(k), b.place, str(b.channels), f"{b.multiply_adds:,}", f"{b.multiply_adds / full:.1%}" if full else "?"]

@@ -1,4 +1,6 @@
-"""A U-Net as a chain of pieces -> what is exported of it: the stem, trunks and blocks, with example inputs.
+"""A U-Net as a chain of pieces -> what is exported of it, with example inputs.
+
+That is the stem, trunks and blocks; or where an engine may have conditions the full pass, and the shallow ones.
 
 The stem makes the time embedding and skip connection 0; every other piece takes tensors that pieces before it gave,
 by the names of `cut.pieces`. Knows what a U-Net takes and gives; how a piece becomes an engine is `workshop.py`'s
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +21,13 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from fastcache.bundle.manifest import Role
 from fastcache.bundle.parity import ADJUSTED
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lower import widened
 from fastcache.compile.passes import call_unet
-from fastcache.cut.chain import ADJUSTMENT, neutral
+from fastcache.cut.chain import ADJUSTMENT, RUNS, kept, neutral, run_order
+from fastcache.cut.names import FULL, shallow_pass
 from fastcache.cut.pieces import Block, BlockUNet, Piece, ResnetBlock, Sum, TransformerBlock, skip
 from fastcache.cut.signals import Signals
 
@@ -130,9 +135,32 @@ class _Whole(nn.Module):
         return tuple(values[name] for name in self._outputs)
 
 
-def whole(parts: Sequence[Exportable]) -> Exportable:
-    """A chain as one part, which also gives everything that lies between its pieces."""
-    given = tuple(dict.fromkeys(name for part in parts for name in part.outputs))
-    inputs = {name: x for part in parts for name, x in part.inputs.items() if name not in given}
+def whole(parts: Sequence[Exportable], role: Role = FULL, outputs: Sequence[str] = ()) -> Exportable:
+    """Pieces of a chain as one part, which gives these of what lies between them, or all of it."""
+    made = tuple(dict.fromkeys(name for part in parts for name in part.outputs))
+    given = tuple(name for name in made if name in outputs) if outputs else made
+    inputs = {name: x for part in parts for name, x in part.inputs.items() if name not in made}
     strides = {name: stride for part in parts for name, stride in part.strides.items()}
-    return Exportable("full", _Whole(parts, given), inputs, given, strides)
+    return Exportable(role, _Whole(parts, given), inputs, given, strides)
+
+
+def merged(parts: Sequence[Exportable], unet: BlockUNet, branches: Sequence[int]) -> tuple[Exportable, ...]:
+    """A chain as the full pass, which takes which blocks run and the residuals of the others, and each shallow one."""
+    outputs = ("noise_pred", *unet.known)
+    full = whole(parts, FULL, outputs)
+    examples = {name: x for part in parts for name, x in part.inputs.items()}
+    residuals = [name for block in unet.blocks for name in block.gives]
+    conditions = {RUNS: torch.ones(len(full.inputs["sample"]), len(residuals))}
+    conditions |= {kept(name): examples[name] for name in residuals}
+    strides = full.strides | {kept(name): full.strides[name] for name in residuals}
+    links = [(part, [*part.inputs], part.outputs) for part in parts]
+    cuts = zip(branches, unet.features, strict=True)
+    return (
+        replace(full, inputs=full.inputs | conditions, strides=strides),
+        *(whole(run_order(links, [given]), shallow_pass(branch), outputs) for branch, given in cuts),
+    )
+
+
+def conditions(parts: Sequence[Exportable]) -> dict[str, list[str]]:
+    """What each block of a chain takes, by the residual that it gives."""
+    return {part.outputs[0]: [*part.inputs] for part in parts if part.role.startswith("block-")}

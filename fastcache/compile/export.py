@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
+from fastcache.compile.conditions import with_conditions
 from fastcache.compile.fold import fold_shapes
+from fastcache.cut.chain import RUNS, kept_name
 from fastcache.errors import BuildError
 from fastcache.expect import first_line
 from fastcache_engines import Program, TensorSpec
@@ -194,17 +196,23 @@ def export(
 def export_chain(
     parts: Sequence[Exportable],
     whole: Exportable,
+    conditions: Mapping[str, Sequence[str]],
     translations: graph_passes.Translations | None = None,
     free: Free = Free(),
 ) -> list[tuple[ir.Model, Specs]]:
-    """Export parts that make up a whole, which gives all that lies between them: one export, then cut in pieces.
+    """Export parts of a whole, which gives all that lies between its pieces: one export, then cut in parts.
+
+    `conditions` are the blocks that parts hold in an `If`, by their residuals, and what each takes.
 
     Raises: as `export`.
     """
     model, _ = export(whole, translations, free)
     found = list[tuple[ir.Model, Specs]]()
     for part in parts:
-        graph = ir.convenience.extract(model.graph, [*part.inputs], [*part.outputs])
+        there = [name for name in part.inputs if name != RUNS and kept_name(name) is None]
+        graph = ir.convenience.extract(model.graph, there, [*part.outputs])
+        if RUNS in part.inputs:
+            with_conditions(graph, conditions)
         inputs, outputs = (tuple(_onnx_spec(part, free, one) for one in own) for own in (graph.inputs, graph.outputs))
         found.append((ir.Model(graph, ir_version=model.ir_version), (inputs, outputs)))
     return found

@@ -33,7 +33,7 @@ from fastcache.bundle.manifest import (
     WorkEntry,
 )
 from fastcache.bundle.parity import measure_parity, trials
-from fastcache.bundle.patterns import chain_pass
+from fastcache.bundle.patterns import Passes, chain_pass
 from fastcache.compile import calibrate, chain, components, describe, export, graph_passes, lower, passes, quantize
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
@@ -82,6 +82,7 @@ class Workshop:
         if not self.runs_here and self.dtype != "bf16":
             fastcache_engines.backend(fastcache_engines.REFERENCE).version()  # checks the graphs, so has to be there
         self.parity: Parity | None = None
+        self._pieces: tuple[export.Exportable, ...] = ()  # of a U-Net whose blocks may be left out
 
     def make_unet(self, unet: UNet2DConditionModel | UNet2DModel) -> int:
         """The full and the shallow engine, checked against the model. Returns the number of branches."""
@@ -124,8 +125,13 @@ class Workshop:
         if self.can.typed:
             lower.narrow(made, self.dtype)
         self.say(f"exporting a U-Net with {len(made.blocks)} blocks that can be left out")
-        parts = chain.exportable_chain(made, inputs, self.shapes.scale)
-        self.chain, self.features = tuple(part.role for part in parts), made.known
+        pieces = chain.exportable_chain(made, inputs, self.shapes.scale)
+        self.features = made.known
+        if self.can.conditions and self.device == "cpu":
+            parts = chain.merged(pieces, made, self.recipe.branches)
+        else:
+            parts, self.chain = pieces, tuple(part.role for part in pieces)
+        self._pieces = pieces
         del unet, made
         self._make_passes(parts)
         return len(self.work) - 1
@@ -207,6 +213,7 @@ class Workshop:
                 engines=engines,
                 takes=tuple(one for one in dict.fromkeys(taken) if one in cached and one not in given),
                 stores=tuple(one for one in given if one in cached),
+                runs=(True,) * len(self.blocks) if name == FULL and not self.chain else (),
                 multiply_adds=counted[branch_of(name)],
             )
         return found
@@ -298,8 +305,10 @@ class Workshop:
         graphs: dict[str, Any] = {}
         models: list[tuple[str, Any]] = []
         exported = list[Any]()
-        if parts[0].role in self.chain and self.can.source == "onnx":
-            exported = export.export_chain(parts, chain.whole(parts), translations, self.shapes.free)
+        if stem == "unet" and self._pieces and self.can.source == "onnx":
+            whole, conditions = chain.whole(self._pieces), chain.conditions(self._pieces)
+            exported = export.export_chain(parts, whole, conditions, translations, self.shapes.free)
+            self._pieces = ()
         for part in parts:
             if self.can.source == "program":
                 others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
@@ -340,7 +349,7 @@ class Workshop:
 
         ONNX Runtime computes float16 graphs on a CPU; of bfloat16 ones only the PyTorch modules can be run.
         """
-        if self.dtype == "bf16" and self.chain:
+        if self.dtype == "bf16" and self.blocks:
             raise BuildError("expected blocks in fp32 or fp16 where the engines do not run here, got bf16")
         if self.dtype == "bf16":
             self.say("checking the bf16 modules against the model, for these engines do not run here")
@@ -351,7 +360,7 @@ class Workshop:
             self._measure(fastcache_engines.backend(fastcache_engines.REFERENCE), LoadOptions("cpu", self.dtype))
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
-        tried = trials(self.engines, self.passes, self.chain, self.blocks)
+        tried = trials(self.engines, Passes(self.passes, self.engines, self.chain, self.blocks), self.blocks)
         tolerance = None if self.quantized is None else INT8_TOLERANCE
         self._keep(measure_parity(backend, self.folder, tried, options, tolerance))
 

@@ -1,14 +1,16 @@
-"""What a chain of pieces runs where some of what lies between them is given. Pure Python; knows names only."""
+"""What a U-Net of blocks runs where some of what lies between its pieces is given. Pure Python; knows names only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ADJUSTMENT: Final = "scale_shift"  # by channel, what residuals are multiplied by, and what is added to them then
+RUNS: Final = "runs"  # 1 for each block that an engine with conditions runs, 0 for the others; in every row the same
+_KEPT: Final = "kept."
 
 P = TypeVar("P")
 
@@ -33,3 +35,18 @@ def neutral(rows: int, channels: int) -> Tensor:
 def residual(block: int) -> str:
     """The name of what a block adds to its input."""
     return f"residual_{block}"
+
+
+def kept(name: str) -> str:
+    """By what name an engine with conditions takes a residual, to reuse it."""
+    return f"{_KEPT}{name}"
+
+
+def kept_name(name: str) -> str | None:
+    """The residual that is taken by a name; None for an input that is none."""
+    return name.removeprefix(_KEPT) if name.startswith(_KEPT) else None
+
+
+def kept_in(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """For each of the names by which residuals are taken the tensor that they are given in: there they stay."""
+    return {name: tensors[residual] for name in names if (residual := kept_name(name)) is not None}

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from safetensors.torch import load_file
 
 import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import Manifest, Role
 from fastcache.bundle.parity import relative_error
+from fastcache.cut.chain import RUNS, kept_name
 from fastcache.errors import BackendUnavailable
 from fastcache_engines import LoadOptions, onnx_files
 
@@ -34,10 +36,10 @@ class LayerError:
 
 
 def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
-    """The error of every tensor of the full and the shallow graph, in the order in which they are computed.
+    """The error of every tensor of the passes' graphs, in the order in which they are computed.
 
-    The shallow graph's cached feature is the reference's. Weights are linked into a temporary folder on the bundle's
-    file system, not copied.
+    The shallow graph's cached feature is the reference's, and every block runs. Weights are linked into a temporary
+    folder on the bundle's file system, not copied.
 
     Raises: `BackendUnavailable` for a backend whose bundles hold no ONNX graphs, or where Polygraphy is missing.
     """
@@ -47,14 +49,16 @@ def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
         raise BackendUnavailable(
             f"expected a backend whose layers can be compared ({compared}), got {manifest.backend}"
         )
-    reference = load_file(folder / REFERENCE)
+    known = load_file(folder / REFERENCE)
     errors: list[LayerError] = []
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".layers-") as temporary:
-        for role in manifest.passes:
+        for role in dict.fromkeys(role for one in manifest.passes.values() for role in one.engines):
             entry = manifest.engines[role]
             graph = _with_every_tensor_out(folder / entry.file, Path(temporary))
-            inputs = {spec.name: reference[spec.name] for spec in entry.inputs}
+            known[RUNS] = torch.ones(len(known["sample"]), len(manifest.blocks))
+            inputs = {spec.name: known[kept_name(spec.name) or spec.name] for spec in entry.inputs}
             expected = plain.evaluate(graph, inputs, LoadOptions())
+            known |= {spec.name: expected[spec.name] for spec in entry.outputs}
             got = backend.evaluate(graph, inputs, LoadOptions(manifest.device_type, entry.dtype))
             for operator, name in _made(graph):
                 if name in expected and name in got and expected[name].is_floating_point():

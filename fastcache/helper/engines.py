@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastcache.bundle.bundle import REFERENCE, Bundle
 from fastcache.bundle.parity import relative_error
-from fastcache.cut.chain import ADJUSTMENT
+from fastcache.cut.chain import ADJUSTMENT, RUNS
 from fastcache.helper.arguments import Arguments
 from fastcache.helper.features import Features
 from fastcache.helper.network import NetworkWatch, fingerprint
@@ -50,7 +50,7 @@ class EnginePasses:
                 f"{', '.join(missing)}; set_params to one of theirs, or build with --branch-id"
             )
         outer = outer_inputs(self._engines, self._passes)
-        self._inputs = {name: spec for name, spec in outer.items() if name != ADJUSTMENT}
+        self._inputs = {name: spec for name, spec in outer.items() if name not in (ADJUSTMENT, RUNS)}
         self._adjustments = None if scale_shift is None else torch.from_numpy(scale_shift.table.copy())
         if scale_shift is not None:
             check_channels(scale_shift, sum(block.channels for block in self._manifest.blocks))

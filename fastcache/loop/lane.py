@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from fastcache.cut.chain import ADJUSTMENT, neutral
+from fastcache.cut.chain import ADJUSTMENT, RUNS, kept_in, kept_name, neutral
 from fastcache.cut.names import FULL
 from fastcache.sampler.recursion import MAX_WINDOW
 from fastcache_engines import Binding, Engine, TensorSpec
 
 MOST_KEPT: Final = 3  # features that a forecast of order 2 goes through
 WRITTEN: Final = ("sample", "timestep", "noise_pred")  # what the loop writes or reads at every step
-STEPWISE: Final = (*WRITTEN, ADJUSTMENT)
+STEPWISE: Final = (*WRITTEN, ADJUSTMENT, RUNS)
 
 _ALIGNMENT_BYTES: Final = 256  # what CUDA aligns an allocation to, and compiled engines may count on
 _clock = itertools.count(1)
 
 
 class Pass(Protocol):
-    """What one U-Net call runs, as a bundle's manifest says it: engines, in turn, and the features that cross."""
+    """What one U-Net call runs, as a bundle's manifest says it: engines, in turn, and the features that cross.
+
+    `runs` says which blocks engines with conditions run; it is empty where they have none.
+    """
 
     @property
     def engines(self) -> tuple[str, ...]: ...
@@ -38,6 +42,8 @@ class Pass(Protocol):
     def takes(self) -> tuple[str, ...]: ...
     @property
     def stores(self) -> tuple[str, ...]: ...
+    @property
+    def runs(self) -> tuple[bool, ...]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +88,7 @@ class Lane:
     ) -> None:
         self.engines, self.passes, self.images, self.halves = engines, passes, images, halves
         self.device = torch.device(device)
-        specs = specs_of(engines, passes)
-        every = {"batch": images * halves, **(sizes or {})}
-        self.tensors = {name: allocate(spec, every, device) for name, spec in specs.items()}
+        self.tensors = tensors_of(engines, passes, {"batch": images * halves, **(sizes or {})}, device)
         whole = self.tensors["noise_pred"]
         behind = torch.cat([whole, whole[:images]])
         self.tensors["noise_pred"], self.compared = behind[: len(whole)], behind[-2 * images :].flatten(1)
@@ -105,7 +109,7 @@ class Lane:
     def held_bytes(self) -> int:
         """What the tensors take now."""
         tensors = [self._ring, *self.tensors.values(), *self._kept.values(), *self._copies.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return storage_bytes(tensors)
 
     @property
     def most_bytes(self) -> int:
@@ -113,7 +117,7 @@ class Lane:
         ring = MAX_WINDOW * 3 * math.prod(self.latent_shape) * self._ring.element_size()
         kept = MOST_KEPT * sum(self.tensors[name].nbytes for name in self.features)
         tensors = [*self.tensors.values(), *self._copies.values()]
-        return ring + kept + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return ring + kept + storage_bytes(tensors)
 
     def rows(self, guided: bool = True) -> Rows:
         """What a step runs on; without guidance that is the conditional half, in the same memory."""
@@ -128,7 +132,7 @@ class Lane:
 
         Raises: `ValueError` for a pass that there is none of.
         """
-        return in_turn(self.bindings(name, guided))
+        return in_turn(self.bindings(name, guided), self.passes[name], self.rows(guided).tensors)
 
     def bindings(self, name: str, guided: bool = True) -> list[Binding]:
         """The engines of a pass, bound to `rows(guided)`. Raises: as `call`."""
@@ -213,9 +217,12 @@ class Lane:
         return self._copies[name]
 
 
-def in_turn(bindings: Sequence[Binding]) -> Callable[[], object]:
-    """One call that runs a pass's engines, bound, one after the other."""
-    return bindings[0].run if len(bindings) == 1 else lambda: [binding.run() for binding in bindings]
+def in_turn(bindings: Sequence[Binding], own: Pass, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
+    """One call that runs a pass's engines, bound to these tensors, one after the other."""
+    calls: list[Callable[[], object]] = [binding.run for binding in bindings]
+    if own.runs:
+        calls.insert(0, partial(tensors[RUNS].copy_, torch.tensor(own.runs).to(tensors[RUNS])))
+    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 
 
 def specs_of(engines: Mapping[str, Engine], passes: Mapping[str, Pass]) -> dict[str, TensorSpec]:
@@ -228,7 +235,23 @@ def outer_inputs(engines: Mapping[str, Engine], passes: Mapping[str, Pass]) -> d
     """What the passes take that none of their engines gives, by name."""
     roles = dict.fromkeys(role for one in passes.values() for role in one.engines)
     given = {spec.name for role in roles for spec in engines[role].outputs}
-    return {spec.name: spec for role in roles for spec in engines[role].inputs if spec.name not in given}
+    taken = [spec for role in roles for spec in engines[role].inputs if kept_name(spec.name) is None]
+    return {spec.name: spec for spec in taken if spec.name not in given}
+
+
+def tensors_of(
+    engines: Mapping[str, Engine], passes: Mapping[str, Pass], sizes: Mapping[str, int], device: str
+) -> dict[str, Tensor]:
+    """Zeros for the inputs and outputs of all that passes run, by name; what is kept lies where it is given."""
+    specs = specs_of(engines, passes)
+    own = {name: allocate(spec, sizes, device) for name, spec in specs.items() if kept_name(name) is None}
+    return own | kept_in(own, specs)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take, those in the same memory once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def allocate(spec: TensorSpec, sizes: Mapping[str, int], device: str) -> Tensor:

@@ -6,13 +6,14 @@ where there are streams each on its own, at once. Knows nothing about plans, sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from fastcache.loop.lane import Lane, Pass, Rows, allocate, in_turn, specs_of
+from fastcache.cut.chain import kept_name
+from fastcache.loop.lane import Lane, Pass, Rows, in_turn, storage_bytes, tensors_of
 from fastcache.loop.streams import Streams
 from fastcache_engines import Binding, Engine
 
@@ -46,14 +47,15 @@ class Lanes:
     def held_bytes(self) -> int:
         """What the tensors take now."""
         shared: dict[str, Tensor] = self.__dict__.get("_shared", {})
-        return sum(lane.held_bytes for lane in self.lanes) + sum(tensor.nbytes for tensor in shared.values())
+        return sum(lane.held_bytes for lane in self.lanes) + storage_bytes(shared.values())
 
     @property
     def most_bytes(self) -> int:
         """What they take at most: where every image's plan forecasts each of its features, in the highest order."""
         every = sum(lane.most_bytes for lane in self.lanes)
         alone = len(self.lanes) == 1 or self._streams is not None
-        return every if alone else every + sum(t.nbytes for lane in self.lanes for t in lane.tensors.values())
+        own = [t for lane in self.lanes for name, t in lane.tensors.items() if kept_name(name) is None]
+        return every if alone else every + sum(tensor.nbytes for tensor in own)
 
     def rows(self, lanes: Sequence[int], guided: bool) -> list[Rows]:
         """Where these lanes' rows of an engine call lie, in order."""
@@ -63,20 +65,19 @@ class Lanes:
 
     def run(self, name: str, lanes: Sequence[int], guided: bool) -> None:
         """One call of a pass for these lanes, or one each, with their samples and timesteps in their rows."""
-        stores = self._passes[name].stores
+        own = self._passes[name]
         if len(lanes) == 1:
             self.lanes[lanes[0]].call(name, guided)()
         elif self._streams is not None:
-            roles = self._passes[name].engines
-            self._streams.run([in_turn([self._apart(role, guided, lane) for role in roles]) for lane in lanes])
+            self._streams.run([self._call_apart(own, guided, lane) for lane in lanes])
         else:
-            self._gather((*self.lanes[0].conditioning, *self._passes[name].takes), lanes, guided)
+            self._gather((*self.lanes[0].conditioning, *own.takes), lanes, guided)
             self._gather_pictures(lanes, guided)
-            in_turn([self._binding(role, guided, len(lanes)) for role in self._passes[name].engines])()
-            self._scatter(stores, lanes, guided)
+            in_turn([self._binding(role, guided, len(lanes)) for role in own.engines], own, self._shared)()
+            self._scatter(own.stores, lanes, guided)
             return
         for lane in lanes:
-            self.lanes[lane].touch(*stores)
+            self.lanes[lane].touch(*own.stores)
 
     def bind(self) -> None:
         """Bind every pass for an image alone, guided and not, and for two: some backends compile for each shape."""
@@ -92,7 +93,7 @@ class Lanes:
     def _shared(self) -> dict[str, Tensor]:
         """The rows of lanes in company: (lanes, halves) of them from the start."""
         sizes = self._sizes | {"batch": 2 * len(self.lanes)}
-        return {n: allocate(spec, sizes, self._device) for n, spec in specs_of(self._engines, self._passes).items()}
+        return tensors_of(self._engines, self._passes, sizes, self._device)
 
     def _gather(self, names: Sequence[str], lanes: Sequence[int], guided: bool) -> None:
         """Bring what the lanes hold to the shared rows, unless it is there from the call before."""
@@ -128,6 +129,10 @@ class Lanes:
         if self._streams is None:
             raise ValueError("expected streams for images at once, got none")
         return self._streams.engines[role].bind(self.lanes[lane].rows(guided).tensors)
+
+    def _call_apart(self, own: Pass, guided: bool, lane: int) -> Callable[[], object]:
+        bindings = [self._apart(role, guided, lane) for role in own.engines]
+        return in_turn(bindings, own, self.lanes[lane].rows(guided).tensors)
 
     def _make_place(self, which: int, guided: bool) -> Rows:
         halves = 1 + guided

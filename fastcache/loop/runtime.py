@@ -76,7 +76,7 @@ def measure_here(folder: Path, manifest: Manifest) -> Parity:
     Raises: `BundleError` for engines that do not load, or do not take what the reference holds.
     """
     backend, options = fastcache_engines.backend(manifest.backend), LoadOptions(manifest.device_type, manifest.dtype)
-    tried = trials(manifest.engines, manifest.named_passes, manifest.chain, manifest.blocks)
+    tried = trials(manifest.engines, manifest.passes, manifest.blocks)
     tolerance = None if manifest.quantized is None else INT8_TOLERANCE
     try:
         return measure_parity(backend, folder, tried, options, tolerance)

@@ -140,17 +140,20 @@ def pattern_costs(pipe: FastCachePipeline, walks: Walks) -> dict[str, float]:
 
 
 def block_times(pipe: FastCachePipeline) -> list[float]:
-    """What each block takes of a pass in full, in turns on the bundle's usual batch; medians."""
+    """What each block takes of a pass in full: what all do together, divided as their multiply-adds are.
+
+    A pass in full and one without blocks take turns on the bundle's usual batch; medians.
+    """
     manifest = pipe.bundle.manifest
     lane = pipe.runtime.lane(images=manifest.profiles["batch"].opt, guided=not manifest.model.unconditional)
-    roles = [role for role in manifest.chain if role.startswith("block-")]
-    calls = [lane.call(FULL), *(lane.binding(role).run for role in roles)]
-    taken = list[list[float]]()
-    for _ in range(_ROUNDS):
+    work = [block.multiply_adds or 1 for block in manifest.blocks]  # evenly, where nobody counted
+    calls, shares = (lane.call(FULL), lane.call(pattern_pass([False] * len(work)))), list[float]()
+    for number in range(_ROUNDS):
         marks = [time.perf_counter()]
         for call in calls:
             call()
             marks.append(time.perf_counter())
-        taken.append([end - start for start, end in pairwise(marks)])
-    full, *blocks = (statistics.median(own[1:]) for own in zip(*taken, strict=True))  # the first round warms up
-    return [own / full for own in blocks]
+        full, without = (end - start for start, end in pairwise(marks))
+        if number:  # the first round warms up
+            shares.append(1 - without / full)
+    return [statistics.median(shares) * own / sum(work) for own in work]

@@ -16,11 +16,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import fastcache
+import fastcache_engines
 from build_store import BuildStore
 from conftest import Said
 from fastcache import Bundle, BundleError, CachePlan, FastCacheHelper, FastCachePipeline, partition_blocks
-from fastcache.bundle.bundle import MANIFEST, read_manifest
+from fastcache.bundle.bundle import MANIFEST, open_bundle, read_manifest
 from fastcache.bundle.recipe import recipe_from
+from fastcache.compile import worker
+from fastcache.compile.builder import resolve
 from fastcache.cut.chain import residual
 from fastcache.cut.names import pattern_of
 from fastcache.evaluate.quality import psnr_db
@@ -32,12 +35,27 @@ from fastcache.sampler.scheduler import make_scheduler
 from fastcache.sampler.table import compile_sampler
 from tiny_model import TEXT_WIDTH, TOKENS
 
+CHAIN = "onnxruntime, a chain"
 PASSES = ("full", "blocks-1010", "blocks-0000", "shallow-0", "blocks-0111", "full", "blocks-0001")
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
-def bundle(request: pytest.FixtureRequest, builds: BuildStore, tiny_model: Path) -> Bundle:
-    return builds.bundle(tiny_model, backend=request.param, blocks="transformer", branch_id="0,2")
+@pytest.fixture(
+    scope="module", params=["onnxruntime", *(pytest.param(one, marks=pytest.mark.slow) for one in ("openvino", CHAIN))]
+)
+def bundle(
+    request: pytest.FixtureRequest, builds: BuildStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """One engine with conditions, or as for a backend that cannot have them a chain."""
+    fields: dict[str, Any] = {"blocks": "transformer", "branch_id": "0,2"}
+    if request.param != CHAIN:
+        return builds.bundle(tiny_model, backend=request.param, **fields)
+    with pytest.MonkeyPatch.context() as patched:
+        own = fastcache_engines.backend("onnxruntime")
+        patched.setattr(own, "CAPABILITIES", replace(own.CAPABILITIES, conditions=False))
+        job = resolve(recipe_from({"model": str(tiny_model), "backend": "onnxruntime", "dtype": "fp32", **fields}))
+        folder = tmp_path_factory.mktemp("chain")
+        worker.build(job, folder, lambda line: None)
+    return open_bundle(folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +136,19 @@ def test_the_bundle_says_what_its_passes_run(bundle: Bundle) -> None:
     ]
     passes, full = manifest.passes, manifest.passes["full"]
     assert [*passes] == ["full", "shallow-0", "shallow-2"]
-    assert full.engines == manifest.chain
     own = passes["blocks-1010"]
-    assert set(full.engines) - set(own.engines) == {"block-1", "block-3"}
+    if manifest.chain:
+        assert full.engines == manifest.chain
+        assert set(full.engines) - set(own.engines) == {"block-1", "block-3"}
+        assert "block-0" not in passes["shallow-0"].engines
+    else:
+        assert [*manifest.engines][:3] == ["full", "shallow-0", "shallow-2"]
+        assert (full.engines, full.runs) == (("full",), (True,) * 4)
+        assert (own.engines, own.runs) == (("full",), (True, False, True, False))
+        assert passes["shallow-0"].runs == ()
     assert own.takes == ("residual_1", "residual_3")
     assert set(own.stores) == set(full.stores) - set(own.takes)
     assert 0 < full.multiply_adds - own.multiply_adds < full.multiply_adds
-    assert "block-0" not in passes["shallow-0"].engines
     assert passes["shallow-0"].takes == ("cached_feature",)
     for name in ("blocks-10", "blocks-10101", "blocks-1012", "shallow-1"):
         assert name not in passes
@@ -180,13 +204,27 @@ def test_a_plan_file_keeps_its_scales_and_shifts(plan: CachePlan) -> None:
         replace(plan, scale_shift=ScaleShift.of(np.ones((1, 2, 3))))
 
 
-def test_a_chain_that_no_build_wrote_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_blocks_that_no_build_wrote_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     manifest = read_manifest(bundle.path)
-    for changes in ({"chain": manifest.chain[::-1]}, {"chain": ()}, {"blocks": manifest.blocks[:1] * 2}):
+    passes = manifest.named_passes
+
+    def running(name: str, *runs: bool) -> dict[str, Any]:
+        return {"named_passes": passes | {name: passes[name].model_copy(update={"runs": runs})}}
+
+    every: list[dict[str, Any]] = [{"blocks": manifest.blocks[:1] * 2}, running("full", True)]
+    if manifest.chain:
+        every += [{"chain": manifest.chain[::-1]}, {"chain": ()}, running("full", True, True, True, True)]
+    else:
+        every += [{"chain": ("full",)}, {"blocks": ()}, running("full"), running("shallow-0", True, True, True, True)]
+        engine = manifest.engines["full"]
+        for name in ("runs", "kept.residual_2"):
+            without = tuple(spec for spec in engine.inputs if spec.name != name)
+            every.append({"engines": manifest.engines | {"full": engine.model_copy(update={"inputs": without})}})
+    for changes in every:
         forged = manifest.model_copy(update=changes)
         forged = forged.model_copy(update={"bundle_sha256": forged.digest()})
         (tmp_path / MANIFEST).write_text(json.dumps(forged.to_json()))
-        with pytest.raises(BundleError, match="is no build's: expected a chain"):
+        with pytest.raises(BundleError, match=r"is no build's: expected (a chain|a full pass|conditions)"):
             read_manifest(tmp_path)
 
 

@@ -39,6 +39,14 @@ def test_a_right_bundle_has_no_wrong_tensor(built: Bundle) -> None:
     assert sorted(built.path.parent.iterdir()) == beside
 
 
+def test_blocks_in_conditions_are_run(tiny_model: Path, builds: BuildStore, tmp_path: Path) -> None:
+    bundle = copied(builds.bundle(tiny_model, backend="onnxruntime", blocks="transformer", branch_id="0,2"), tmp_path)
+    errors = compare_layers(bundle.path, bundle.manifest)
+    assert {layer.role for layer in errors} == {"full", "shallow-0", "shallow-2"}
+    assert sum(layer.operator == "If" for layer in errors if layer.role == "full") == 4
+    assert max(layer.error for layer in errors) < 1e-4
+
+
 def test_backends_without_graphs_say_so(built: Bundle) -> None:
     manifest = built.manifest.model_copy(update={"backend": "inductor"})
     with pytest.raises(fastcache.BackendUnavailable, match="expected a backend whose layers can be compared"):
