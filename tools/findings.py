@@ -29,6 +29,7 @@ from findings_fitted import carry_command, fit_command, time_command
 from findings_setting import (
     BATCH,
     BLOCKS,
+    CONVERGED,
     FIRST_SEED,
     FITTED,
     FRONTIER,
@@ -64,7 +65,6 @@ from fastcache.planning.ways import Way, way_costs
 INTERVALS = {25: 2, 17: 3, 10: 5, 5: 10}  # refreshes of 50 steps, and the uniform interval that gives them
 FEWER_STEPS = (28, 21, 14, 10)  # of no less time than these, where a shallow step takes a tenth of a full one
 CALIBRATION_PROMPTS = 8
-CONVERGED = 150  # steps of a run that more steps change no more
 FORECASTS = {
     "linear": Forecast(order=1),
     "linear, half": Forecast(order=1, damping=0.5),
@@ -75,7 +75,7 @@ FORECASTS = {
 BASELINES = (
     {"choices": "one depth", "refined": "optimal", "steps": "uncached", "blocks-frontier": "two engines"}
     | dict.fromkeys(BLOCKS, "steps")
-    | dict.fromkeys(("fitted", "fitted-bf16", "fitted-dpm", "converged"), "uncached")
+    | dict.fromkeys((*FITTED, "converged"), "uncached")
 )
 CHARTS = ("plans", "forecast", "steps", "fitted", "blocks-frontier")
 REFRESHES = "refreshes of 50 steps, or their time"

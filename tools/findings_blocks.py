@@ -103,7 +103,7 @@ def cost_of(name: str, shares: Sequence[float]) -> float:
 
 
 def frontier_command(work: Work = WORK, results: Results = RESULTS) -> None:
-    """Fitted plans of two engines, of blocks alone and of both, by the chain's times; writes blocks-frontier.json."""
+    """Fitted plans of two engines, of blocks alone and of both, by their own times; writes blocks-frontier.json."""
     (name,) = FRONTIER
     own = FRONTIER[name]
     pipe = pipeline(work, own.engines)

@@ -55,8 +55,8 @@ def fit_command(
     """Fitted plans for 7, 10, 14 and 21 full steps, and rivals of as long; writes SETTING.json."""
     own = FITTED[setting]
     pipe = pipeline(work, own.engines)
-    fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, STEPS, GUIDANCE), say)
-    times = measure_loop(pipe, own.sampler, STEPS, GUIDANCE)
+    fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, own.steps, GUIDANCE), say)
+    times = measure_loop(pipe, own.sampler, own.steps, GUIDANCE)
     if own.shallow is not None:
         times = replace(times, shallow_ms={0: own.shallow * times.full_ms})
     say(f"{times}")
@@ -72,6 +72,8 @@ def fit_command(
         for sampler in rivals:
             calls = num_calls(pipe.bundle.manifest, sampler, budget)
             made[f"{sampler}-{budget}"] = replace(CachePlan.all_full(calls), model="demo", sampler=sampler)
+    if own.steps > STEPS:
+        made[f"{own.sampler}-{STEPS}"] = replace(CachePlan.all_full(STEPS), model="demo", sampler=own.sampler)
     write_plans(results / f"{setting}.json", made)
 
 

@@ -33,7 +33,13 @@ class Setting:
     steps: int = STEPS
 
 
-FITTED = {"fitted": Setting(), "fitted-bf16": Setting("bf16", shallow=None), "fitted-dpm": Setting(sampler="dpm++_2m")}
+CONVERGED = 150  # steps of a run that more steps change no more
+FITTED = {
+    "fitted": Setting(),
+    "fitted-bf16": Setting("bf16", shallow=None),
+    "fitted-dpm": Setting(sampler="dpm++_2m"),
+    "fitted-converged": Setting(steps=CONVERGED),
+}
 BLOCKS = {
     f"blocks-{short}-{steps}": Setting("blocks", sampler, None, steps)
     for short, sampler in (("ddim", "ddim"), ("dpm", "dpm++_2m"))
@@ -53,7 +59,7 @@ def say(message: str) -> None:
 
 
 def pipeline(work: Path, engines: str = "fp32") -> FastCachePipeline:
-    """The bundled model on OpenVINO, built once: in bf16, with branch 2 beside branch 0, or as a chain of blocks."""
+    """The bundled model on OpenVINO, built once: in bf16, with branch 2 beside branch 0, or with blocks."""
     folder = work / ("engines" if engines == "fp32" else engines)
     fields: dict[str, Any] = {"backend": "openvino", "dtype": "fp32", "batch": "1:4:16"} | _ENGINES[engines]
     return FastCachePipeline(fastcache.build_engines("demo", folder, **fields, progress=say))
