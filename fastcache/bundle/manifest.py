@@ -27,7 +27,7 @@ Family = Literal["sd", "sdxl"]  # whose pipeline: how prompts become inputs of t
 Role = Annotated[
     str,
     Field(
-        pattern=r"^(full|shallow-\d+|stem|trunk-\d+|block-\d+|text_encoder(_2)?|vae_(en|de)coder"
+        pattern=r"^(full|shallow-\d+|stem|trunk-\d+|block-\d+|text_encoder(_2)?|vae_(en|de)coder|preview_decoder"
         r"|controlnet_embedding(_\d+)?|t2i_adapter|ip_adapter|image_encoder)$"
     ),
 ]

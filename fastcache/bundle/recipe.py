@@ -157,6 +157,7 @@ class Recipe(BaseModel):
     ip_adapter: str | None = Field(None, min_length=1)
     vae: str | None = Field(None, min_length=1)
     vae_tile: StrictInt | None = Field(None, ge=64, le=4096)
+    preview_vae: str | None = Field(None, min_length=1)
     components: tuple[Component, ...] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     onnx_only: StrictBool = False

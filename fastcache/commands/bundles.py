@@ -97,6 +97,9 @@ def build_engines(
     quantize: Annotated[str | None, typer.Option(help="int8: the U-Net's layers in 8 bits (OpenVINO, ORT).")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE's folder: AutoencoderKL or AutoencoderTiny.")] = None,
     vae_tile: Annotated[int | None, typer.Option(help="Decode in overlapping squares of so many pixels.")] = None,
+    preview_vae: Annotated[
+        str | None, typer.Option(help="A small VAE's folder, an AutoencoderTiny say, for pictures on their way.")
+    ] = None,
     components: Annotated[str | None, typer.Option(help="Any of unet,vae,text; all if left out.")] = None,
     random_weights: RandomWeights = False,
     compute_capability: Annotated[

@@ -26,10 +26,12 @@ from fastcache.commands.options import (
     flags_of,
     read_plan,
 )
-from fastcache.console import next_step, notes, print_json
+from fastcache.commands.watched import Watch, preview_path, watching
+from fastcache.console import next_step, print_json
 
 if TYPE_CHECKING:
     from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
+    from fastcache.pipeline.request import Request
 
 # Flags of the pipeline's arguments that a refiner is not given.
 _FOR_BASE = {
@@ -143,6 +145,9 @@ def generate(  # as long as its flags are many
     negative_aesthetic_score: Annotated[
         float | None, _told(help="And which it is told to keep away from; 2.5 if left out.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="While it draws, show the picture on its way in a file beside --output.")
+    ] = False,
     trusted_key: TrustedKey = None,
     json_: Json = False,
 ) -> None:
@@ -178,8 +183,6 @@ def _draw_all(
     engines: Path, refiner: Path | None, output: Path, seeds: range, given: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, object]]:
     """Draw and write a picture for each seed; returns their files, and what made them."""
-    from rich.progress import Progress
-
     from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
     from fastcache.pipeline.pipeline import FastCachePipeline
@@ -195,18 +198,12 @@ def _draw_all(
         said["refiner"] = last.bundle.manifest.bundle_sha256
     images, used = list[dict[str, Any]](), dict[str, object]()
     most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("drawing", total=None)
-        batches = -(-len(seeds) // most) if last is None else None  # how a refiner shares the steps, only a run tells
-
-        def advance(pipe: FastCachePipeline, *_: Any) -> None:
-            bar.update(task, advance=1, total=batches and batches * pipe.num_timesteps)
-
-        arguments["callback_on_step_end"] = advance
+    batches = -(-len(seeds) // most) if last is None else None  # how a refiner shares the steps, only a run tells
+    with watching(batches, preview_path(output) if given["watch"] else None) as watch:
         for first in range(0, len(seeds), most):
             batch = seeds[first : first + most]
             own_batch = arguments | {"num_images_per_prompt": len(batch), "seed": list(batch)}
-            result = _draw(base, last, own_batch, pictures, given.get("denoising_end", _HAND_OVER))
+            result = _draw(base, last, own_batch, pictures, given.get("denoising_end", _HAND_OVER), watch)
             used = result.made | said
             for own, image in zip(batch, result.images, strict=True):
                 path = output if _is_file(output) else output / f"{own:05d}.png"
@@ -321,12 +318,20 @@ def _draw(
     arguments: Mapping[str, Any],
     pictures: Mapping[str, Any],
     hand_over: float,
+    watch: Watch | None,
 ) -> PipelineOutput:
     """A batch of pictures, which the refiner finishes where there is one; the plan is the base's."""
+    from fastcache.pipeline.request import Request
+
     count = arguments["num_images_per_prompt"]
     shown = {name: [picture] * count if name in _REPEATED else picture for name, picture in pictures.items()}
     if refiner is None:
-        return base(**arguments, **shown)
-    begun = base(**arguments, **shown, denoising_end=hand_over, output_type="latent")
+        return _watched(base, Request(**arguments, **shown), watch)
+    begun = _watched(base, Request(**arguments, **shown, denoising_end=hand_over, output_type="latent"), watch)
     shared = {name: value for name, value in arguments.items() if name not in (*_FOR_BASE, *_EMBEDS)}
-    return replace(refiner(**shared, image=begun.images, denoising_start=hand_over), plan=begun.plan)
+    ended = _watched(refiner, Request(**shared, image=begun.images, denoising_start=hand_over), watch)
+    return replace(ended, plan=begun.plan)
+
+
+def _watched(pipe: FastCachePipeline, request: Request, watch: Watch | None) -> PipelineOutput:
+    return pipe.draw(request, None if watch is None else partial(watch, pipe))

@@ -80,6 +80,7 @@ def resolve(recipe: Recipe) -> Job:
         loras=recipe.lora,
         controls=recipe.controls,
         vae=recipe.vae,
+        preview_vae=recipe.preview_vae,
     )
     model.require_engines()
     components: tuple[Component, ...] = recipe.components or model.components

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from fastcache.bundle.manifest import Family
+from fastcache.bundle.manifest import Family, Role
 from fastcache.compile.export import Exportable, Inputs
 from fastcache.compile.lora import Part
 from fastcache.compile.models import VAE
@@ -118,7 +118,9 @@ def exportable_text_encoder(
     return Exportable(role, module, {"input_ids": ids}, names)
 
 
-def exportable_vae_decoder(vae: VAE, height: int, width: int, scale: int, tile: int | None = None) -> Exportable:
+def exportable_vae_decoder(
+    vae: VAE, height: int, width: int, scale: int, tile: int | None = None, role: Role = "vae_decoder"
+) -> Exportable:
     """Shapes: the latents' `height` and `width`; `scale` is how many pixels each is.
 
     With a `tile`, in pixels, it decodes squares of that size and nothing else.
@@ -127,7 +129,7 @@ def exportable_vae_decoder(vae: VAE, height: int, width: int, scale: int, tile: 
     sides = (height, width) if tile is None else (tile // scale, tile // scale)
     latents = torch.randn(2, config.latent_channels, *sides, generator=torch.Generator().manual_seed(0))
     strides = {"latents": scale, "image": 1} if tile is None else {}
-    return Exportable("vae_decoder", VAEDecoder(vae), {"latents": latents}, ("image",), strides)
+    return Exportable(role, VAEDecoder(vae), {"latents": latents}, ("image",), strides)
 
 
 def example_latents(vae: VAE, height: int, width: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -77,25 +78,34 @@ def _profile(values: list[int]) -> Profile:
     return Profile(min=min(values), opt=values[0], max=max(values))
 
 
+def _vae_facts(folder: Path, channels: int) -> tuple[bool, int]:
+    """Whether a VAE draws latents from a distribution, and how many pixels one is.
+
+    Raises: `ValueError` for latents of other channels than the U-Net's.
+    """
+    vae = read_json(folder / "config.json")
+    draws = vae["_class_name"] == "AutoencoderKL"
+    if vae["latent_channels"] != channels:
+        raise ValueError(
+            f"expected a VAE of {channels} latent channels, as the U-Net has, got {vae['latent_channels']} in "
+            f"{folder}; give the model's own, or one for its latents"
+        )
+    return draws, 2 ** (len(vae["block_out_channels"] if draws else vae["decoder_block_out_channels"]) - 1)
+
+
 def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> ModelInfo:
     """What the manifest says of the model; of its U-Net the configuration counts."""
     config: Any = unet.config
     preset = PRESETS[model.name] if model.folder is None else None
     scale, tokens = (preset.scale, preset.tokens) if preset is not None else (8, None)
-    latent_channels = config.out_channels
     vae_draws = True
     if model.vae_folder is not None:
-        vae = read_json(model.vae_folder / "config.json")
-        vae_draws = vae["_class_name"] == "AutoencoderKL"
-        stages = len(vae["block_out_channels"] if vae_draws else vae["decoder_block_out_channels"])
-        if preset is not None and 2 ** (stages - 1) != scale:
-            raise ValueError(f"expected a VAE whose latents are {scale} pixels, got {2 ** (stages - 1)}; give another")
-        scale, latent_channels = 2 ** (stages - 1), vae["latent_channels"]
-        if latent_channels != config.out_channels:
-            raise ValueError(
-                f"expected a VAE of {config.out_channels} latent channels, as the U-Net has, got {latent_channels} in "
-                f"{model.vae_folder}; give the model's own, or one for its latents"
-            )
+        vae_draws, own = _vae_facts(model.vae_folder, config.out_channels)
+        if preset is not None and own != scale:
+            raise ValueError(f"expected a VAE whose latents are {scale} pixels, got {own}; give another")
+        scale = own
+    if model.preview_vae is not None and (own := _vae_facts(model.preview_vae, config.out_channels)[1]) != scale:
+        raise ValueError(f"expected a preview_vae whose latents are {scale} pixels, got {own}; give another")
     if "text" in model.components:
         tokens = int(model.load_tokenizer(model.text_encoders[0]).model_max_length)
     told = config.get("addition_embed_type") == "text_time"
@@ -105,7 +115,7 @@ def describe(model: SourceModel, unet: UNet2DConditionModel | UNet2DModel) -> Mo
         family=model.family,
         random_weights=model.random_weights,
         in_channels=config.in_channels,
-        latent_channels=latent_channels,
+        latent_channels=config.out_channels,
         vae_scale_factor=scale,
         vae_draws=vae_draws,
         tokens=tokens,

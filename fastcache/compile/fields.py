@@ -26,6 +26,7 @@ class RecipeFields(TypedDict, total=False):
     quantize: Literal["int8"] | None
     vae: str | None
     vae_tile: int | None
+    preview_vae: str | None
     height: int | None
     width: int | None
     sizes: Sequence[str | Size]

@@ -84,6 +84,7 @@ class SourceModel:
     pipeline: str = "StableDiffusionPipeline"
     defaults: dict[str, Any] = field(default_factory=dict)
     vae: Path | None = None
+    preview_vae: Path | None = None
 
     @property
     def random_weights(self) -> bool:
@@ -144,6 +145,10 @@ class SourceModel:
         folder = self.vae_folder or self._folder("vae")
         return load(_vae_class(folder), folder)
 
+    def load_preview_vae(self) -> VAE | None:
+        """The one for pictures on their way, if there is one."""
+        return None if self.preview_vae is None else load(_vae_class(self.preview_vae), self.preview_vae)
+
     def load_text_encoder(self, name: lora.Part = "text_encoder") -> CLIPTextModel | CLIPTextModelWithProjection:
         return self._merged(load(_TEXT_CLASSES[name], self._folder("text") / name), name)
 
@@ -174,29 +179,37 @@ def find_model(
     loras: Sequence[Lora] = (),
     controls: Mapping[ControlKind, Sequence[str]] | None = None,
     vae: str | None = None,
+    preview_vae: str | None = None,
 ) -> SourceModel:
     """Find a model and hash its weights, without loading them; LoRAs and networks beside it count among the weights.
 
-    `vae` is the folder of another VAE than its own.
+    `vae` is the folder of another VAE than its own, `preview_vae` that of one for pictures on their way.
 
     Raises: `ValueError` for a name that is nothing known, a folder that is no model, pickled weights, or a class
     that is not on the allow-list.
     """
     found = _find(name, random_weights, revision)
     beside = tuple(find_control(kind, path) for kind, paths in (controls or {}).items() for path in paths)
-    if not (loras or beside or vae):
+    if not (loras or beside or vae or preview_vae):
         return found
     entries = [lora.entry_of(chosen) for chosen in loras]
     identity: list[Any] = [found.weights_sha256, *([entry.sha256, entry.weight] for entry in entries)]
     identity += [[control.entry.kind, control.entry.sha256] for control in beside]
-    own_vae, components = None if vae is None else Path(vae), found.components
-    if own_vae is not None:
-        _vae_class(own_vae)
-        identity.append([sha256_of(file) for file in (own_vae / "config.json", *weight_files(own_vae))])
-        components = tuple(dict.fromkeys((*components, "vae")))
-    weights = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    merged = tuple(zip(loras, entries, strict=True))
-    return replace(found, weights_sha256=weights, loras=merged, controls=beside, vae=own_vae, components=components)
+    own_vae, small_vae = (None if folder is None else Path(folder) for folder in (vae, preview_vae))
+    for folder, part in (own_vae, []), (small_vae, ["preview"]):
+        if folder is not None:
+            _vae_class(folder)
+            identity.append([*part, *(sha256_of(file) for file in (folder / "config.json", *weight_files(folder)))])
+    components = found.components if own_vae is None else tuple(dict.fromkeys((*found.components, "vae")))
+    return replace(
+        found,
+        weights_sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        loras=tuple(zip(loras, entries, strict=True)),
+        controls=beside,
+        vae=own_vae,
+        preview_vae=small_vae,
+        components=components,
+    )
 
 
 def _vae_class(folder: Path) -> type[VAE]:

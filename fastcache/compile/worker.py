@@ -72,6 +72,8 @@ def _build(job: Job, key: str, folder: Path, say: Progress) -> None:
         workshop.make_text_encoders()
     if "vae" in wanted:
         workshop.make_vae()
+    if (preview := model.load_preview_vae()) is not None:
+        workshop.make_preview_decoder(preview)
     say("making the samplers' tables")
     write_whole(folder / TABLES, tables_file(info.scheduler, info.defaults.num_inference_steps))
     say("sealing the bundle")

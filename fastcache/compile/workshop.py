@@ -37,7 +37,7 @@ from fastcache.bundle.patterns import Passes, chain_pass
 from fastcache.compile import calibrate, chain, components, describe, export, graph_passes, lower, passes, quantize
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
-from fastcache.compile.models import TOKENIZERS, state_bytes
+from fastcache.compile.models import TOKENIZERS, VAE, state_bytes
 from fastcache.cut.names import FULL, CutKind, branch_of, shallow_pass
 from fastcache.cut.partition import partition_branches
 from fastcache.cut.pieces import feature, partition_blocks
@@ -176,6 +176,14 @@ class Workshop:
             self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
             if part.role == "vae_decoder" and latents is not None and not self.can.typed:
                 self._lower_decoder(latents)
+
+    def make_preview_decoder(self, vae: VAE) -> None:
+        """What shows a picture on its way, in float32."""
+        self.say("exporting the preview decoder")
+        images, sizes = self.recipe.batch, (*self.shapes.latent, self.shapes.scale)
+        part = components.exportable_vae_decoder(vae, *sizes, role="preview_decoder")
+        translations = graph_passes.translations(self.can, "fp32")
+        self._make([part], part.role, "fp32", (1, images.opt, images.max), translations)
 
     def _lower_decoder(self, latents: Tensor) -> None:
         """Let a backend that lowers graphs itself decode in bfloat16 where its pictures stay near float32's."""

@@ -193,6 +193,12 @@ class Pictures:
         draw(noise, generator)
         return noise
 
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents on their way, by the decoder for that where the bundle has one."""
+        if "preview_decoder" not in self._bundle.manifest.engines:
+            return cast("list[Image.Image]", self.decode(latents, "pil"))
+        return _pil(self._runtime.once("preview_decoder", {"latents": latents})["image"])
+
     def decode(self, latents: Tensor, output_type: OutputType) -> Any:
         """Images of latents as the sampler leaves them, in the form asked for."""
         if output_type == "latent":
@@ -200,10 +206,9 @@ class Pictures:
         pictures = self._pictures(latents)
         if output_type == "pt":
             return pictures
-        array = cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).cpu().numpy())
         if output_type == "np":
-            return array
-        return [Image.fromarray(pixels) for pixels in (array * 255).round().astype(np.uint8)]
+            return _array(pictures)
+        return _pil(pictures)
 
     def _pictures(self, latents: Tensor) -> Tensor:
         """The pictures of latents, whole or in tiles, as the bundle's decoder takes them."""
@@ -213,6 +218,14 @@ class Pictures:
 
         tile, scale = self._bundle.manifest.vae_tile, self._info.vae_scale_factor
         return decoded(latents) if tile is None else in_tiles(decoded, latents, tile // scale, scale)
+
+
+def _array(pictures: Tensor) -> npt.NDArray[np.float32]:
+    return cast("npt.NDArray[np.float32]", pictures.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _pil(pictures: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in (_array(pictures) * 255).round().astype(np.uint8)]
 
 
 def in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int, scale: int) -> Tensor:

@@ -24,7 +24,7 @@ from fastcache.loop.drivers import Guidance
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.runtime import Runtime
-from fastcache.loop.steps import Run, Scales, Step
+from fastcache.loop.steps import Run, Scales, Step, foretold
 from fastcache.pipeline.arguments import Terms, images_of, plan_for, terms_of
 from fastcache.pipeline.callbacks import Callbacks, callbacks_of
 from fastcache.pipeline.controls import Controls, refreshed
@@ -78,6 +78,9 @@ def load(
     Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
     """
     return FastCachePipeline(open_bundle(Path(path), trusted), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
+
+
+Watch = Callable[[Run, Step], object]
 
 
 class FastCachePipeline:
@@ -144,15 +147,18 @@ class FastCachePipeline:
         drawn = self.draw(request)
         return drawn if request.return_dict else cast(Any, (drawn.images, drawn.plan))
 
-    def draw(self, request: Request) -> PipelineOutput:
-        """As calling the pipeline with the request's arguments."""
+    def draw(self, request: Request, watch: Watch | None = None) -> PipelineOutput:
+        """As calling the pipeline with the request's arguments; `watch` sees every step, and changes nothing."""
         if request.output_type != "latent":
             self.bundle.engine_path("vae_decoder")
         callbacks, terms = callbacks_of(request), self.terms(request)
         with _own_tensors():
-            run = self.begin(request, terms, whole=not callbacks.called and request.mask_image is None)
+            stepwise = callbacks.called or watch is not None or request.mask_image is not None
+            run = self.begin(request, terms, whole=not stepwise)
             for step in run.steps:
                 callbacks.after(self, step, run.lane.tensors)
+                if watch is not None:
+                    watch(run, step)
                 if self._interrupt:
                     break
             images = self.pictures.decode(run.latents.clone(), request.output_type)
@@ -270,6 +276,17 @@ class FastCachePipeline:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""
         return cast("list[Image.Image]", self.pictures.decode(latents, "pil"))
+
+    def preview(self, run: Run, step: int) -> list[Image.Image]:
+        """What the step just taken foretells: pictures without noise, the sharper the later the step.
+
+        By the bundle's preview decoder where it has one. Of a scheduler's own step, which foretells nothing, they are
+        of its latents, noise included.
+        """
+        latents = run.latents
+        if isinstance(run.sampler, SamplerTable):
+            latents = foretold(run, step, self.bundle.manifest.model.scheduler.get("prediction_type", "epsilon"))
+        return self.pictures.preview(latents)
 
     def encode_prompt(self, texts: list[str], clip_skip: int | None = None) -> Tensor:
         """Text -> what the U-Net attends to; words past the encoder's length are left out, with a warning.

@@ -15,6 +15,10 @@ from safetensors.torch import save_file
 
 import fastcache
 from fastcache.bundle.bundle import Bundle
+from fastcache.commands import watched
+from fastcache.loop.steps import Run
+from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.sampler.table import SamplerTable
 
 
 @pytest.fixture
@@ -114,9 +118,38 @@ def test_the_bar_knows_how_many_steps_there_are(
             counts.append((self.tasks[0].completed, self.tasks[0].total))
 
     monkeypatch.setattr("rich.progress.Progress", Watched)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
     base = ("--engines", tiny_bundle.path, "--prompt", "a cat", "--sampler", "ddim", "--steps", 2)
     assert command("generate", *base, "--num-images", 6, "--output", tmp_path / "out").code == 0
     assert counts == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
+def test_a_picture_on_its_way_can_be_watched(
+    sampler: str, command: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file that is gone when the picture is there; the picture is the same, by the sampler's table."""
+    seen, output = list[tuple[int, int]](), tmp_path / "own.png"
+    preview = tmp_path / "own.preview.png"
+    shown = FastCachePipeline.preview
+
+    def look(pipe: FastCachePipeline, run: Run, step: int) -> Any:
+        assert isinstance(run.sampler, SamplerTable)
+        if seen:
+            assert pixels(preview).shape == (32, 32, 3)
+        seen.append((step, len(list(tmp_path.iterdir()))))
+        return shown(pipe, run, step)
+
+    monkeypatch.setattr(FastCachePipeline, "preview", look)
+    monkeypatch.setattr(watched, "_SHARE", 1)  # every step
+    flags = ("generate", "--engines", tiny_bundle.path, "--prompt", "a", "--steps", 4, "--sampler", sampler)
+    said = command(*flags, "--output", output, "--watch")
+    assert said.code == 0
+    assert seen == [(0, 0), *((step, 1) for step in (1, 2, 3))]
+    assert str(preview) in said.err.replace("\n", "")
+    assert command(*flags, "--output", tmp_path / "other.png").code == 0
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["other.png", "own.png"]
+    assert np.array_equal(pixels(output), pixels(tmp_path / "other.png"))
 
 
 def test_embeddings_in_a_file_take_the_place_of_a_prompt(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
@@ -24,16 +25,21 @@ from fastcache.compile.models import find_model
 from fastcache.compile.workshop import OutOfTolerance
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
+from fastcache.loop.steps import foretold
 from fastcache.pipeline.images import in_tiles
+from fastcache.pipeline.request import Request
 from fastcache_engines import registry
 
 
 @pytest.fixture(scope="module")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An AutoencoderTiny of random weights, for four latent channels of 8 pixels."""
-    folder = tmp_path_factory.mktemp("vae")
+    return saved_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+def saved_vae(folder: Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         blocks, each = (8, 8, 8, 8), (1, 1, 1, 1)
         AutoencoderTiny(
             encoder_block_out_channels=blocks,
@@ -63,6 +69,10 @@ def test_another_vae_is_another_model(tiny_model: Path, tiny_vae: Path, tmp_path
     assert isinstance(other.load_vae(), AutoencoderTiny)
     with pytest.raises(ValueError, match=r"expected a VAE's folder \(with config.json\)"):
         find_model(str(tiny_model), vae=str(tmp_path))
+    beside = find_model(str(tiny_model), preview_vae=str(tiny_vae))
+    assert isinstance(beside.load_vae(), AutoencoderKL)
+    assert isinstance(beside.load_preview_vae(), AutoencoderTiny)
+    assert len({own.weights_sha256, other.weights_sha256, beside.weights_sha256}) == 3
     with pytest.raises(ValueError, match=r"expected AutoencoderKL or AutoencoderTiny in .*, got UNet2DConditionModel"):
         find_model(str(tiny_model), vae=str(tiny_model / "unet"))
 
@@ -98,10 +108,11 @@ def test_tiles_must_fit(tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bundle_with_another_vae_draws_what_diffusers_draws(
-    tiny_model: Path, tiny_vae: Path, builds: BuildStore
+    tiny_model: Path, tiny_vae: Path, builds: BuildStore, tmp_path: Path
 ) -> None:
     """Also image to image, where latents are no distribution, so that no noise is drawn for them."""
-    pipe = fastcache.load(builds.bundle(tiny_model, vae=str(tiny_vae)).path)
+    other = saved_vae(tmp_path, seed=1)
+    pipe = fastcache.load(builds.bundle(tiny_model, vae=str(tiny_vae), preview_vae=str(other)).path)
     assert not pipe.bundle.manifest.model.vae_draws
     vae = AutoencoderTiny.from_pretrained(tiny_vae)
     theirs: Any = StableDiffusionPipeline.from_pretrained(tiny_model, vae=vae, dtype=torch.float32)
@@ -116,6 +127,15 @@ def test_a_bundle_with_another_vae_draws_what_diffusers_draws(
     common |= {"image": picture, "strength": 0.75}
     wanted = StableDiffusionImg2ImgPipeline(**theirs.components)(**common, generator=generator())
     assert psnr_db(pipe(**common, generator=generator()).images, wanted.images) > 60
+    # A picture on its way is decoded by the VAE for that.
+    run = pipe.begin(Request(prompt="a red circle", num_inference_steps=4, generator=generator()))
+    (preview,) = [pipe.preview(run, step.index)[0] for step in run.steps][3:]
+    small: Any = AutoencoderTiny.from_pretrained(other)
+    latents = foretold(run, 3, pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon"))
+    with torch.no_grad():
+        shown = (small.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    off = torch.from_numpy(np.asarray(preview) / 255).permute(2, 0, 1)[None] - shown
+    assert off.abs().max() < 1 / 255
 
 
 def job_of(**fields: Any) -> Job:

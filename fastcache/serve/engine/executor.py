@@ -19,7 +19,7 @@ from fastcache.errors import BundleError
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.lanes import Lanes
 from fastcache.loop.noise import draw
-from fastcache.loop.steps import PlainRun, foretold
+from fastcache.loop.steps import PlainRun
 from fastcache.loop.streams import load_streams
 from fastcache.pipeline.controls import Steering
 from fastcache.pipeline.pipeline import FastCachePipeline
@@ -207,10 +207,5 @@ class Executor:
     def preview(self, lane: int, step: int) -> Pillow.Image:
         """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
         with without_captures(self.device):
-            (picture,) = self.pipe.decode(self.foretold(lane, step))
+            (picture,) = self.pipe.preview(self._in_flight[lane].run, step)
         return picture
-
-    def foretold(self, lane: int, step: int) -> Tensor:
-        """The latents without noise that the step just taken foretells. Shapes: returns (1, C, H, W)."""
-        kind = self.pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon")
-        return foretold(self._in_flight[lane].run, step, kind)
