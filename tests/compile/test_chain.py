@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 import fastcache
@@ -29,7 +30,7 @@ from fastcache.cut.names import pattern_of
 from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
 from fastcache.loop.adjustment import ScaleShift
-from fastcache.planning.blocks import pattern_costs
+from fastcache.planning.blocks import block_plan, measured_changes, pattern_costs
 from fastcache.planning.walks import Walks
 from fastcache.sampler.scheduler import make_scheduler
 from fastcache.sampler.table import compile_sampler
@@ -235,6 +236,41 @@ def test_what_goes_together_with_blocks() -> None:
             recipe_from({"blocks": "transformer", **other})
     with pytest.raises(ValueError, match="blocks"):
         recipe_from({"blocks": "attention"})
+
+
+@torch.no_grad()
+def test_schedules_follow_the_papers_rule_on_eager_changes(pipe: FastCachePipeline, tiny_model: Path) -> None:
+    """Equation 4 and the rule of arXiv 2312.03209, section 3.2, on what diffusers' transformers add to their input."""
+    manifest, steps, count = pipe.bundle.manifest, 6, len(pipe.bundle.manifest.blocks)
+    table = compile_sampler(make_scheduler("ddim", manifest.model.scheduler), steps)
+    walks = Walks(pipe, ["a"], [0], table=table, guidance_scale=5.0)
+    unet: Any = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet").eval()
+    scheduler: Any = make_scheduler("ddim", manifest.model.scheduler)
+    scheduler.set_timesteps(steps)
+    added = list[Tensor]()  # call by call, each block once, in the order in which they are computed
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_hook(lambda _, given, result: added.append(result[0] - given[0]))
+    text, x = torch.cat([pipe.encode_prompt(["a"]), pipe.encode_prompt([""])]).flip(0), walks.start.float()
+    for timestep in scheduler.timesteps:
+        unconditional, conditional = unet(torch.cat([x, x]), timestep, text).sample.chunk(2)
+        x = scheduler.step(unconditional + 5.0 * (conditional - unconditional), timestep, x).prev_sample
+    wanted = np.zeros((count, steps))
+    for call in range(1, steps):
+        for block in range(count):
+            now, before = added[call * count + block], added[(call - 1) * count + block]
+            wanted[block, call] = ((now - before).abs().sum((1, 2, 3)) / now.abs().sum((1, 2, 3))).mean()
+    changes = measured_changes(walks, manifest.blocks)
+    assert np.allclose(changes, wanted, rtol=1e-3)
+    for threshold in np.quantile(wanted[:, 1:], (0.3, 0.6, 0.9)) * 1.5:
+        since = np.zeros(count)
+        passes = list[str]()
+        for call in range(steps):
+            since += wanted[:, call]
+            runs = (since > threshold) | (call == 0)
+            since[runs] = 0
+            passes.append("full" if runs.all() else "blocks-" + "".join(map(str, runs.astype(int))))
+        assert block_plan(manifest, "ddim", changes, float(threshold)).passes == tuple(passes)
 
 
 def test_a_schedule_by_threshold(bundle: Bundle, tmp_path: Path, command: Callable[..., Said]) -> None:
