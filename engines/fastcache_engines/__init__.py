@@ -5,7 +5,16 @@ What is here is all that a user of engines needs; a backend's own module is foun
 
 from __future__ import annotations
 
-from fastcache_engines.dtypes import DTYPES, INT8_TOLERANCE, TOLERANCE, Device, DType, dtype_of, torch_dtype
+from fastcache_engines.dtypes import (
+    DTYPES,
+    INT8_GRAPH_TOLERANCE,
+    INT8_TOLERANCE,
+    TOLERANCE,
+    Device,
+    DType,
+    dtype_of,
+    torch_dtype,
+)
 from fastcache_engines.machine import BackendUnavailable, device_here, fast_bf16, int8_weight_bits
 from fastcache_engines.protocol import (
     Backend,
@@ -33,6 +42,7 @@ from fastcache_engines.tensors import TensorSpec, check_tensors
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "INT8_GRAPH_TOLERANCE",
     "INT8_TOLERANCE",
     "REFERENCE",
     "TOLERANCE",

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fastcache_engines
 from fastcache.bundle.bundle import REFERENCE
 from fastcache.bundle.manifest import BlockEntry, EngineEntry, Parity, PassEntry
 from fastcache.bundle.patterns import Passes
@@ -128,6 +129,20 @@ def measure_parity(
     measured_on = backend.CAPABILITIES.name
     known = (_only_known(*pair) for pair in pairs)
     return parity_of(measured_on, options.dtype, (of_full, expected), known, tolerance)
+
+
+def graph_error(backend: Backend, graph: Path, known: Tensors, options: LoadOptions) -> float:
+    """How far an ONNX engine's noise prediction is from what ONNX Runtime makes of its graph, node by node.
+
+    `known` are the inputs, and outputs by whose shapes room is made. An engine in 8 bits may be far off where a
+    processor, or what a backend fuses, rounds otherwise than the graph says.
+    """
+    engine, tensors = backend.load(graph, options), dict[str, Tensor]()
+    place(tensors, {spec.name: spec for spec in (*engine.inputs, *engine.outputs)}, known, options.device)
+    engine.bind(tensors).run()
+    inputs = {spec.name: known[spec.name] for spec in engine.inputs}
+    exact = fastcache_engines.backend(fastcache_engines.REFERENCE).evaluate(graph, inputs)
+    return relative_error(tensors["noise_pred"], exact["noise_pred"])
 
 
 def _only_known(found: Tensors, wanted: Tensors) -> Pair:

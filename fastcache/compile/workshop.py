@@ -32,7 +32,7 @@ from fastcache.bundle.manifest import (
     Role,
     WorkEntry,
 )
-from fastcache.bundle.parity import measure_parity, trials
+from fastcache.bundle.parity import graph_error, measure_parity, trials
 from fastcache.bundle.patterns import Passes, chain_pass
 from fastcache.compile import calibrate, chain, components, describe, export, graph_passes, lower, passes, quantize
 from fastcache.compile.builder import Job, Progress
@@ -43,7 +43,15 @@ from fastcache.cut.partition import partition_branches
 from fastcache.cut.pieces import feature, partition_blocks
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
-from fastcache_engines import INT8_TOLERANCE, BuildOptions, Device, DType, LoadOptions, int8_weight_bits
+from fastcache_engines import (
+    INT8_GRAPH_TOLERANCE,
+    INT8_TOLERANCE,
+    BuildOptions,
+    Device,
+    DType,
+    LoadOptions,
+    int8_weight_bits,
+)
 
 _LARGEST_FP16 = 65504.0
 LEAST_VAE_PSNR_DB = 50.0  # of a decoder in bfloat16 to float32; half a step of 8 bits is 58.9 dB on average
@@ -275,6 +283,7 @@ class Workshop:
         if checked and self.runs_here:
             self.say(f"checking the {self.recipe.backend} engines against the model")
             self._measure(self.backend, LoadOptions(self.device, dtype))
+            self._check_own_graphs(LoadOptions(self.device, dtype))
 
     def _quantize(self, graphs: Mapping[Role, Path], inputs: export.Inputs, stem: str) -> tuple[int, int]:
         """Put 8-bit graphs in the place of those in float32, which are checked first. Returns bytes as `_export`.
@@ -366,6 +375,17 @@ class Workshop:
             self.say("checking the graphs on ONNX Runtime against the model, for these engines do not run here")
             _release(parts)
             self._measure(fastcache_engines.backend(fastcache_engines.REFERENCE), LoadOptions("cpu", self.dtype))
+
+    def _check_own_graphs(self, options: LoadOptions) -> None:
+        """Refuse 8-bit engines that are not what their graphs say; the model is too far off to show that."""
+        for role in () if self.quantized is None else self.quantized.engines:
+            known, graph = load_file(self.folder / REFERENCE), self.folder / self.engines[role].file
+            error = graph_error(self.backend, graph, known, options)
+            if not error <= INT8_GRAPH_TOLERANCE:
+                raise OutOfTolerance(
+                    f"expected the {role} engine within {INT8_GRAPH_TOLERANCE:g} of its own graph, got {error:.2g}: "
+                    f"{self.recipe.backend} rounds 8 bits otherwise on this processor; leave --quantize out"
+                )
 
     def _measure(self, backend: fastcache_engines.Backend, options: LoadOptions) -> None:
         tried = trials(self.engines, Passes(self.passes, self.engines, self.chain, self.blocks), self.blocks)

@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file
 
 import fastcache
 import fastcache_engines
 from build_store import BuildStore
 from fastcache import Bundle
+from fastcache.bundle.bundle import REFERENCE
+from fastcache.bundle.parity import graph_error
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile import quantize
 from fastcache.compile.builder import resolve
@@ -25,7 +28,7 @@ from fastcache.compile.quantize import AIM_DB, MOST_KEPT, Group
 from fastcache.errors import BackendUnavailable
 from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
-from fastcache_engines import INT8_TOLERANCE
+from fastcache_engines import INT8_TOLERANCE, LoadOptions
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.floats(0, 1)), min_size=1, max_size=30))
@@ -90,6 +93,19 @@ def test_an_8_bit_bundle_draws_nearly_what_the_float_one_draws(bundle: Bundle, t
         ).images
 
     assert 20 < psnr_db(draw(bundle), draw(tiny_bundle)) < 100
+
+
+@pytest.mark.slow
+def test_an_8_bit_engine_is_held_against_its_own_graph(
+    bundle: Bundle, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, graph = load_file(bundle.file(REFERENCE)), bundle.engine_path("full")
+    backend = fastcache_engines.backend(bundle.manifest.backend)
+    assert graph_error(backend, graph, known, LoadOptions()) < 1e-3
+    load = backend.load
+    other = tiny_bundle.engine_path("full")
+    monkeypatch.setattr(backend, "load", lambda path, options: load(other, options))  # as of one that does not round
+    assert graph_error(backend, graph, known, LoadOptions()) > 1e-3
 
 
 @pytest.mark.slow
