@@ -263,5 +263,10 @@ class Manifest(_Value):
 
     def digest(self) -> str:
         """The hash over everything in the manifest but itself: the bundle's identity."""
-        content = self.to_json() | {"bundle_sha256": ""}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return digest_of(self.to_json())
+
+
+def digest_of(document: dict[str, Any]) -> str:
+    """The same of a manifest as a file has it, which need not have every field that there is by now."""
+    content = document | {"bundle_sha256": ""}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

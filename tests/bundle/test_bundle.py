@@ -18,7 +18,7 @@ import torch
 import fastcache
 from fastcache import Bundle, BundleError
 from fastcache.bundle.bundle import MANIFEST, check_files, open_bundle, publish, read_manifest, seal
-from fastcache.bundle.manifest import Manifest
+from fastcache.bundle.manifest import digest_of
 from fastcache.bundle.parity import relative_error
 from fastcache.files import write_whole
 from fastcache.health.facts import engine_facts
@@ -177,11 +177,23 @@ def test_a_huge_manifest_is_not_read(bundle_copy: Path) -> None:
     assert f"got {2**40}" in refused(bundle_copy)
 
 
+def test_a_manifest_may_lack_a_field_that_is_newer(bundle_copy: Path, tiny_bundle: Bundle) -> None:
+    """A field that says nothing where it is missing makes no bundle of before another version's."""
+    document = json.loads((bundle_copy / MANIFEST).read_text())
+    assert document["recipe"].pop("preview_vae") is None
+    assert document.pop("vae_tile") is None
+    document["bundle_sha256"] = digest_of(document)
+    assert document["bundle_sha256"] != tiny_bundle.manifest.bundle_sha256
+    (bundle_copy / MANIFEST).write_text(json.dumps(document))
+    assert open_bundle(bundle_copy).manifest.bundle_sha256 == document["bundle_sha256"]
+    edit_manifest(bundle_copy, lambda m: m.update(height="32"))
+    assert "was changed after the build" in refused(bundle_copy)
+
+
 def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Edit a manifest and give it the hash that goes with it, as whoever forges a bundle would."""
     edit_manifest(folder, change)
-    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    edit_manifest(folder, lambda m: m.update(bundle_sha256=manifest.digest()))
+    edit_manifest(folder, lambda m: m.update(bundle_sha256=digest_of(m)))
 
 
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
