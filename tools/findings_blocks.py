@@ -36,7 +36,14 @@ from fastcache.cut.names import FULL, pattern_of
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate import judges
 from fastcache.evaluate.quality import mean_of, psnr_db_each
-from fastcache.planning.blocks import block_plan, block_times, channel_fit, measured_changes, with_scale_shift
+from fastcache.planning.blocks import (
+    block_plan,
+    block_times,
+    changes_of_rows,
+    channel_fit,
+    measured_changes,
+    with_scale_shift,
+)
 from fastcache.planning.calibration import Array
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan
@@ -116,6 +123,36 @@ def frontier_command(work: Work = WORK, results: Results = RESULTS) -> None:
         made[f"blocks-{budget}"] = budget_plan(fitting, replace(times, shallow_ms={}), budget, say, blocks=True)
         made[f"both-{budget}"] = budget_plan(fitting, times, budget, say, blocks=True)
     write_plans(results / f"{name}.json", made)
+
+
+def changes_command(prompts: int = 16, work: Work = WORK, results: Results = RESULTS) -> None:
+    """Whether blocks change smoothly, and alike over prompts and seeds, over 50 steps in full; writes changes.json."""
+    pipe = pipeline(work, "blocks")
+    texts = judges.held_out_prompts(prompts) * 2
+    table = table_of(pipe, SAMPLER, 50)
+    walks = Walks(pipe, texts, range(FIRST_SEED, FIRST_SEED + len(texts)), table=table, guidance_scale=GUIDANCE)
+    rows = changes_of_rows(walks, pipe.bundle.manifest.blocks)[:, 1:]
+    each = rows.reshape(*rows.shape[:2], len(texts), -1).mean(3)  # (blocks, calls, pictures)
+    mean = each.mean(2)
+    correlations = [np.corrcoef(each[block].T, mean[block])[-1, :-1] for block in range(len(each))]
+    apart = np.abs(each[..., :prompts, None] - each[..., None, prompts:]).mean(1) / each.mean((1, 2))[:, None, None]
+    same = np.eye(prompts, dtype=bool)
+    found = {
+        "pictures": len(texts),
+        "correlation_with_mean_curve": {"median": float(np.median(correlations)), "least": float(np.min(correlations))},
+        "variation_over_pictures": float(np.median(each.std(2) / mean)),
+        "difference_of_curves": {
+            "other seed": float(apart[:, same].mean()),
+            "other prompt and seed": float(apart[:, ~same].mean()),
+        },
+        "correlation_with_next_call": float(np.median([np.corrcoef(one[:-1], one[1:])[0, 1] for one in mean])),
+        "change_of_change": float(np.median(np.abs(np.diff(mean, axis=1)) / mean[:, 1:])),
+        "sum_over_run": dict(
+            zip([b.place for b in pipe.bundle.manifest.blocks], mean.sum(1).round(3).tolist(), strict=True)
+        ),
+    }
+    say(json.dumps(found, indent=1))
+    (results / "changes.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def feature_command(images: int = 32, work: Work = WORK, results: Results = RESULTS) -> None:

@@ -32,28 +32,36 @@ _ROUNDS = 12
 
 
 def measured_changes(walks: Walks, blocks: Sequence[BlockEntry]) -> Array:
+    """How much each block's residual changes from call to call of a run in full, as the mean over rows.
+
+    Shapes: (blocks, calls); the first call's are 0.
+    """
+    return changes_of_rows(walks, blocks).mean(2)
+
+
+def changes_of_rows(walks: Walks, blocks: Sequence[BlockEntry]) -> Array:
     """How much each block's residual changes from call to call of a run in full, relative to itself.
 
-    Shapes: (blocks, calls); the first call's are 0. Units: L1 norms, the mean over rows.
+    Shapes: (blocks, calls, rows), a picture's rows together; the first call's are 0. Units: L1 norms.
     Source: Block Caching, arXiv 2312.03209, equation 4 (L1rel).
     """
-    names, changes = [block.residual for block in blocks], list[list[float]]()
+    names, changes = [block.residual for block in blocks], list[list[Tensor]]()
     before: dict[str, Tensor] = {}
 
     def predict(call: int, x: Tensor) -> Tensor:
         nonlocal before
         e, now = walks.predict(FULL, call, x), walks.read(names)
-        changes.append([_change(now[name], before[name]) if before else 0.0 for name in names])
+        changes.append([_change(now[name], before.get(name, now[name])) for name in names])
         before = now
         return e
 
     walks.run(predict)
-    return np.array(changes).T
+    return torch.stack([torch.stack(call) for call in changes]).transpose(0, 1).double().cpu().numpy()
 
 
-def _change(now: Tensor, before: Tensor) -> float:
-    moved, size = ((one).abs().flatten(1).sum(1) for one in (now - before, now))
-    return float((moved / size).mean())
+def _change(now: Tensor, before: Tensor) -> Tensor:
+    moved, size = (one.abs().flatten(1).sum(1) for one in (now - before, now))
+    return moved / size
 
 
 def block_plan(manifest: Manifest, sampler: str, changes: Array, threshold: float) -> CachePlan:
