@@ -24,7 +24,7 @@ import findings_tables as tables
 import numpy as np
 import torch
 import typer
-from findings_blocks import blocks_command, changes_command, feature_command, frontier_command
+from findings_blocks import blocks_command, changes_command, feature_command, frontier_command, loops_command
 from findings_fitted import carry_command, fit_command, time_command
 from findings_setting import (
     BATCH,
@@ -94,7 +94,7 @@ JUDGES = {
 app = typer.Typer(add_completion=False, help=__doc__)
 for command in (
     *(fit_command, carry_command, time_command),
-    *(blocks_command, changes_command, feature_command, frontier_command),
+    *(blocks_command, loops_command, changes_command, feature_command, frontier_command),
 ):
     app.command(command.__name__.removesuffix("_command"))(command)
 

@@ -25,6 +25,7 @@ from findings_setting import (
     Results,
     Work,
     pipeline,
+    read_plans,
     say,
     write_plans,
 )
@@ -35,7 +36,8 @@ from fastcache import CachePlan, FastCachePipeline
 from fastcache.cut.names import FULL, pattern_of
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate import judges
-from fastcache.evaluate.quality import mean_of, psnr_db_each
+from fastcache.evaluate.evaluate import candidates_of, draw_batch
+from fastcache.evaluate.quality import mean_of, psnr_db_each, ratio_of_medians
 from fastcache.planning.blocks import (
     block_plan,
     block_times,
@@ -123,6 +125,23 @@ def frontier_command(work: Work = WORK, results: Results = RESULTS) -> None:
         made[f"blocks-{budget}"] = budget_plan(fitting, replace(times, shallow_ms={}), budget, say, blocks=True)
         made[f"both-{budget}"] = budget_plan(fitting, times, budget, say, blocks=True)
     write_plans(results / f"{name}.json", made)
+
+
+def loops_command(setting: Setting, rounds: int = 8, work: Work = WORK, results: Results = RESULTS) -> None:
+    """What plans of blocks take of the uncached run's time, one picture after the other in turns; SETTING-loops.json.
+
+    For a machine with nothing else to do.
+    """
+    own = (BLOCKS | FRONTIER)[setting]
+    pipe, plans = pipeline(work, own.engines), read_plans(results / f"{setting}.json")
+    arms = candidates_of(pipe, plans, own.sampler, own.steps)
+    taken = [[one.loop_ms for one in draw_batch(pipe, arms, ["a"], [0], GUIDANCE, first=k)] for k in range(rounds + 2)]
+    times = np.array(taken[2:]).T  # the first two warm up
+    shares = {arm.name: vars(ratio_of_medians(row, times[0])) for arm, row in zip(arms, times, strict=True)}
+    say(json.dumps(shares, indent=1))
+    (results / f"{setting}-loops.json").write_text(
+        json.dumps({"rounds": rounds, "by_uncached": shares}, indent=1) + "\n"
+    )
 
 
 def changes_command(prompts: int = 16, work: Work = WORK, results: Results = RESULTS) -> None:

@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
 _MOST: Final = 400  # full steps a picture that a plan may take: reference, search, changes and the fit
 _LEAST_TRIES: Final = 10  # changes of a plan
-_STARTS: Final = 5
+_STARTS: Final = 7
 _FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
 
@@ -174,18 +174,21 @@ class Fitting:
         return self._without_changes(costs, scope) + self._searched_on * tries
 
     def _without_changes(self, costs: Mapping[str, float], scope: Scope) -> float:
-        searched = self._searched_on * most_steps(self.table.num_calls, costs, scope.width)
-        return len(self.prompts) * (self.table.num_calls + sum(scope.budgets)) + searched
+        searched = sum(most_steps(self.table.num_calls, own, scope.width) for own in _searches(costs))
+        return len(self.prompts) * (self.table.num_calls + sum(scope.budgets)) + self._searched_on * searched
 
     def _tries(self, costs: Mapping[str, float], scope: Scope, budget: float) -> int:
         """How many changes of a plan there is room for."""
         left = _MOST * len(self.prompts) - self._without_changes(costs, scope) / len(scope.budgets)
         return max(_LEAST_TRIES, int(left / (self._searched_on * budget)) - _STARTS)
 
-    def routes(self, costs: Mapping[str, float], scope: Scope) -> list[Route]:
-        """Routes for the budgets of a scope, and cheaper ones, by what is near the reference on the way."""
+    def routes(self, costs: Mapping[str, float], scope: Scope) -> list[list[Route]]:
+        """Routes for the budgets of a scope, and cheaper ones, by what is near the reference on the way.
+
+        Those of every pass, and those of FULL ones alone: the more time there is, the oftener these end nearer.
+        """
         walks, states = self._searching
-        return find_routes(walks.predict, states, self._grid, costs, scope, self._say)
+        return [find_routes(walks.predict, states, self._grid, own, scope, self._say) for own in _searches(costs)]
 
     @cached_property
     def _searching(self) -> tuple[Walks, list[Tensor]]:
@@ -199,7 +202,7 @@ class Fitting:
 
     def best(
         self,
-        routes: Sequence[Route],
+        routes: Sequence[Sequence[Route]],
         costs: Mapping[str, float],
         scope: Scope,
         budget: float,
@@ -210,8 +213,8 @@ class Fitting:
         On the way up its steps may also run `patterns`, at these costs.
         """
         calls, tries = self.table.num_calls, self._tries(costs, scope, budget)
-        within = [route for route in routes if route.full_steps <= budget + 1e-9][-2:]
-        starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
+        within = [[route for route in found if route.full_steps <= budget + 1e-9][-2:] for found in routes]
+        starts = [tuple(zip(route.points, route.passes, strict=True)) for found in within for route in found]
         starts += families(calls, costs, budget)
         self._say(f"choosing among {len(starts)} plans and {tries} changes of the best for {budget:g} full steps")
         costs = {**costs, **patterns}
@@ -236,6 +239,11 @@ class Fitting:
             points,
         )
         return _psnr(fitted.result, states[-1])
+
+
+def _searches(costs: Mapping[str, float]) -> list[Mapping[str, float]]:
+    """What each of two searches may run, and its cost; one search where there is no pass but FULL."""
+    return [costs, {FULL: costs[FULL]}][: len(costs)]
 
 
 def _psnr(pictures: Tensor, wanted: Tensor) -> float:
