@@ -207,14 +207,29 @@ def export_chain(
     Raises: as `export`.
     """
     model, _ = export(whole, translations, free)
+    source = _sources(model.graph)
+    taken = {residual: [source.get(name, name) for name in takes] for residual, takes in conditions.items()}
     found = list[tuple[ir.Model, Specs]]()
     for part in parts:
         there = [name for name in part.inputs if name != RUNS and kept_name(name) is None]
-        graph = ir.convenience.extract(model.graph, there, [*part.outputs])
+        own = {source.get(name, name): name for name in there}
+        graph = ir.convenience.extract(model.graph, [*own], [*part.outputs])
         if RUNS in part.inputs:
-            with_conditions(graph, conditions)
+            with_conditions(graph, taken)
+        for value in graph.inputs:
+            value.name = own.get(value.name or "", value.name)
         inputs, outputs = (tuple(_onnx_spec(part, free, one) for one in own) for own in (graph.inputs, graph.outputs))
         found.append((ir.Model(graph, ir_version=model.ir_version), (inputs, outputs)))
+    return found
+
+
+def _sources(graph: ir.Graph) -> dict[str, str]:
+    """Outputs that are another value of the graph under a second name, and that value's: what follows takes it."""
+    found = dict[str, str]()
+    for value in graph.outputs:
+        node = value.producer()
+        while node is not None and node.op_type == "Identity" and (same := node.inputs[0]) is not None:
+            found[value.name or ""], node = same.name or "", same.producer()
     return found
 
 

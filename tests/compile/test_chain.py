@@ -156,6 +156,23 @@ def test_the_bundle_says_what_its_passes_run(bundle: Bundle) -> None:
     assert verify_bundle(bundle.path).problems == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chained", [False, True])
+def test_resnets_may_be_left_out_too(
+    chained: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a resnet takes is a skip connection under another name. The build checks patterns against the model."""
+    own = fastcache_engines.backend("onnxruntime")
+    monkeypatch.setattr(own, "CAPABILITIES", replace(own.CAPABILITIES, conditions=not chained))
+    fields = {"model": str(tiny_model), "backend": "onnxruntime", "dtype": "fp32", "components": ("unet",)}
+    worker.build(resolve(recipe_from(fields | {"blocks": "transformer,resnet"})), tmp_path, lambda line: None)
+    manifest = open_bundle(tmp_path).manifest
+    kinds = [block.place.rpartition(".")[2] for block in manifest.blocks]
+    assert {*kinds} == {"attention", "resnet"}
+    assert bool(manifest.chain) is chained
+    assert verify_bundle(tmp_path).problems == []
+
+
 def test_plans_of_other_blocks_are_refused(pipe: FastCachePipeline, plan: CachePlan, tiny_bundle: Bundle) -> None:
     with pytest.raises(ValueError, match=r"expected a plan of the passes full, shallow-0, shallow-2.*blocks-10101"):
         drawn(pipe, CachePlan(("full",) * 6 + ("blocks-10101",)))
