@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
 _MOST: Final = 400  # full steps a picture that a plan may take: reference, search, changes and the fit
 _LEAST_TRIES: Final = 10  # changes of a plan
-_STARTS: Final = 7
+_STARTS: Final = 7  # of all searches
 _FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
 
@@ -117,6 +117,10 @@ class Fitting:
 
         Raises: `ValueError` for a plan whose steps are not as many.
         """
+        return self._fit(plan, points, full_steps)[0]
+
+    def _fit(self, plan: CachePlan, points: Sequence[int], full_steps: float | None) -> tuple[CachePlan, float]:
+        """As `fit`, and how near the latents of all pictures end, in dB."""
         if plan.num_steps != len(points):
             raise ValueError(f"expected a plan of {len(points)} steps, one a point, got one of {plan.num_steps}")
         walks, states = self._all
@@ -137,7 +141,8 @@ class Fitting:
         psnr_db = _psnr(self._seen(left_out), self._wanted) if len(left_out) else None
         if fitted.defaults:
             self._say(f"{fitted.defaults} of {len(points)} rows stay as they were: left-out pictures gain nothing")
-        return self._with_rows(plan, points, fitted.rows, images=fit_on, psnr_db=psnr_db, full_steps=full_steps)
+        made = self._with_rows(plan, points, fitted.rows, images=fit_on, psnr_db=psnr_db, full_steps=full_steps)
+        return made, _psnr(fitted.result, states[-1])
 
     def skipping(self, calls: int, how: str) -> CachePlan:
         """A run of all the reference's steps, so many of them with a call, evenly, and the noise foretold at others.
@@ -175,7 +180,8 @@ class Fitting:
 
     def _without_changes(self, costs: Mapping[str, float], scope: Scope) -> float:
         searched = sum(most_steps(self.table.num_calls, own, scope.width) for own in _searches(costs))
-        return len(self.prompts) * (self.table.num_calls + sum(scope.budgets)) + self._searched_on * searched
+        fitted = len(_searches(costs)) * sum(scope.budgets)
+        return len(self.prompts) * (self.table.num_calls + fitted) + self._searched_on * searched
 
     def _tries(self, costs: Mapping[str, float], scope: Scope, budget: float) -> int:
         """How many changes of a plan there is room for."""
@@ -208,23 +214,39 @@ class Fitting:
         budget: float,
         patterns: Mapping[str, float],
     ) -> CachePlan:
-        """The nearest plan within a budget: of these routes and of even ones the best, climbed from, and fitted.
+        """The nearest plan within a budget, of what each search found: of its routes and of even ones the best, climbed
+        from, and fitted.
 
         On the way up its steps may also run `patterns`, at these costs.
         """
-        calls, tries = self.table.num_calls, self._tries(costs, scope, budget)
-        within = [[route for route in found if route.full_steps <= budget + 1e-9][-2:] for found in routes]
-        starts = [tuple(zip(route.points, route.passes, strict=True)) for found in within for route in found]
-        starts += families(calls, costs, budget)
-        self._say(f"choosing among {len(starts)} plans and {tries} changes of the best for {budget:g} full steps")
-        costs = {**costs, **patterns}
-        stops, score = climb(starts, calls, costs, budget, self._score, tries // 2)
-        forecast = max(_FORECASTS, key=lambda one: score if one is None else self._score(stops, one))
+        tries, found = self._tries(costs, scope, budget), list[tuple[CachePlan, float]]()
+        alone = tries // 4 if len(routes) > 1 else 0  # where only points can change, less is to be found
+        for own, searched, most in zip(_searches(costs), routes, (tries - alone, alone), strict=False):
+            within = [route for route in searched if route.full_steps <= budget + 1e-9][-2:]
+            starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
+            found.append(self._climbed(starts, own, {**own, **patterns}, budget, most))
+        return max(found, key=lambda one: one[1])[0]
+
+    def _climbed(
+        self,
+        starts: Sequence[Stops],
+        searched: Mapping[str, float],
+        costs: Mapping[str, float],
+        budget: float,
+        tries: int,
+    ) -> tuple[CachePlan, float]:
+        """The best of these starts and even ones, changed for so many tries and fitted, and how near it ends, in dB."""
+        calls = self.table.num_calls
+        every = [*starts, *families(calls, searched, budget)]
+        self._say(f"choosing among {len(every)} plans and {tries} changes of the best for {budget:g} full steps")
+        stops, score = climb(every, calls, costs, budget, self._score, tries // 2)
+        reuses = any(name != FULL for _, name in stops)
+        forecast = max(_FORECASTS, key=lambda one: self._score(stops, one) if one else score) if reuses else None
         stops, _ = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)
         points, passes = zip(*stops, strict=True)
         self._say(f"fitting {len(points)} steps, {passes.count(FULL)} of them in full")
         plan = CachePlan(passes, made_by=f"budget({budget:g})", forecast=forecast)
-        return self.fit(plan, points, cost_of(stops, costs))
+        return self._fit(plan, points, cost_of(stops, costs))
 
     def _score(self, stops: Stops, forecast: Forecast | None = None) -> float:
         """How near the latents of a fitted run end, in dB."""
