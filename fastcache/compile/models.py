@@ -198,7 +198,7 @@ def find_model(
     own_vae, small_vae = (None if folder is None else Path(folder) for folder in (vae, preview_vae))
     for folder, part in (own_vae, []), (small_vae, ["preview"]):
         if folder is not None:
-            _vae_class(folder)
+            _vae_class(folder, "preview_vae" if part else "vae")
             identity.append([*part, *(sha256_of(file) for file in (folder / "config.json", *weight_files(folder)))])
     components = found.components if own_vae is None else tuple(dict.fromkeys((*found.components, "vae")))
     return replace(
@@ -212,13 +212,15 @@ def find_model(
     )
 
 
-def _vae_class(folder: Path) -> type[VAE]:
-    """The class of the VAE in a folder. Raises: `ValueError` for a folder of anything else."""
+def _vae_class(folder: Path, field: str = "vae") -> type[VAE]:
+    """The class of the VAE in a folder that a recipe's field names. Raises: `ValueError` for anything else."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"expected a VAE's folder (with config.json), got {str(folder)!r}; give the one that has it")
+        raise ValueError(
+            f"expected {field} to be a VAE's folder (with config.json), got {str(folder)!r}; give the one that has it"
+        )
     name = read_json(folder / "config.json").get("_class_name")
     if name not in _VAES:
-        raise ValueError(f"expected {' or '.join(_VAES)} in {str(folder)!r}, got {name}; give another VAE")
+        raise ValueError(f"expected {' or '.join(_VAES)} as {field} in {str(folder)!r}, got {name}; give another VAE")
     return _VAES[name]
 
 

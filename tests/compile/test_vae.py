@@ -67,13 +67,15 @@ def test_another_vae_is_another_model(tiny_model: Path, tiny_vae: Path, tmp_path
     assert own.weights_sha256 != other.weights_sha256
     assert isinstance(own.load_vae(), AutoencoderKL)
     assert isinstance(other.load_vae(), AutoencoderTiny)
-    with pytest.raises(ValueError, match=r"expected a VAE's folder \(with config.json\)"):
+    with pytest.raises(ValueError, match=r"expected vae to be a VAE's folder \(with config.json\)"):
         find_model(str(tiny_model), vae=str(tmp_path))
     beside = find_model(str(tiny_model), preview_vae=str(tiny_vae))
     assert isinstance(beside.load_vae(), AutoencoderKL)
     assert isinstance(beside.load_preview_vae(), AutoencoderTiny)
     assert len({own.weights_sha256, other.weights_sha256, beside.weights_sha256}) == 3
-    with pytest.raises(ValueError, match=r"expected AutoencoderKL or AutoencoderTiny in .*, got UNet2DConditionModel"):
+    with pytest.raises(
+        ValueError, match=r"expected AutoencoderKL or AutoencoderTiny as vae in .*, got UNet2DConditionModel"
+    ):
         find_model(str(tiny_model), vae=str(tiny_model / "unet"))
 
 
