@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from fastcache.bundle.manifest import Manifest
 from fastcache.bundle.patterns import chain_pass
-from fastcache.cut.chain import RUNS, kept
+from fastcache.cut.chain import RUNS, kept, kept_name
 from fastcache_engines import TensorSpec
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "int64", "int32", "bool"})
@@ -83,18 +83,20 @@ def _wrong_blocks(manifest: Manifest) -> Iterator[str]:
     if chain and (len(known) < len(chain) or chain_pass(manifest.engines, known, ()) != full.engines):
         yield "expected a chain of the engines that the full pass runs, got another"
     given = {spec.name: spec for role in known for spec in manifest.engines[role].outputs}
-    taken = {spec.name: spec for role in known for spec in manifest.engines[role].inputs}
     residuals = [given[block.residual] for block in blocks if block.residual in given]
     fit = [one.shape[1:2] for one in residuals] == [(block.channels,) for block in blocks]
     if len({one.name for one in residuals}) < len(blocks) or not fit:
         yield f"expected a full pass that gives the residuals of its {len(blocks)} blocks, got one without"
-    runs = taken[RUNS].shape[1:] if RUNS in taken else ()
-    kept_fit = all(replace(one, name=kept(one.name)) == taken.get(kept(one.name)) for one in residuals)
-    if not chain and blocks and not (kept_fit and runs == (len(blocks),) and full.runs == (True,) * len(blocks)):
-        yield f"expected a full pass with a condition for each of its {len(blocks)} blocks, got one without"
-    wrong = [name for name, one in manifest.named_passes.items() if one.runs and (chain or name != "full")]
-    if wrong or (full.runs and not blocks):
-        yield f"expected conditions for blocks in the full pass alone, got them in {', '.join(wrong) or 'one without'}"
+    conditional = len(blocks) if not chain else 0
+    if full.runs != (True,) * conditional or any(one.runs for one in manifest.named_passes.values() if one is not full):
+        yield f"expected a full pass with a condition for each of {conditional} blocks, and no other, got another"
+    kept_residuals = {replace(one, name=kept(one.name)) for one in residuals if conditional}
+    for role, engine in manifest.engines.items():
+        wanted = kept_residuals if role in full.engines else set[TensorSpec]()
+        taken = {spec for spec in engine.inputs if kept_name(spec.name) is not None}
+        runs = [spec.shape[1:] for spec in engine.inputs if spec.name == RUNS]
+        if taken != wanted or runs != [(conditional,)] * bool(wanted):
+            yield f"expected conditions for {len(wanted)} blocks in the {role} engine, got others"
 
 
 def _wrong_sizes(manifest: Manifest) -> Iterator[str]:

@@ -73,26 +73,28 @@ def parity_of(
 
 @dataclass(frozen=True)
 class Trial:
-    """A pass to try on the reference: its engines' files, in turn, and whether the residuals it reuses are adjusted."""
+    """A pass to try on the reference, its engines' files, in turn, and whether the residuals it reuses are adjusted.
+
+    Where they are, an engine that computes them anew is found out, for what comes before them is not what it was.
+    """
 
     files: tuple[str, ...]
-    own: PassEntry
+    entry: PassEntry
     adjusted: bool = False
 
 
 def trials(engines: Mapping[str, EngineEntry], passes: Passes, blocks: Sequence[BlockEntry]) -> list[Trial]:
     """What shows that engines compute what the model does: the full pass, and each other one.
 
-    Of patterns of blocks these are every second block, each half once, and none with a scale and a shift.
+    Of patterns of blocks these are every second block, each half once, and none, with a scale and a shift.
     """
     of_blocks = [pattern_pass([k % 2 != rest for k in range(len(blocks))]) for rest in (0, 1)] if blocks else []
-    tried = [(name, False) for name in dict.fromkeys([*passes, *of_blocks])]
-    if blocks:
-        tried.append((pattern_pass([False] * len(blocks)), True))
-    return [
-        Trial(tuple(engines[role].file for role in passes[name].engines), passes[name], adjusted)
-        for name, adjusted in tried
-    ]
+
+    def trial(name: str, adjusted: bool = False) -> Trial:
+        return Trial(tuple(engines[role].file for role in passes[name].engines), passes[name], adjusted)
+
+    plain = [trial(name) for name in dict.fromkeys([*passes, *of_blocks])]
+    return [*plain, trial(pattern_pass([False] * len(blocks)), adjusted=True)] if blocks else plain
 
 
 def measure_parity(
@@ -116,8 +118,8 @@ def measure_parity(
         if ADJUSTMENT in specs and not trial.adjusted:
             tensors[ADJUSTMENT].copy_(neutral(*tensors[ADJUSTMENT].shape[::2]))
         if RUNS in specs:
-            tensors[RUNS].copy_(torch.tensor(trial.own.runs))
-        made = [spec.name for engine in engines for spec in engine.outputs if spec.name not in trial.own.takes]
+            tensors[RUNS].copy_(torch.tensor(trial.entry.runs))
+        made = [spec.name for engine in engines for spec in engine.outputs if spec.name not in trial.entry.takes]
         for name in made:
             tensors[name].fill_(torch.nan)
         for engine in engines:
@@ -125,7 +127,7 @@ def measure_parity(
         return {name: tensors[name].clone() for name in made if name in expected}
 
     of_full |= run(tried[0])
-    pairs = ((run(trial), adjusted) if trial.adjusted else (run(trial), of_full) for trial in tried[1:])
+    pairs = ((run(trial), adjusted if trial.adjusted else of_full) for trial in tried[1:])
     measured_on = backend.CAPABILITIES.name
     known = (_only_known(*pair) for pair in pairs)
     return parity_of(measured_on, options.dtype, (of_full, expected), known, tolerance)

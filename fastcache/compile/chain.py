@@ -150,13 +150,13 @@ def merged(parts: Sequence[Exportable], unet: BlockUNet, branches: Sequence[int]
     full = whole(parts, FULL, outputs)
     examples = {name: x for part in parts for name, x in part.inputs.items()}
     residuals = [name for block in unet.blocks for name in block.gives]
-    conditions = {RUNS: torch.ones(len(full.inputs["sample"]), len(residuals))}
-    conditions |= {kept(name): examples[name] for name in residuals}
+    further = {RUNS: torch.ones(len(full.inputs["sample"]), len(residuals))}
+    further |= {kept(name): examples[name] for name in residuals}
     strides = full.strides | {kept(name): full.strides[name] for name in residuals}
     links = [(part, [*part.inputs], part.outputs) for part in parts]
     cuts = zip(branches, unet.features, strict=True)
     return (
-        replace(full, inputs=full.inputs | conditions, strides=strides),
+        replace(full, inputs=full.inputs | further, strides=strides),
         *(whole(run_order(links, [given]), shallow_pass(branch), outputs) for branch, given in cuts),
     )
 

@@ -14,8 +14,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fastcache.cut.chain import RUNS, kept
 
 
-def with_conditions(graph: ir.Graph, blocks: Mapping[str, Sequence[str]]) -> None:
+def add_conditions(model: ir.Model, blocks: Mapping[str, Sequence[str]]) -> None:
     """Put the blocks of a graph, each by its residual and what it takes, in an `If` of their own."""
+    graph = model.graph
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     bodies = {name: ir.convenience.extract(graph, [*takes], [name]) for name, takes in blocks.items()}
     rows = (values["sample"].shape or ir.Shape([None]))[0]
@@ -41,7 +42,7 @@ def with_conditions(graph: ir.Graph, blocks: Mapping[str, Sequence[str]]) -> Non
         residual.name = f"{name}/computed"  # by nodes that nobody needs any more
         own.name = name
         ir.convenience.replace_all_uses_with(residual, own, replace_graph_outputs=True)
-    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    RemoveUnusedNodesPass()(model)
 
 
 def _computed(body: ir.Graph, graph: ir.Graph, outer: Mapping[str, ir.Value], name: str) -> ir.Graph:

@@ -1,4 +1,4 @@
-"""A model and a recipe -> what the loop around the engines must know of them: sizes, tokens, conditioning.
+"""A model, a recipe and engines -> what the loop around these must know: sizes, tokens, conditioning, passes.
 
 Knows configurations; nothing is loaded or exported here but the tokenizer.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import ValidationError
 from torch import nn
 
-from fastcache.bundle.manifest import BlockEntry, Defaults, ModelInfo, WorkEntry
+from fastcache.bundle.manifest import BlockEntry, Defaults, EngineEntry, ModelInfo, PassEntry, Role, WorkEntry
+from fastcache.bundle.patterns import chain_pass
 from fastcache.bundle.recipe import Profile, Recipe, Size
 from fastcache.compile.export import Free, Inputs
 from fastcache.compile.models import DEFAULTS, SourceModel
 from fastcache.compile.passes import call_unet
 from fastcache.compile.presets import PRESETS
 from fastcache.cut.chain import residual
-from fastcache.cut.names import BlockKind
-from fastcache.cut.pieces import BlockUNet, partition_blocks
+from fastcache.cut.names import FULL, BlockKind, branch_of, shallow_pass
+from fastcache.cut.pieces import BlockUNet, feature, partition_blocks
 from fastcache.cut.work import count_blocks, count_work, empty_unet
 from fastcache.expect import first_problem
 from fastcache.files import read_json
@@ -197,3 +199,35 @@ def _tokens(recipe: Recipe, info: ModelInfo) -> Profile | None:
     if most < usual:
         raise ValueError(f"expected max_tokens of {usual} or more for {info.name}, got {most}")
     return Profile(min=usual, opt=usual, max=most)
+
+
+def passes(
+    recipe: Recipe,
+    engines: Mapping[Role, EngineEntry],
+    chain: Sequence[Role],
+    features: Sequence[str],
+    blocks: int,
+    counted: Sequence[WorkEntry],
+) -> dict[str, PassEntry]:
+    """What each pass of a bundle runs, takes and stores, read off its engines.
+
+    A pass runs one engine of its name or, in a chain, all that it needs. `features` are those of a U-Net with blocks,
+    whose engines give more than that.
+    """
+    multiply_adds = {entry.branch_id: entry.layers + entry.attention for entry in counted}
+    cached = features or {spec.name for spec in engines[FULL].outputs} - {"noise_pred"}
+    found = dict[str, PassEntry]()
+    for name in (FULL, *map(shallow_pass, recipe.branches)):
+        branch = branch_of(name)
+        given = [] if branch is None else [feature(branch, recipe.branch_id)]
+        own = chain_pass(engines, chain, given) if chain else (name,)
+        takes = [spec.name for role in own for spec in engines[role].inputs]
+        gives = [spec.name for role in own for spec in engines[role].outputs]
+        found[name] = PassEntry(
+            engines=own,
+            takes=tuple(one for one in dict.fromkeys(takes) if one in cached and one not in gives),
+            stores=tuple(one for one in gives if one in cached),
+            runs=(True,) * blocks if name == FULL and not chain else (),
+            multiply_adds=multiply_adds[branch],
+        )
+    return found

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
-from fastcache.compile.conditions import with_conditions
+from fastcache.compile.conditions import add_conditions
 from fastcache.compile.fold import fold_shapes
 from fastcache.cut.chain import RUNS, kept_name
 from fastcache.errors import BuildError
@@ -212,14 +212,15 @@ def export_chain(
     found = list[tuple[ir.Model, Specs]]()
     for part in parts:
         there = [name for name in part.inputs if name != RUNS and kept_name(name) is None]
-        own = {source.get(name, name): name for name in there}
-        graph = ir.convenience.extract(model.graph, [*own], [*part.outputs])
+        names = {source.get(name, name): name for name in there}  # of two for one tensor the last
+        graph = ir.convenience.extract(model.graph, [*names], [*part.outputs])
+        piece = ir.Model(graph, ir_version=model.ir_version)
         if RUNS in part.inputs:
-            with_conditions(graph, taken)
+            add_conditions(piece, taken)
         for value in graph.inputs:
-            value.name = own.get(value.name or "", value.name)
+            value.name = names.get(value.name or "", value.name)
         inputs, outputs = (tuple(_onnx_spec(part, free, one) for one in own) for own in (graph.inputs, graph.outputs))
-        found.append((ir.Model(graph, ir_version=model.ir_version), (inputs, outputs)))
+        found.append((piece, (inputs, outputs)))
     return found
 
 

@@ -33,14 +33,14 @@ from fastcache.bundle.manifest import (
     WorkEntry,
 )
 from fastcache.bundle.parity import graph_error, measure_parity, trials
-from fastcache.bundle.patterns import Passes, chain_pass
+from fastcache.bundle.patterns import Passes
 from fastcache.compile import calibrate, chain, components, describe, export, graph_passes, lower, passes, quantize
 from fastcache.compile.builder import Job, Progress
 from fastcache.compile.controls import load_controls
 from fastcache.compile.models import TOKENIZERS, VAE, state_bytes
-from fastcache.cut.names import FULL, CutKind, branch_of, shallow_pass
+from fastcache.cut.names import FULL, CutKind
 from fastcache.cut.partition import partition_branches
-from fastcache.cut.pieces import feature, partition_blocks
+from fastcache.cut.pieces import partition_blocks
 from fastcache.errors import BuildError
 from fastcache.files import write_whole
 from fastcache_engines import (
@@ -217,30 +217,8 @@ class Workshop:
 
     @property
     def passes(self) -> dict[str, PassEntry]:
-        """What each pass of the bundle runs, takes and stores, read off its engine."""
-        counted = {entry.branch_id: entry.layers + entry.attention for entry in self.work}
-        cached = self.features or {spec.name for spec in self.engines[FULL].outputs} - {"noise_pred"}
-        found = dict[str, PassEntry]()
-        for name in (FULL, *map(shallow_pass, self.recipe.branches)):
-            engines = self._engines_of(name)
-            taken = [spec.name for role in engines for spec in self.engines[role].inputs]
-            given = [spec.name for role in engines for spec in self.engines[role].outputs]
-            found[name] = PassEntry(
-                engines=engines,
-                takes=tuple(one for one in dict.fromkeys(taken) if one in cached and one not in given),
-                stores=tuple(one for one in given if one in cached),
-                runs=(True,) * len(self.blocks) if name == FULL and not self.chain else (),
-                multiply_adds=counted[branch_of(name)],
-            )
-        return found
-
-    def _engines_of(self, name: str) -> tuple[Role, ...]:
-        """The engines of a full or shallow pass: one of its name or, in a chain, all that it needs."""
-        if not self.chain:
-            return (name,)
-        branch = branch_of(name)
-        given = [] if branch is None else [feature(branch, self.recipe.branch_id)]
-        return chain_pass(self.engines, self.chain, given)
+        """What each pass of the bundle runs, takes and stores."""
+        return describe.passes(self.recipe, self.engines, self.chain, self.features, len(self.blocks), self.work)
 
     def _vae_dtype(self, part: export.Exportable, name: str, latents: Tensor | None) -> DType:
         """float16 where the largest activation leaves it room, bfloat16 where a picture stays near float32's."""

@@ -50,12 +50,12 @@ def compare_layers(folder: Path, manifest: Manifest) -> list[LayerError]:
             f"expected a backend whose layers can be compared ({compared}), got {manifest.backend}"
         )
     known = load_file(folder / REFERENCE)
+    known[RUNS] = torch.ones(len(known["sample"]), len(manifest.blocks))
     errors: list[LayerError] = []
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".layers-") as temporary:
         for role in dict.fromkeys(role for one in manifest.passes.values() for role in one.engines):
             entry = manifest.engines[role]
             graph = _with_every_tensor_out(folder / entry.file, Path(temporary))
-            known[RUNS] = torch.ones(len(known["sample"]), len(manifest.blocks))
             inputs = {spec.name: known[kept_name(spec.name) or spec.name] for spec in entry.inputs}
             expected = plain.evaluate(graph, inputs, LoadOptions())
             known |= {spec.name: expected[spec.name] for spec in entry.outputs}

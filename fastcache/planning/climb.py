@@ -34,7 +34,7 @@ def families(calls: int, costs: Mapping[str, float], budget: float) -> list[Stop
             if cost_of(stops := _even(calls, count, every, cheap), costs) <= budget + 1e-9
         ]
         found += within[-1:]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _even(calls: int, count: int, every: int, cheap: str) -> Stops:

@@ -36,6 +36,7 @@ _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six we
 _MOST: Final = 400  # full steps a picture that a plan may take: reference, search, changes and the fit
 _LEAST_TRIES: Final = 10  # changes of a plan
 _STARTS: Final = 7  # of all searches
+_ALONE: Final = 0.25  # of the changes, to plans of FULL steps alone: where only points change, less is to be found
 _FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
 
@@ -220,11 +221,11 @@ class Fitting:
         On the way up its steps may also run `patterns`, at these costs.
         """
         tries, found = self._tries(costs, scope, budget), list[tuple[CachePlan, float]]()
-        alone = tries // 4 if len(routes) > 1 else 0  # where only points can change, less is to be found
-        for own, searched, most in zip(_searches(costs), routes, (tries - alone, alone), strict=False):
+        for own, searched in zip(_searches(costs), routes, strict=True):
             within = [route for route in searched if route.full_steps <= budget + 1e-9][-2:]
             starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
-            found.append(self._climbed(starts, own, {**own, **patterns}, budget, most))
+            share = 1.0 if len(routes) == 1 else _ALONE if len(own) == 1 else 1 - _ALONE
+            found.append(self._climbed(starts, own, {**own, **patterns}, budget, round(share * tries)))
         return max(found, key=lambda one: one[1])[0]
 
     def _climbed(
@@ -265,7 +266,7 @@ class Fitting:
 
 def _searches(costs: Mapping[str, float]) -> list[Mapping[str, float]]:
     """What each of two searches may run, and its cost; one search where there is no pass but FULL."""
-    return [costs, {FULL: costs[FULL]}][: len(costs)]
+    return [costs] if len(costs) == 1 else [costs, {FULL: costs[FULL]}]
 
 
 def _psnr(pictures: Tensor, wanted: Tensor) -> float:

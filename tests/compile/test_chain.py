@@ -22,6 +22,7 @@ from build_store import BuildStore
 from conftest import Said
 from fastcache import Bundle, BundleError, CachePlan, FastCacheHelper, FastCachePipeline, partition_blocks
 from fastcache.bundle.bundle import MANIFEST, open_bundle, read_manifest
+from fastcache.bundle.parity import measure_parity, trials
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile import worker
 from fastcache.compile.builder import resolve
@@ -34,6 +35,7 @@ from fastcache.planning.blocks import block_plan, measured_changes, pattern_cost
 from fastcache.planning.walks import Walks
 from fastcache.sampler.scheduler import make_scheduler
 from fastcache.sampler.table import compile_sampler
+from fastcache_engines import LoadOptions
 from tiny_model import TEXT_WIDTH, TOKENS
 
 CHAIN = "onnxruntime, a chain"
@@ -173,6 +175,19 @@ def test_resnets_may_be_left_out_too(
     assert verify_bundle(tmp_path).problems == []
 
 
+def test_an_engine_that_runs_what_it_should_reuse_is_found(bundle: Bundle) -> None:
+    """It gives the same as long as what is reused is what it would compute."""
+    manifest, backend = bundle.manifest, fastcache_engines.backend(bundle.manifest.backend)
+    if manifest.chain:
+        pytest.skip("a chain has no conditions: a block that is left out is not called")
+    tried = trials(manifest.engines, manifest.passes, manifest.blocks)
+    assert [one.adjusted for one in tried] == [False] * 5 + [True]
+    assert measure_parity(backend, bundle.path, tried, LoadOptions()).shallow_vs_full < 1e-4
+    heedless = [replace(one, entry=one.entry.model_copy(update={"runs": (True,) * 4})) for one in tried]
+    assert measure_parity(backend, bundle.path, heedless[:-1], LoadOptions()).shallow_vs_full < 1e-4
+    assert measure_parity(backend, bundle.path, heedless, LoadOptions()).shallow_vs_full > 1e-3
+
+
 def test_plans_of_other_blocks_are_refused(pipe: FastCachePipeline, plan: CachePlan, tiny_bundle: Bundle) -> None:
     with pytest.raises(ValueError, match=r"expected a plan of the passes full, shallow-0, shallow-2.*blocks-10101"):
         drawn(pipe, CachePlan(("full",) * 6 + ("blocks-10101",)))
@@ -234,7 +249,10 @@ def test_blocks_that_no_build_wrote_are_refused(bundle: Bundle, tmp_path: Path) 
         every += [{"chain": manifest.chain[::-1]}, {"chain": ()}, running("full", True, True, True, True)]
     else:
         every += [{"chain": ("full",)}, {"blocks": ()}, running("full"), running("shallow-0", True, True, True, True)]
-        engine = manifest.engines["full"]
+        engine, shallow = manifest.engines["full"], manifest.engines["shallow-0"]
+        strange = next(spec for spec in engine.inputs if spec.name.startswith("kept."))
+        more = shallow.model_copy(update={"inputs": (*shallow.inputs, replace(strange, name="kept.nothing"))})
+        every.append({"engines": manifest.engines | {"shallow-0": more}})
         for name in ("runs", "kept.residual_2"):
             without = tuple(spec for spec in engine.inputs if spec.name != name)
             every.append({"engines": manifest.engines | {"full": engine.model_copy(update={"inputs": without})}})

@@ -131,7 +131,7 @@ def test_a_bundle_with_another_vae_draws_what_diffusers_draws(
     assert psnr_db(pipe(**common, generator=generator()).images, wanted.images) > 60
     # A picture on its way is decoded by the VAE for that.
     run = pipe.begin(Request(prompt="a red circle", num_inference_steps=4, generator=generator()))
-    (preview,) = [pipe.preview(run, step.index)[0] for step in run.steps][3:]
+    (preview,) = [pipe.preview(run, step.index) for step in run.steps][3:]
     small: Any = AutoencoderTiny.from_pretrained(other)
     latents = foretold(run, 3, pipe.bundle.manifest.model.scheduler.get("prediction_type", "epsilon"))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -211,6 +211,22 @@ def test_a_plan_for_a_budget_keeps_it(chosen: CachePlan, fitting: Fitting) -> No
     assert chosen.fit.psnr_db is not None
     with pytest.raises(ValueError, match="a budget of 1 full step or more"):
         budget_plan(fitting, TIMES, 0.5, lambda _: None)
+
+
+def test_plans_of_full_steps_alone_are_tried_too(pipe: FastCachePipeline) -> None:
+    """And the plan that ends nearer, on all pictures, is taken."""
+    said, ends = list[str](), dict[tuple[str, ...], float]()
+
+    class Watched(Fitting):
+        def _fit(self, plan: CachePlan, points: Sequence[int], full_steps: float | None) -> tuple[CachePlan, float]:
+            made, near = super()._fit(plan, points, full_steps)
+            ends[made.passes] = near
+            return made, near
+
+    chosen = budget_plan(Watched(pipe, PROMPTS, Reference("ddim", 8, 4.0), said.append), TIMES, 3.5, said.append)
+    assert sum("changes of the best" in line for line in said) == 2
+    assert ("full",) * 3 in ends
+    assert ends[chosen.passes] == max(ends.values())
 
 
 def test_a_fitted_plan_of_every_call_in_full_is_the_reference(pipe: FastCachePipeline, fitting: Fitting) -> None:
