@@ -26,12 +26,11 @@ from fastcache.commands.options import (
     flags_of,
     read_plan,
 )
-from fastcache.commands.watched import Watch, preview_path, watching
+from fastcache.commands.watched import preview_path, watching
 from fastcache.console import next_step, print_json
 
 if TYPE_CHECKING:
-    from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput
-    from fastcache.pipeline.request import Request
+    from fastcache.pipeline.pipeline import FastCachePipeline, PipelineOutput, Watch
 
 # Flags of the pipeline's arguments that a refiner is not given.
 _FOR_BASE = {
@@ -199,7 +198,7 @@ def _draw_all(
     images, used = list[dict[str, Any]](), dict[str, object]()
     most = min(pipe.bundle.manifest.profiles["batch"].max for pipe in (base, last) if pipe is not None)
     batches = -(-len(seeds) // most) if last is None else None  # how a refiner shares the steps, only a run tells
-    with watching(batches, preview_path(output) if given["watch"] else None) as watch:
+    with watching(batches, preview_path(output, _is_file(output)) if given["watch"] else None) as watch:
         for first in range(0, len(seeds), most):
             batch = seeds[first : first + most]
             own_batch = arguments | {"num_images_per_prompt": len(batch), "seed": list(batch)}
@@ -326,12 +325,8 @@ def _draw(
     count = arguments["num_images_per_prompt"]
     shown = {name: [picture] * count if name in _REPEATED else picture for name, picture in pictures.items()}
     if refiner is None:
-        return _watched(base, Request(**arguments, **shown), watch)
-    begun = _watched(base, Request(**arguments, **shown, denoising_end=hand_over, output_type="latent"), watch)
+        return base.draw(Request(**arguments, **shown), watch)
+    begun = base.draw(Request(**arguments, **shown, denoising_end=hand_over, output_type="latent"), watch)
     shared = {name: value for name, value in arguments.items() if name not in (*_FOR_BASE, *_EMBEDS)}
-    ended = _watched(refiner, Request(**shared, image=begun.images, denoising_start=hand_over), watch)
+    ended = refiner.draw(Request(**shared, image=begun.images, denoising_start=hand_over), watch)
     return replace(ended, plan=begun.plan)
-
-
-def _watched(pipe: FastCachePipeline, request: Request, watch: Watch | None) -> PipelineOutput:
-    return pipe.draw(request, None if watch is None else partial(watch, pipe))

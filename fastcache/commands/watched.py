@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,16 +13,20 @@ from fastcache.files import write_whole
 
 if TYPE_CHECKING:
     from fastcache.loop.steps import Run, Step
-    from fastcache.pipeline.pipeline import FastCachePipeline
-
-Watch = Callable[["FastCachePipeline", "Run", "Step"], None]
+    from fastcache.pipeline.pipeline import FastCachePipeline, Watch
 
 _SHARE: Final = 0.1  # of the time, for previews
 
 
-def preview_path(output: Path) -> Path:
-    """Where the picture on its way lies: beside the file that is drawn, or in the folder."""
-    return output.with_suffix(".preview.png") if output.suffix.lower() == ".png" else output / "preview.png"
+def preview_path(output: Path, is_file: bool) -> Path:
+    """Where the picture on its way lies: beside the file that is drawn, or in the folder.
+
+    Raises: `ValueError` for a file that is there, for it would be gone at the end.
+    """
+    path = output.with_suffix(".preview.png") if is_file else output / "preview.png"
+    if path.exists():
+        raise ValueError(f"expected no file {path}, where --watch shows the picture on its way, got one; move it")
+    return path
 
 
 @contextmanager
@@ -65,7 +69,7 @@ class _Preview:
         if start < self._next:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, png_bytes(pipe.preview(run, step.index)[0], {}))
+        write_whole(self.path, png_bytes(pipe.preview(run, step.index), {}))
         if not self._told:
             notes.print(f"the picture on its way: {self.path}", markup=False, soft_wrap=True)
             self._told = True

@@ -193,11 +193,14 @@ class Pictures:
         draw(noise, generator)
         return noise
 
-    def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of latents on their way, by the decoder for that where the bundle has one."""
-        if "preview_decoder" not in self._bundle.manifest.engines:
-            return cast("list[Image.Image]", self.decode(latents, "pil"))
-        return _pil(self._runtime.once("preview_decoder", {"latents": latents})["image"])
+    def preview(self, latents: Tensor) -> Image.Image:
+        """The first picture of latents on their way, by the decoder for that where the bundle has one."""
+        manifest = self._bundle.manifest
+        if "preview_decoder" in manifest.engines:
+            pictures = self._runtime.once("preview_decoder", {"latents": latents[:1]})["image"]
+        else:
+            pictures = self._pictures(latents[: manifest.profiles["batch"].min])
+        return _pil(pictures)[0]
 
     def decode(self, latents: Tensor, output_type: OutputType) -> Any:
         """Images of latents as the sampler leaves them, in the form asked for."""

@@ -80,9 +80,6 @@ def load(
     return FastCachePipeline(open_bundle(Path(path), trusted), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
 
 
-Watch = Callable[[Run, Step], object]
-
-
 class FastCachePipeline:
     """Draws images with the engines of a checked bundle. Not for several threads at once: runs share buffers.
 
@@ -158,7 +155,7 @@ class FastCachePipeline:
             for step in run.steps:
                 callbacks.after(self, step, run.lane.tensors)
                 if watch is not None:
-                    watch(run, step)
+                    watch(self, run, step)
                 if self._interrupt:
                     break
             images = self.pictures.decode(run.latents.clone(), request.output_type)
@@ -277,11 +274,11 @@ class FastCachePipeline:
         """PIL images of latents as the sampler leaves them. Shapes: `latents` (N, C, H / 8, W / 8)."""
         return cast("list[Image.Image]", self.pictures.decode(latents, "pil"))
 
-    def preview(self, run: Run, step: int) -> list[Image.Image]:
-        """What the step just taken foretells: pictures without noise, the sharper the later the step.
+    def preview(self, run: Run, step: int) -> Image.Image:
+        """What the step just taken foretells of a run's first image: without noise, the sharper the later the step.
 
-        By the bundle's preview decoder where it has one. Of a scheduler's own step, which foretells nothing, they are
-        of its latents, noise included.
+        By the bundle's preview decoder where it has one. Of a scheduler's own step, which foretells nothing, it shows
+        the latents, noise included.
         """
         latents = run.latents
         if isinstance(run.sampler, SamplerTable):
@@ -319,6 +316,9 @@ class FastCachePipeline:
 
     def _make_schedule(self, name: str, steps: Steps, eta: float, span: Span) -> Schedule:
         return named_schedule(self.bundle.samplers, name, steps, eta, span)
+
+
+Watch = Callable[[FastCachePipeline, Run, Step], object]
 
 
 def _load_again(path: str, options: dict[str, Any]) -> FastCachePipeline:

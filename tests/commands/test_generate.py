@@ -150,6 +150,11 @@ def test_a_picture_on_its_way_can_be_watched(
     assert command(*flags, "--output", tmp_path / "other.png").code == 0
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["other.png", "own.png"]
     assert np.array_equal(pixels(output), pixels(tmp_path / "other.png"))
+    preview.write_bytes(b"somebody's own")
+    refused = command(*flags, "--output", output, "--watch")
+    assert refused.code == 2
+    assert f"expected no file {preview}" in refused.err.replace("\n", " ").replace("  ", " ")
+    assert preview.read_bytes() == b"somebody's own"
 
 
 def test_embeddings_in_a_file_take_the_place_of_a_prompt(command: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:

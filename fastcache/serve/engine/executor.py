@@ -207,5 +207,4 @@ class Executor:
     def preview(self, lane: int, step: int) -> Pillow.Image:
         """The picture that the step just taken foretells: without noise, and the sharper the later the step."""
         with without_captures(self.device):
-            (picture,) = self.pipe.preview(self._in_flight[lane].run, step)
-        return picture
+            return self.pipe.preview(self._in_flight[lane].run, step)

@@ -35,6 +35,8 @@ def warm_up(executor: Executor) -> None:
                 took = _timed_step(executor, name, guided)
             executor.speeds.note_step(name, guided, took)
     executor.pictures([0])
+    if "preview_decoder" in manifest.engines:
+        executor.preview(0, 0)
     start = time.perf_counter()
     executor.pictures([0])
     executor.speeds.note("decode", time.perf_counter() - start)
