@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fastcache.expect import expected, is_int
 
 _MOST_BYTES: Final = 2**26  # SD 1.5 has 12,480 channels: 5 MB at 50 steps
+_MOST_STEPS: Final = 2000
 _LARGEST: Final = 1e4
 _REMEDY: Final = "make the plan with `fastcache plan --blocks`"
 
@@ -70,8 +71,10 @@ class ScaleShift:
         found = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
         if found.keys() != {"channels", "data"} or not isinstance(found["data"], str):
             raise expected("scale_shift to have the keys channels and data", value, _REMEDY)
+        channels = found["channels"] if is_int(found["channels"]) else 0
+        most = min(_MOST_BYTES, 8 * channels * _MOST_STEPS) + 1  # a few bytes may say millions
         try:
-            unpacked = zlib.decompressobj().decompress(base64.b64decode(found["data"], validate=True), _MOST_BYTES + 1)
+            unpacked = zlib.decompressobj().decompress(base64.b64decode(found["data"], validate=True), max(most, 1))
         except (binascii.Error, zlib.error) as error:
             raise ValueError(f"expected the data of scale_shift as it was written, got: {error}; {_REMEDY}") from None
         return cls(found["channels"], unpacked)

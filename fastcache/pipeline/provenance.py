@@ -5,7 +5,9 @@ The one such record: of the command line, the server, a batch, Triton and Python
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Mapping
 from typing import Final
 
@@ -34,7 +36,7 @@ def record(manifest: Manifest, request: Request, terms: Terms, plan: CachePlan, 
         "Software": f"fastcache {manifest.versions['fastcache']}",
         "model": manifest.model.public_name,
         "bundle_sha256": manifest.bundle_sha256,
-        "plan": plan.to_json(),
+        "plan": _plan_text(plan),
         "negative_prompt": "",
         **said,
         "sampler": terms.sampler_name,
@@ -42,6 +44,14 @@ def record(manifest: Manifest, request: Request, terms: Terms, plan: CachePlan, 
         "guidance_scale": terms.guidance_scale,
     }
     return made | own
+
+
+def _plan_text(plan: CachePlan) -> str:
+    """A plan's file, but that of scales and shifts, which are megabytes, only the hash is told."""
+    if plan.scale_shift is None:
+        return plan.to_json()
+    told = {"channels": plan.scale_shift.channels, "sha256": hashlib.sha256(plan.scale_shift.data).hexdigest()}
+    return json.dumps(json.loads(plan.to_json()) | {"scale_shift": told})
 
 
 def _can_be_said(value: object) -> bool:

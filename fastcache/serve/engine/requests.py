@@ -63,7 +63,8 @@ def check(asked: ImageRequest, served: Served, limits: Limits) -> None:
     if asked.is_job and asked.stream:
         raise bad("background", "expected background true without stream; ask for the job's previews, or stream")
     if asked.plan is not None:
-        _check_extent(asked.plan, _CALLS_A_STEP * (asked.num_inference_steps or limits.max_steps) + 8)
+        calls = _CALLS_A_STEP * (asked.num_inference_steps or limits.max_steps) + 8
+        _check_extent(_without_table(asked.plan, served.manifest, calls), calls)
 
 
 def _check_quality(asked: ImageRequest, served: Served) -> None:
@@ -77,6 +78,19 @@ def _check_quality(asked: ImageRequest, served: Served) -> None:
     for name in OWN_SETTINGS:
         if getattr(asked, name) is not None:
             raise bad("quality", f"expected it without {name}, which its plan says itself; leave one out")
+
+
+def _without_table(plan: dict[str, Any], manifest: Manifest, calls: int) -> dict[str, Any]:
+    """A plan but for its scales and shifts. Raises: `ApiError` for more of them than a bundle's blocks need."""
+    own: Any = plan.get("scale_shift")
+    if not isinstance(own, dict) or not isinstance(table := cast("dict[str, Any]", own).get("data"), str):
+        return plan
+    channels = sum(block.channels for block in manifest.blocks)
+    if own.get("channels") != channels:
+        raise bad("plan", f"expected a scale_shift for {channels} channels, those of the bundle's blocks, got another")
+    if len(table) > (most := _LONGEST_TEXT + 11 * channels * calls):  # 8 bytes a channel and call, as base64
+        raise bad("plan", f"expected a scale_shift of at most {most} characters for these steps, got {len(table)}")
+    return {**plan, "scale_shift": {**own, "data": ""}}
 
 
 def _check_extent(plan: dict[str, Any], most: int) -> None:
