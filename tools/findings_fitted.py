@@ -55,7 +55,7 @@ def fit_command(
     """Fitted plans for 7, 10, 14 and 21 full steps, and rivals of as long; writes SETTING.json."""
     own = FITTED[setting]
     pipe = pipeline(work, own.engines)
-    fitting = Fitting(pipe, judges.calibration_prompts(12), Reference(own.sampler, own.steps, GUIDANCE), say)
+    fitting = Fitting(pipe, judges.calibration_prompts(images), Reference(own.sampler, own.steps, GUIDANCE), say)
     times = measure_loop(pipe, own.sampler, own.steps, GUIDANCE)
     if own.shallow is not None:
         times = replace(times, shallow_ms={0: own.shallow * times.full_ms})

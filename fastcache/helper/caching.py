@@ -57,6 +57,7 @@ class Caching:
         self._run, self._network = RunCounter(pipe), NetworkWatch(unet)
         self._stored: Kept | None = None  # what the cached feature was made under
         self._sigmas: tuple[float, ...] | None = None
+        self.last: Tensor | None = None  # what the last call gave
         self._on = True
 
     def change(self, pacing: Pacing, passes: PassRunner | None) -> None:
@@ -67,7 +68,7 @@ class Caching:
 
     def stop(self) -> None:
         """From now on the module's own forward runs, for whoever kept the object that stood for it."""
-        self._on = False
+        self._on, self.last = False, None
         self.spoil()
         del self._passes
 
@@ -105,7 +106,8 @@ class Caching:
         given = conditional_half(arguments, len(sample)) if halved else arguments
         noise_pred = self._predict(UNetCall(step, given, halved, self._sigmas))
         self._stored = kept
-        return torch.cat([noise_pred] * 2) if halved else noise_pred
+        self.last = torch.cat([noise_pred] * 2) if halved else noise_pred
+        return self.last
 
     def _predict(self, call: UNetCall) -> Tensor:
         name = FULL if self._stored is None else self._pass(call.step, call.halved)

@@ -148,8 +148,8 @@ class FastCacheHelper:
         for module in filter(None, (unet, control_net)):
             check_free(module)
         fitted = self._pacing.fitted
-        scheduler = None if fitted is None else fitted_scheduler(fitted, self.pipe)
         caching = Caching(self.pipe, unet, self._passes(unet, self._pacing), self._pacing)
+        scheduler = None if fitted is None else fitted_scheduler(fitted, self.pipe, lambda: caching.last)
         self._caching, self._exchanged = caching, [_Exchange("unet", unet, stand_in(unet, caching.forward))]
         if can_cut(control_net):
             twin = stand_in(control_net, ControlCaching(control_net, caching).forward)

@@ -133,7 +133,7 @@ def is_guided(pipe: Any) -> bool:
     three = hasattr(kind, "image_guidance_scale") or getattr(pipe, "do_perturbed_attention_guidance", False)
     if three or not hasattr(kind, "do_classifier_free_guidance"):
         raise ValueError(
-            f"expected a pipeline with two halves for guidance to leave one out, got {kind.__name__}; use a plan "
-            "without unguided_steps"
+            f"expected a pipeline with two halves for guidance to tell them apart, got {kind.__name__}; use a plan "
+            "without unguided_steps, and one that is not fitted"
         )
     return bool(pipe.do_classifier_free_guidance)

@@ -24,7 +24,9 @@ class Fit:
 
     The reference takes `num_inference_steps` of the plan's sampler; `points` are those of its U-Net calls that the run
     visits, ascending, one for each step of the plan. `rows[k]` are what x and e of the last calls, oldest first,
-    step k's own last, count in the state before the next point, or in the result: x, e, x, e, ...
+    step k's own last, count in the state before the next point, or in the result: x, e, x, e, ... Besides,
+    `contrasts[k]` are what counts of that which guidance added at the last calls, step k's own last: the guidance scale
+    less 1, times the conditional prediction less the unconditional one. None where no row gains by it.
 
     The rest says what the rows hold for: the guidance scale, the picture's size in pixels, the model's weights, backend
     and dtype of the engines; and what they came from: so many calibration `images` (none for rows by a formula),
@@ -46,6 +48,7 @@ class Fit:
     images: int
     psnr_db: float | None = None
     full_steps: float | None = None
+    contrasts: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("num_inference_steps", 1), ("height", 1), ("width", 1), ("images", 0)):
@@ -62,10 +65,14 @@ class Fit:
         _check_points(self.points)
         if len(self.rows) != len(self.points):
             raise expected(f"{len(self.points)} rows in a fit, one a point", len(self.rows), _REMEDY)
+        if len(self.contrasts) not in (0, len(self.points)):
+            raise expected(f"{len(self.points)} contrasts in a fit, one a point, or none", len(self.contrasts), _REMEDY)
         for step, row in enumerate(self.rows):
-            most = 2 * min(step + 1, MOST_LOOKED_BACK)
-            if not 2 <= len(row) <= most or len(row) % 2 or not all(map(_is_finite, row)):
-                raise expected(f"pairs of finite weights of at most {most // 2} calls in row {step}", row, _REMEDY)
+            _check_weights(step, row, self.contrast(step))
+
+    def contrast(self, step: int) -> tuple[float, ...]:
+        """What counts, after a step, of that which guidance added at the last calls; nothing where no row has any."""
+        return self.contrasts[step] if self.contrasts else ()
 
     def check_guidance(self, guidance_scale: float | None) -> None:
         """Warn of a run at more guidance than the rows are good for; less does them no harm (docs/findings.md)."""
@@ -82,6 +89,14 @@ _REMEDY: Final = "make the plan with `fastcache plan --budget` or --fit"
 
 def _is_finite(value: object) -> bool:
     return is_number(value) and abs(value) <= _LARGEST  # False for nan
+
+
+def _check_weights(step: int, row: tuple[float, ...], contrast: tuple[float, ...]) -> None:
+    calls = min(step + 1, MOST_LOOKED_BACK)
+    if not 2 <= len(row) <= 2 * calls or len(row) % 2 or not all(map(_is_finite, row)):
+        raise expected(f"pairs of finite weights of at most {calls} calls in row {step}", row, _REMEDY)
+    if len(contrast) > calls or not all(map(_is_finite, contrast)):
+        raise expected(f"finite weights of at most {calls} calls in contrast {step}", contrast, _REMEDY)
 
 
 def _check_points(points: tuple[int, ...]) -> None:

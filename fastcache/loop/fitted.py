@@ -99,19 +99,19 @@ def fitted_table(reference: SamplerTable, fit: Fit) -> SamplerTable:
             "fit the plan again"
         )
     points = list(fit.points)
-    updates = [_update(step, row) for step, row in enumerate(fit.rows)]
-    count = len(points)
-    x, eps = _dense(updates)
+    updates = [_update(step, row, fit.contrast(step)) for step, row in enumerate(fit.rows)]
+    x, eps, contrasts = _dense(updates)
     return replace(
         reference,
         timesteps=reference.timesteps[points],
         input_scale=reference.input_scale[points],
         x=x,
         eps=eps,
-        noise=torch.zeros_like(eps),
-        noise_drawn=(False,) * count,
+        noise=contrasts,
+        noise_drawn=(False,) * len(points),
         stepwise=tuple(updates),
         sigmas=None if reference.sigmas is None else tuple(reference.sigmas[point] for point in points),
+        contrasts=any(fit.contrasts),
     )
 
 
@@ -135,29 +135,37 @@ def begun_at(plan: CachePlan, reference: SamplerTable, prediction_type: str, beg
         )
     first = later[0]
     defaults = default_rows(reference, prediction_type, fit.points[first:])
-    rows = tuple(row if len(row) // 2 <= step + 1 else defaults[step] for step, row in enumerate(fit.rows[first:]))
+    rows, contrasts = list[tuple[float, ...]](), list[tuple[float, ...]]()
+    for step, row in enumerate(fit.rows[first:]):
+        contrast = fit.contrast(first + step)
+        fits = max(len(row) // 2, len(contrast)) <= step + 1
+        rows.append(row if fits else defaults[step])
+        contrasts.append(contrast if fits else ())
     return replace(
         plan,
         passes=plan.passes[first:],
         unguided_steps=tuple(step - first for step in plan.unguided_steps if step >= first),
-        fit=replace(fit, points=fit.points[first:], rows=rows),
+        fit=replace(fit, points=fit.points[first:], rows=tuple(rows), contrasts=tuple(contrasts)),
     )
 
 
-def _update(step: int, row: Sequence[float]) -> Update:
-    window = len(row) // 2
-    weights = [value for x, e in zip(row[::2], row[1::2], strict=True) for value in (x, e, 0.0)]
+def _update(step: int, row: Sequence[float], contrast: Sequence[float]) -> Update:
+    window = max(len(row) // 2, len(contrast))
+    pairs = [0.0] * (2 * window - len(row)) + [*row]
+    thirds = [0.0] * (window - len(contrast)) + [*contrast]
+    weights = [value for three in zip(pairs[::2], pairs[1::2], thirds, strict=True) for value in three]
     return Update(step + 1 - window, tuple(weights))
 
 
-def _dense(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-    """Each state in terms of the first and of every e. Shapes: (calls,) and (calls, calls)."""
+def _dense(updates: Sequence[Update]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each state in terms of the first, of every e and of every contrast. Shapes: (calls,) and (calls, calls) twice."""
     calls = len(updates)
-    states = torch.zeros(calls + 1, 1 + calls, dtype=torch.float64)
+    states = torch.zeros(calls + 1, 1 + 2 * calls, dtype=torch.float64)
     states[0, 0] = 1.0
     for call, update in enumerate(updates):
         for place in range(update.window):
-            own = update.first + place
-            states[call + 1] += update.weights[3 * place] * states[own]
-            states[call + 1, 1 + own] += update.weights[3 * place + 1]
-    return states[1:, 0].clone(), states[1:, 1:].clone()
+            own, (of_x, of_e, of_contrast) = update.first + place, update.weights[3 * place : 3 * place + 3]
+            states[call + 1] += of_x * states[own]
+            states[call + 1, 1 + own] += of_e
+            states[call + 1, 1 + calls + own] += of_contrast
+    return states[1:, 0].clone(), states[1:, 1 : 1 + calls].clone(), states[1:, 1 + calls :].clone()

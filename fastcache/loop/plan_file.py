@@ -20,7 +20,8 @@ SCHEMA: Final = "fastcache.plan/2"
 _SCHEMA_1: Final = "fastcache.plan/1"  # had `branches` in place of `passes`: null for FULL, else the branch_id
 _KEYS: Final = {"schema", "model", "sampler", "made_by", "num_steps", "passes"}
 _OPTIONAL_KEYS: Final = {"unguided_steps", "forecast", "fit", "scale_shift"}
-_FIT_KEYS: Final = {field.name for field in fields(Fit)}
+_FIT_OPTIONAL_KEYS: Final = {"contrasts"}
+_FIT_KEYS: Final = {field.name for field in fields(Fit)} - _FIT_OPTIONAL_KEYS
 _REMEDY: Final = "write plans with CachePlan.to_json"
 
 
@@ -39,7 +40,8 @@ def written(plan: CachePlan) -> str:
     if plan.forecast is not None:
         document["forecast"] = asdict(plan.forecast)
     if plan.fit is not None:
-        document["fit"] = asdict(plan.fit)
+        left_out = () if plan.fit.contrasts else _FIT_OPTIONAL_KEYS
+        document["fit"] = {name: value for name, value in asdict(plan.fit).items() if name not in left_out}
     if plan.scale_shift is not None:
         document["scale_shift"] = plan.scale_shift.to_json()
     return json.dumps(document)
@@ -112,11 +114,13 @@ def _read_fit(value: object) -> Fit | None:
     if value is None:
         return None
     found = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    if found.keys() != _FIT_KEYS:
+    if not _FIT_KEYS <= found.keys() <= _FIT_KEYS | _FIT_OPTIONAL_KEYS:
         raise expected(f"fit to have the keys {sorted(_FIT_KEYS)}", cast(object, value), _REMEDY)
-    for name in ("points", "rows"):
+    lists: dict[str, Any] = {}
+    for name in ("points", "rows", *(_FIT_OPTIONAL_KEYS & found.keys())):
         if not isinstance(found[name], list):
             raise expected(f"{name} to be a list in a fit", found[name], _REMEDY)
-    rows = tuple(tuple(cast("list[float]", row)) if isinstance(row, list) else () for row in found["rows"])
-    lists: dict[str, Any] = {"points": tuple(found["points"]), "rows": rows}
+        # What is no list among the rows is no number either, and so refused.
+        lists[name] = tuple(tuple(cast("list[float]", row)) if isinstance(row, list) else (row,) for row in found[name])
+    lists["points"] = tuple(found["points"])
     return Fit(**{**found, **lists})

@@ -1,8 +1,9 @@
 """A reference run and a network -> rows that keep a run of fewer and cheaper calls on the reference's path.
 
 One row after another, in closed form: ridge regression of what the default row misses of the reference's next state, on
-the state and the noise foretold at the last calls. The calibration pictures take the fitted step
-themselves, so later rows are fitted to the states that they will meet. Knows nothing about engines, prompts or files.
+the state, the noise foretold at the last calls, and what guidance added to it. The calibration pictures take the fitted
+step themselves, so later rows are fitted to the states that they will meet. Knows nothing about engines, prompts or
+files.
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from fastcache.loop.fit import MOST_LOOKED_BACK
 from fastcache.loop.fitted import Grid, default_rows
 from fastcache.sampler.table import SamplerTable
 
-Predict = Callable[[int, Tensor], Tensor]
-"""A step's number and x -> its guided prediction e. Shapes: both (N, ...)."""
+Predict = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
+"""A step's number and x -> its guided prediction e, and what guidance added, where there is any. Shapes: (N, ...)."""
+
+Past = tuple[Tensor, ...]
+"""Of one call x and e, and what guidance added where there is guidance. Shapes: (N, ...)."""
+
+_CONTRASTS: Final = 2  # calls whose guidance counts for itself; a third gains nothing (docs/findings.md)
 
 RIDGES: Final = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """Rows, as `loop.fit.Fit` has them, where the pictures ended, and how many steps kept the default row.
+    """Rows and contrasts as `loop.fit.Fit` has them, where the pictures ended, how many steps kept the default row.
 
     Shapes: `result` (N, ...), float64.
     """
 
     rows: tuple[tuple[float, ...], ...]
+    contrasts: tuple[tuple[float, ...], ...]
     result: Tensor
     defaults: int
 
@@ -51,52 +58,75 @@ def fit_rows(
 
     Shapes: `reference` (calls + 1) states of (N, ...), x_T first, the result last; float64.
     """
-    grid, rows = Grid.of(table, prediction_type), list[tuple[float, ...]]()
-    defaults, kept = default_rows(table, prediction_type, points), 0
-    past: list[tuple[Tensor, Tensor]] = []
+    grid, defaults, kept = Grid.of(table, prediction_type), default_rows(table, prediction_type, points), 0
+    rows, contrasts, past = list[tuple[float, ...]](), list[tuple[float, ...]](), list[Past]()
     x = reference[0]
     for step, end in enumerate([*points[1:], table.num_calls]):
-        past = [*past[1 - MOST_LOOKED_BACK :], (x, predict(step, x).double())]
-        raw = torch.stack([part for pair in past for part in pair], -1)
-        default = _widened(defaults[step], len(past))
-        basis = columns(grid, points, step, len(past))
-        rest = reference[end] - raw @ default
-        fitted = ridge_fit((raw @ basis).flatten(1, -2)[:fit_on], rest.flatten(1)[:fit_on])
-        kept += fitted is None
-        x = raw @ (default if fitted is None else default + basis @ fitted)
-        rows.append(tuple(defaults[step] if fitted is None else (default + basis @ fitted).tolist()))
-    return Fitted(tuple(rows), x, kept)
+        e, added = predict(step, x)
+        past = [*past[1 - MOST_LOOKED_BACK :], (x, e.double(), *([] if added is None else [added.double()]))]
+        raw = torch.stack([part for call in past for part in call], -1)
+        default = _widened(defaults[step], past)
+        rest = (reference[end] - raw @ default).flatten(1)[:fit_on]
+        fits = list[tuple[float, Tensor, Tensor]]()
+        for basis in columns(grid, points[: step + 1][-len(past) :], past):
+            weights, missed = ridge_fit((raw @ basis).flatten(1, -2)[:fit_on], rest)
+            fits += [] if weights is None else [(missed, basis, weights)]
+        kept += not fits
+        if fits:
+            _, basis, weights = min(fits, key=lambda fit: fit[0])
+            weighed = default + basis @ weights
+            x = raw @ weighed
+            pairs, own = weighed.unflatten(0, (len(past), -1)).split([2, len(past[0]) - 2], dim=1)
+            rows.append(tuple(pairs.flatten().tolist()))
+            contrasts.append(tuple(own[-_CONTRASTS:].flatten().tolist()) if bool(own.any()) else ())
+        else:
+            x = raw @ default
+            rows.append(defaults[step])
+            contrasts.append(())
+    return Fitted(tuple(rows), tuple(contrasts) if any(contrasts) else (), x, kept)
 
 
-def _widened(row: Sequence[float], calls: int) -> Tensor:
-    """A row over more calls than it looks back over."""
-    return torch.tensor([0.0] * (2 * calls - len(row)) + list(row), dtype=torch.float64)
+def _widened(row: Sequence[float], past: Sequence[Past]) -> Tensor:
+    """A row over all that is there of the last calls."""
+    widened = torch.zeros(len(past), len(past[0]), dtype=torch.float64)
+    widened[-len(row) // 2 :, :2] = torch.tensor(row, dtype=torch.float64).view(-1, 2)
+    return widened.flatten()
 
 
-def columns(grid: Grid, points: Sequence[int], step: int, calls: int) -> Tensor:
-    """What the regression is on, out of x and e of the last calls.
+def columns(grid: Grid, points: Sequence[int], past: Sequence[Past]) -> list[Tensor]:
+    """What regressions are on, out of what is there of the last calls, which were at these points.
 
     The state; the noise foretold and its differences from call to call, which are small where it changes little, so
-    that a ridge holds back what they amplify.
+    that a ridge holds back what they amplify. And the same with what guidance added, and its last difference.
 
-    Shapes: returns (2 * calls, columns), float64.
+    Shapes: returns (parts of all calls, columns) each, float64.
     """
-    weights = torch.zeros(calls, 2 * calls, dtype=torch.float64)  # eps of each call
-    for place in range(calls):
-        weights[place, 2 * place : 2 * place + 2] = torch.tensor(grid.eps_weights(points[step + 1 - calls + place]))
-    state = torch.zeros(1, 2 * calls, dtype=torch.float64)
-    state[0, -2] = 1.0
-    return torch.cat([state, weights[-1:], weights.diff(dim=0)]).T
+    calls, width = len(past), len(past[0])
+    foretold = torch.zeros(calls, calls, width, dtype=torch.float64)  # eps of each call
+    added = torch.zeros_like(foretold)
+    for place, point in enumerate(points):
+        of_x, of_e = grid.eps_weights(point)
+        foretold[place, place, :2] = torch.tensor((of_x, of_e))
+        added[place, place, 2:] = of_e
+    state = torch.zeros(1, calls, width, dtype=torch.float64)
+    state[0, -1, 0] = 1.0
+    plain = torch.cat([state, foretold[-1:], foretold.diff(dim=0)]).flatten(1).T
+    if width == 2:
+        return [plain]
+    contrasts = torch.cat([added[-1:], added[-_CONTRASTS:].diff(dim=0)]).flatten(1).T
+    return [plain, torch.cat([plain, contrasts], 1)]
 
 
-def ridge_fit(columns: Tensor, target: Tensor) -> Tensor | None:
-    """The weights of the ridge that serves left-out pictures best; None where none serves them better than nothing.
+def ridge_fit(columns: Tensor, target: Tensor) -> tuple[Tensor | None, float]:
+    """The weights of the ridge that serves left-out pictures best, and the squares that these then miss.
+
+    None where no ridge serves them better than nothing.
 
     Shapes: `columns` (N, n, k), `target` (N, n); returns (k,); float64.
     """
     images, _, count = columns.shape
     if images < 2:
-        return None
+        return None, float(target.square().sum())
     triangles = torch.linalg.qr(torch.cat([columns, target[..., None]], -1), mode="r").R  # all that counts of a picture
     sizes = columns.square().sum((0, 1)).sqrt().clamp(min=1e-300)
     squares = target.square().sum(1)
@@ -116,4 +146,4 @@ def ridge_fit(columns: Tensor, target: Tensor) -> Tensor | None:
             error += float((own[:, :count] @ weights - own[:, count]).square().sum())
         if error < least:
             best, least = ridge, error
-    return None if best is None else solve(triangles.flatten(0, 1), best, 1.0)
+    return None if best is None else solve(triangles.flatten(0, 1), best, 1.0), least

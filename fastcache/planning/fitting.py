@@ -129,7 +129,7 @@ class Fitting:
         fit_on = self._fitted
         adjusted = None if plan.scale_shift is None else torch.from_numpy(plan.scale_shift.table.copy())
         fitted = fit_rows(
-            lambda step, x: walks.predict(
+            lambda step, x: walks.guided(
                 plan.passes[step], points[step], x, step, None if adjusted is None else adjusted[step]
             ),
             states,
@@ -142,7 +142,8 @@ class Fitting:
         psnr_db = _psnr(self._seen(left_out), self._wanted) if len(left_out) else None
         if fitted.defaults:
             self._say(f"{fitted.defaults} of {len(points)} rows stay as they were: left-out pictures gain nothing")
-        made = self._with_rows(plan, points, fitted.rows, images=fit_on, psnr_db=psnr_db, full_steps=full_steps)
+        found = {"contrasts": fitted.contrasts, "images": fit_on, "psnr_db": psnr_db, "full_steps": full_steps}
+        made = self._with_rows(plan, points, fitted.rows, **found)
         return made, _psnr(fitted.result, states[-1])
 
     def skipping(self, calls: int, how: str) -> CachePlan:
@@ -195,7 +196,7 @@ class Fitting:
         Those of every pass, and those of FULL ones alone: the more time there is, the oftener these end nearer.
         """
         walks, states = self._searching
-        return [find_routes(walks.predict, states, self._grid, own, scope, self._say) for own in _searches(costs)]
+        return [find_routes(walks.guided, states, self._grid, own, scope, self._say) for own in _searches(costs)]
 
     @cached_property
     def _searching(self) -> tuple[Walks, list[Tensor]]:
@@ -255,7 +256,7 @@ class Fitting:
         points, passes = zip(*stops, strict=True)
         walks.forecast(CachePlan(passes, forecast=forecast), points)
         fitted = fit_rows(
-            lambda step, x: walks.predict(passes[step], points[step], x, step),
+            lambda step, x: walks.guided(passes[step], points[step], x, step),
             states,
             self.table,
             self._prediction,

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastcache.cut.names import FULL
 from fastcache.loop.fit import MOST_LOOKED_BACK
 from fastcache.loop.fitted import Grid
-from fastcache.planning.fit import columns
+from fastcache.planning.fit import Past, columns
 
-Predict = Callable[[str, int, Tensor], Tensor]
-"""A pass, a reference's call and x -> the guided prediction. Shapes: both (N, ...)."""
+Predict = Callable[[str, int, Tensor], tuple[Tensor, Tensor | None]]
+"""A pass, a reference's call and x -> the guided prediction, and what guidance added. Shapes: (N, ...)."""
 
 _RIDGE: Final = 1e-7  # of each column's size; the search fits on few pictures and few columns, and need not choose
 # Chains of shallow steps after a FULL one, by their stride on a grid of 50 calls and the most of them.
@@ -42,10 +42,10 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Where a route stands before its pass at a point. `past` are x and e of the last calls, `x` the state there."""
+    """Where a route stands before its pass at a point. `past` is of the last calls, `x` the state there."""
 
     route: Route
-    past: tuple[tuple[Tensor, Tensor], ...]
+    past: tuple[Past, ...]
     x: Tensor
 
 
@@ -131,10 +131,11 @@ def _arrivals(
                 yield from before
 
 
-def _called(state: _State, e: Tensor, name: str, point: int, cost: float) -> _State:
-    route = state.route
+def _called(state: _State, found: tuple[Tensor, Tensor | None], name: str, point: int, cost: float) -> _State:
+    route, (e, added) = state.route, found
+    own = (state.x, e) if added is None else (state.x, e, added)
     grown = Route((*route.points, point), (*route.passes, name), route.full_steps + cost, route.decibels)
-    return _State(grown, (*state.past[1 - MOST_LOOKED_BACK :], (state.x, e)), state.x)
+    return _State(grown, (*state.past[1 - MOST_LOOKED_BACK :], own), state.x)
 
 
 def _landings(
@@ -143,9 +144,9 @@ def _landings(
     """Where the fitted rows take a state, all of whose pictures count in the fit, by one regression for all ends."""
     if not ends:
         return
-    points, (x, e) = state.route.points, state.past[-1]
-    raw = torch.stack([part for pair in state.past for part in pair], -1)
-    design = raw @ columns(grid, points, len(points) - 1, len(state.past))
+    points, (x, e, *_) = state.route.points, state.past[-1]
+    raw = torch.stack([part for call in state.past for part in call], -1)
+    design = raw @ columns(grid, points[-len(state.past) :], state.past)[-1]
     flat = design.flatten(0, -2)
     weighed = [grid.transfer(points[-1], end) for end in ends]
     defaults = torch.stack([of_x * x + of_e * e for of_x, of_e in weighed], -1)

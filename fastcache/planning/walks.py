@@ -78,7 +78,6 @@ class Walks:
             for lane, part in zip(self._lanes, parts, strict=True):
                 lane.rows().tensors[name].copy_(part.unflatten(0, (lane.images, -1)).transpose(0, 1).flatten(0, 1))
 
-    @torch.no_grad()
     def predict(
         self, name: str, point: int, x: Tensor, step: int | None = None, scale_shift: Tensor | None = None
     ) -> Tensor:
@@ -86,7 +85,15 @@ class Walks:
 
         Shapes: `x`, and the guided prediction returned, (N, C, H, W); `scale_shift` (2, channels) for what is reused.
         """
+        return self.guided(name, point, x, step, scale_shift)[0]
+
+    @torch.no_grad()
+    def guided(
+        self, name: str, point: int, x: Tensor, step: int | None = None, scale_shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `predict`, and what guidance added to the conditional prediction; None where there is no guidance."""
         found, parts = list[Tensor](), x.split([lane.images for lane in self._lanes])
+        added, beyond = list[Tensor](), self._guidance_scale - 1
         scale, timestep = float(self._table.input_scale[point]), float(self._table.timesteps[point])
         for k, (lane, part) in enumerate(zip(self._lanes, parts, strict=True)):
             rows, (before, after) = lane.rows(), (({}, {}) if step is None else self._around[k])
@@ -97,7 +104,9 @@ class Walks:
             for call in (*before.get(step or 0, ()), lane.call(name), *after.get(step or 0, ())):
                 call()
             found.append(guide(torch.stack([*rows.noise_pred]), self._guidance_scale).double().cpu())
-        return torch.cat(found)
+            if len(rows.noise_pred) == 2:
+                added.append(beyond * (rows.noise_pred[1].double() - rows.noise_pred[0].double()).cpu())
+        return torch.cat(found), torch.cat(added) if added else None
 
     def reference(self) -> list[Tensor]:
         """The states of the uncached run, as `run` has them."""

@@ -42,6 +42,9 @@ class SamplerTable:
     `stepwise` holds the updates as the scheduler itself makes them from the x, e and z of its calls; `sigmas` the
     noise over the signal in what the model sees at each call, where the scheduler tells.
 
+    With `contrasts`, as a fitted plan's rows may have them, z_j stands for what guidance added at call j instead of
+    noise: the guidance scale less 1, times the conditional prediction less the unconditional one.
+
     Shapes: timesteps, input_scale, x (calls,); eps, noise (calls, calls), lower triangular; all float64.
     """
 
@@ -54,6 +57,7 @@ class SamplerTable:
     noise_drawn: tuple[bool, ...]
     stepwise: tuple[Update, ...] = ()
     sigmas: tuple[float, ...] | None = None
+    contrasts: bool = False
 
     @property
     def num_calls(self) -> int:
@@ -85,6 +89,21 @@ class SamplerTable:
             input_scales=floats(self.input_scale),
             timesteps=floats(self.timesteps),
         )
+
+    def updates_at(self, guidance_scale: float) -> tuple[Update, ...]:
+        """The updates of a run at this guidance, whose z is noise or a plain difference of its halves."""
+        if not self.contrasts:
+            return self.recursion()
+        beyond = (1.0, 1.0, guidance_scale - 1)
+        return tuple(
+            Update(update.first, tuple(weight * beyond[k % 3] for k, weight in enumerate(update.weights)))
+            for update in self.recursion()
+        )
+
+    def weights_at(self, guidance_scale: float) -> Tensor:
+        """The same as `numbers` has them. Shapes: (calls, ring calls, 3), float32."""
+        weights = self.numbers.weights
+        return weights * weights.new_tensor((1.0, 1.0, guidance_scale - 1)) if self.contrasts else weights
 
     def foretells(self, prediction_type: str) -> list[tuple[float, float]]:
         """What x and e of each call count in the picture that it foretells; x alone where no noise levels are known.

@@ -52,6 +52,10 @@ def test_draws_what_the_bundle_draws(
     try:
         assert agreement_db(draw(pipe, guidance_scale=4.0), wanted) > 80
         assert pipe.num_timesteps == len(POINTS)
+        assert plan.fit is not None
+        assert any(plan.fit.contrasts)
+        unguided = bundled(PROMPT, plan=plan, guidance_scale=1.0, seed=0, output_type="latent").images
+        assert agreement_db(draw(pipe, guidance_scale=1.0), unguided) > 80
     finally:
         helper.disable()
     assert pipe.scheduler is own

@@ -140,7 +140,7 @@ def test_a_forecast_forgets_what_another_prompt_made(pipe: StableDiffusionPipeli
 def test_three_parts_of_guidance_are_not_halved(pipe: Any) -> None:
     pipe.__class__ = type("Three", (StableDiffusionPipeline,), {"image_guidance_scale": 1.5})
     try:
-        with pytest.raises(ValueError, match="with two halves for guidance to leave one out, got Three"):
+        with pytest.raises(ValueError, match="with two halves for guidance to tell them apart, got Three"):
             planned(pipe, replace(UNIFORM, unguided_steps=TAIL))
     finally:
         pipe.__class__ = StableDiffusionPipeline

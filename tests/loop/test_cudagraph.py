@@ -108,12 +108,15 @@ def test_every_kind_of_plan(name: str, halves: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_fitted_plan(device: str) -> None:
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("contrasts", [(), ((0.1,), (), (0.2, -0.1), (0.0, 0.1, -0.2))])
+def test_a_fitted_plan(contrasts: tuple[tuple[float, ...], ...], halves: int, device: str) -> None:
     """Four points of eight calls, by rows that look back over up to three of them."""
     rows = ((0.9, -0.1), (0.1, 0.02, 0.7, -0.2), (0.0, 0.1, -0.1, 0.05, 0.8, -0.3), (0.0, 0.1, 1.1, -0.2))
     fit = Fit(STEPS, (0, 2, 3, 6), rows, 3.0, 64, 64, "0" * 64, "inductor", "fp32", 4)
+    fit = replace(fit, contrasts=contrasts)
     plan = CachePlan(("full", "shallow-0", "full", "shallow-0"), sampler="ddim", fit=fit)
-    check_table(fitted_table(table_of("ddim"), fit), plan, device)
+    check_table(fitted_table(table_of("ddim"), fit), plan, device, halves=halves)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -22,6 +22,7 @@ from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows, ridge_fit
 from fastcache.planning.fitting import Fitting, Reference
 from fastcache.planning.frontier import budget_plan, rivals
+from fastcache.planning.walks import Walks
 from fastcache.planning.ways import StepTimes
 from fastcache.sampler.scheduler import make_scheduler
 from fastcache.sampler.table import SamplerTable, compile_sampler
@@ -88,7 +89,7 @@ def test_rows_on_a_linear_network_reproduce_the_reference(seed: int, sampler: st
 
     start = random(4, 16) * table.init_noise_sigma
     states = walk(table, predict, start)
-    fitted = fit_rows(lambda step, x: predict(points[step], x), states, table, "epsilon", points)
+    fitted = fit_rows(lambda step, x: (predict(points[step], x), None), states, table, "epsilon", points)
     error = (fitted.result - states[-1]).norm() / states[-1].norm()
     assert error < 1e-8
     ran = walk(fitted_table(table, fit_of(fitted.rows, tuple(points))), lambda k, x: predict(points[k], x), start)
@@ -98,7 +99,7 @@ def test_rows_on_a_linear_network_reproduce_the_reference(seed: int, sampler: st
 def test_one_picture_fits_nothing() -> None:
     table, points = table_of(), [0, 5, 10]
     states = walk(table, lambda call, x: x.tanh(), torch.randn(1, 16, dtype=torch.float64))
-    fitted = fit_rows(lambda step, x: x.tanh(), states, table, "epsilon", points)
+    fitted = fit_rows(lambda step, x: (x.tanh(), None), states, table, "epsilon", points)
     assert fitted.defaults == 3
     assert list(fitted.rows) == default_rows(table, "epsilon", points)
 
@@ -106,10 +107,12 @@ def test_one_picture_fits_nothing() -> None:
 def test_what_no_left_out_picture_gains_by_is_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     columns, target = torch.randn(3, 8, 5, generator=generator).double().split([4, 1], dim=-1)
-    assert ridge_fit(columns, target[..., 0]) is None  # 21 numbers of noise for 4 weights
+    noise = target[..., 0]
+    assert ridge_fit(columns, noise) == (None, float(noise.square().sum()))  # 21 numbers of noise for 4 weights
     weights = torch.tensor([1.0, -2.0, 0.5, 0.0]).double()
-    found = ridge_fit(columns, columns @ weights)
+    found, missed = ridge_fit(columns, columns @ weights)
     assert found is not None
+    assert missed < 1e-9
     torch.testing.assert_close(found, weights, rtol=0, atol=1e-6)
 
 
@@ -129,6 +132,10 @@ def test_a_fitted_plan_is_read_back_as_it_was_written() -> None:
     [
         ({"points": [0]}, "1 rows in a fit"),
         ({"points": [-1, 7]}, "1 to 1000 points"),
+        ({"contrasts": [[0.1]]}, "2 contrasts in a fit, one a point, or none"),
+        ({"contrasts": [[0.1], [0.1, 0.2, 0.3]]}, "at most 2 calls in contrast 1"),
+        ({"contrasts": [0.1, "many"]}, "finite weights of at most 2 calls in contrast 1"),
+        ({"contrasts": {"0": 1}}, "contrasts to be a list"),
         ({"points": [0, 0]}, "ascending points"),
         ({"rows": [[0.1, 0.2]]}, "2 rows in a fit"),
         ({"rows": [[0.1, 0.2], [1e400, 0.0]]}, "finite weights"),
@@ -246,6 +253,29 @@ def test_a_fitted_plan_runs_as_its_rows_say_in_both_drivers(
     assert_same(drawn(pipe, chosen), own, 1e-5)
     again = CachePlan.from_json(chosen.to_json())
     assert torch.equal(drawn(pipe, again), drawn(pipe, chosen))
+
+
+def test_a_run_ends_where_the_pictures_that_were_fitted_ended(pipe: FastCachePipeline) -> None:
+    """By rows that count what guidance added, which none of the plain ones could."""
+    table, points = pipe_table(pipe), (0, 3, 5)
+    walks = Walks(pipe, PROMPTS, range(len(PROMPTS)), table=table, guidance_scale=4.0)
+    states = walks.reference()
+    fitted = fit_rows(lambda step, x: walks.guided("full", points[step], x), states, table, "epsilon", points)
+    assert any(fitted.contrasts)
+    plain = fit_rows(lambda step, x: (walks.predict("full", points[step], x), None), states, table, "epsilon", points)
+    assert (fitted.result - states[-1]).norm() < (plain.result - states[-1]).norm()
+    own = fit_of(fitted.rows, points, 8)
+    manifest = pipe.bundle.manifest
+    size: dict[str, Any] = {"height": manifest.height, "width": manifest.width}
+    own = replace(own, contrasts=fitted.contrasts, weights_sha256=manifest.weights_sha256, **size)
+    plan = CachePlan(("full",) * 3, sampler="ddim", fit=own)
+    for k, prompt in enumerate(PROMPTS):
+        found = pipe(prompt, plan=plan, guidance_scale=4.0, seed=k, output_type="latent").images
+        assert_same(found[0].double(), fitted.result[k], 1e-4)
+
+
+def pipe_table(pipe: FastCachePipeline) -> SamplerTable:
+    return compile_sampler(make_scheduler("ddim", pipe.bundle.manifest.model.scheduler), 8)
 
 
 def test_what_a_fitted_plan_is_not_for(pipe: FastCachePipeline, chosen: CachePlan) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from fastcache.loop.drivers import Guidance, Turn
+from fastcache.loop.drivers import Guidance, Turn, contrast
 from fastcache.loop.lane import WRITTEN, Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.sampler.table import SamplerTable
@@ -33,7 +33,7 @@ class CDriver:
         self._steps = CpuSteps(
             library,
             self.ring,
-            [(update.first, update.weights) for update in table.recursion()],
+            [(update.first, update.weights) for update in table.updates_at(guidance.scale)],
             input_scales=table.input_scale.tolist(),
             timesteps=table.timesteps.tolist(),
             guidance_scale=guidance.scale,
@@ -46,6 +46,9 @@ class CDriver:
         if rows not in self._rows:
             self._rows[rows] = self._steps.rows(*(rows.tensors[name] for name in WRITTEN))
         begin, end = self._steps.calls(step, self._rows[rows])
-        if not self._table.draws_noise(step):
-            return Turn([begin], [end])
-        return Turn([begin], [partial(draw, self.ring[step % len(self.ring), 2], self._generator), end])
+        third = self.ring[step % len(self.ring), 2]
+        if self._table.contrasts:
+            return Turn([begin], [contrast(rows, third), end])
+        if self._table.draws_noise(step):
+            return Turn([begin], [partial(draw, third, self._generator), end])
+        return Turn([begin], [end])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import BackendUnavailable
-from fastcache.loop.drivers import UNGUIDED, Call, Guidance
+from fastcache.loop.drivers import UNGUIDED, Call, Guidance, contrast
 from fastcache.loop.features import forecasts
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators, draw
@@ -85,6 +85,7 @@ class DeviceDriver:
 
     def __init__(self, lane: Lane, table: SamplerTable, rescale: float) -> None:
         self._lane, self._table, self._rescale = lane, table, rescale
+        self.contrasts = table.contrasts
         numbers = table.numbers
         self.tables = StepTables(*(getattr(numbers, name).to(lane.device, copy=True) for name in vars(numbers)))
         self.ring = lane.ring(numbers.ring_calls)
@@ -98,6 +99,7 @@ class DeviceDriver:
     def begin(self, guidance_scale: float, generator: Generators) -> None:
         """Take a run's guidance and draw all its noise."""
         self.tables.guidance.fill_(guidance_scale)
+        self.tables.weights.copy_(self._table.weights_at(guidance_scale))
         self.counter.zero_()
         if self._noise is not None:
             for step, drawn in enumerate(self._table.noise_drawn):
@@ -114,13 +116,19 @@ class DeviceDriver:
         ]
 
     def update(self, step: int, rows: Rows) -> list[Call]:
-        return [self._kernel(rows, self._numbers[step, :1]).run]
+        return [*self._contrast(step, rows), self._kernel(rows, self._numbers[step, :1]).run]
 
-    def counted(self, rows: Rows) -> list[Call]:
-        """The update of whatever step the device counts, so that it is the same for all steps on these rows."""
+    def counted(self, step: int, rows: Rows) -> list[Call]:
+        """The update of whatever step the device counts, so that it is the same for all steps on these rows.
+
+        But for what guidance is made of, which is written to a step's own place.
+        """
         if id(rows) not in self._counted:
             self._counted[id(rows)] = self._kernel(rows, self.counter)
-        return [self._counted[id(rows)].run, partial(self.counter.add_, 1)]
+        return [*self._contrast(step, rows), self._counted[id(rows)].run, partial(self.counter.add_, 1)]
+
+    def _contrast(self, step: int, rows: Rows) -> list[Call]:
+        return [contrast(rows, self.ring[step % len(self.ring), 2])] if self.contrasts else []
 
     def _kernel(self, rows: Rows, number: Tensor) -> GuidanceStep:
         tensors = rows.tensors
@@ -179,11 +187,12 @@ class DeviceLoop:
 
     def single(self, step: int) -> list[Call]:
         """The calls of one step after `enter`; the device counts it, so they are the same for all steps of its kind."""
-        return [*self._pass(step), *self._driver.counted(self._rows[step])]
+        return [*self._pass(step), *self._driver.counted(step, self._rows[step])]
 
     def kind(self, step: int) -> Hashable:
         """Steps of one kind make the same calls."""
-        apart = step if self._plan.forecast is not None else None  # a forecast's weights are numbers of its calls
+        # A forecast's weights are numbers of its calls, and what guidance is made of has a place for each call.
+        apart = step if self._plan.forecast is not None or self._driver.contrasts else None
         return self._plan.passes[step], self._guided[step], apart
 
     def passes(self) -> list[Call]:

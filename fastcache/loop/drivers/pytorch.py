@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastcache.loop.drivers import Call, Guidance, Turn
+from fastcache.loop.drivers import Call, Guidance, Turn, contrast
 from fastcache.loop.lane import Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.scheduled import ScheduledSampler
@@ -30,7 +30,7 @@ class TorchDriver:
         self._scales = sampler.input_scale.float().unbind()
         if isinstance(sampler, SamplerTable):
             self.ring = lane.ring(sampler.numbers.ring_calls)
-            self._weights = sampler.numbers.weights.flatten(1).to(lane.device).split(1)
+            self._weights = sampler.weights_at(guidance.scale).flatten(1).to(lane.device).split(1)
             self._rows = self.ring.view(3 * len(self.ring), -1)
             self._sum = self.ring.new_empty(1, self._rows.shape[1])
         else:
@@ -45,7 +45,7 @@ class TorchDriver:
                 partial(kernels.duplicate, latents.expand_as(rows.model_input), self._scales[step], rows.model_input),
                 partial(rows.tensors["timestep"].fill_, self._timesteps[step]),
             ],
-            [*self._guide(step, rows), *self._row(step)],
+            [*self._guide(step, rows), *self._third(step, rows), *self._row(step)],
         )
 
     def _kept(self, step: int, which: int) -> Tensor:
@@ -67,13 +67,19 @@ class TorchDriver:
             return self._rescaling.calls(result)
         return [partial(torch.lerp, *rows.noise_pred, scale, out=result)]
 
+    def _third(self, step: int, rows: Rows) -> list[Call]:
+        """What a row sums besides x and e: noise, or what guidance is made of."""
+        if isinstance(self._sampler, ScheduledSampler):
+            return []
+        if self._sampler.contrasts:
+            return [contrast(rows, self._kept(step, 2))]
+        return [partial(draw, self._kept(step, 2), self._generator)] if self._sampler.draws_noise(step) else []
+
     def _row(self, step: int) -> list[Call]:
         following = self._kept(step + 1, 0)
         if isinstance(self._sampler, ScheduledSampler):
             return [partial(self._own_step, self._sampler, step, following)]
-        drawn = [partial(draw, self._kept(step, 2), self._generator)] if self._sampler.draws_noise(step) else []
         return [
-            *drawn,
             partial(kernels.combine, self._rows, self._weights[step], self._sum),
             partial(following.copy_, self._sum.view_as(following)),
         ]

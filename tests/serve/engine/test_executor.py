@@ -180,19 +180,26 @@ def test_forecasts_share_calls_with_plain_reuse(apart: int, executor: Executor, 
 
 
 @pytest.mark.usefixtures("own_work")
-def test_a_fitted_plan_shares_calls_with_others(executor: Executor, pipe: FastCachePipeline) -> None:
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_a_fitted_plan_shares_calls_with_others(
+    guidance_scale: float, executor: Executor, pipe: FastCachePipeline
+) -> None:
     manifest, points = pipe.bundle.manifest, (0, 2, 5, 7, 11)
     rows = tuple((1.0, 0.1) if k == 0 else (0.1, 0.02, 0.9, -0.3) for k in range(5))
     fit = Fit(12, points, rows, 4.0, manifest.height, manifest.width, manifest.weights_sha256, "any", "fp32", 4)
+    fit = replace(fit, contrasts=((0.1,), (0.1, -0.1), (), (0.0, 0.1, -0.1), (0.05,)))
     passes = ("full", "shallow-0", "full", "shallow-0", "shallow-0")
-    request = Request("a", guidance_scale=4.0, seed=3, plan=CachePlan(passes, sampler="ddim", fit=fit))
+    request = Request("a", guidance_scale=guidance_scale, seed=3, plan=CachePlan(passes, sampler="ddim", fit=fit))
     terms = terms_of(request, manifest)
     schedule = executor.schedule(terms.sampler_name, terms.steps)
     plan = plan_for(request, manifest, schedule.sampler.num_calls, terms.sampler)
     job = Job("fitted", 0, str(terms.size), plan, terms.guided, 1, 1e9, Drawing(request, terms, 3, schedule, plan))
     found = drawn(executor, [job_of(executor, 0), job, job_of(executor, 1)], apart=1)["fitted"]
-    wanted = pipe("a", guidance_scale=4.0, seed=3, plan=request.plan, output_type="latent").images
+    wanted = pipe("a", guidance_scale=guidance_scale, seed=3, plan=request.plan, output_type="latent").images
     assert psnr_db(found, wanted.reshape(1, -1)) >= 100
+    plain = replace(plan, fit=replace(fit, contrasts=()))
+    without = pipe("a", guidance_scale=guidance_scale, seed=3, plan=plain, output_type="latent").images
+    assert (psnr_db(found, without.reshape(1, -1)) < 60) == terms.guided  # without guidance there is nothing to count
 
 
 @pytest.mark.parametrize(
