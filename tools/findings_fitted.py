@@ -49,7 +49,7 @@ CARRIED = ("fitted-10", "fitted-14")
 
 def fit_command(
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(FITTED)}.")] = "fitted",
-    images: Annotated[int, typer.Option(help="Calibration pictures.")] = 24,
+    images: Annotated[int, typer.Option(help="Calibration pictures.")] = 20,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:

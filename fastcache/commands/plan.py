@@ -71,7 +71,7 @@ def plan(  # as long as its flags are many
     ] = None,
     calibration_images: Annotated[
         int, typer.Option(min=1, max=10**6, help="How many pictures to fit on; a third of them is kept for checking.")
-    ] = 12,
+    ] = 20,
     choose_guidance: Annotated[
         bool,
         typer.Option("--choose-guidance", help="With --max-latency-ms: guidance may be off in steps where that pays."),

@@ -145,7 +145,9 @@ def begun_at(plan: CachePlan, reference: SamplerTable, prediction_type: str, beg
         plan,
         passes=plan.passes[first:],
         unguided_steps=tuple(step - first for step in plan.unguided_steps if step >= first),
-        fit=replace(fit, points=fit.points[first:], rows=tuple(rows), contrasts=tuple(contrasts)),
+        fit=replace(
+            fit, points=fit.points[first:], rows=tuple(rows), contrasts=tuple(contrasts) if any(contrasts) else ()
+        ),
     )
 
 

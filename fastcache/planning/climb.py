@@ -48,8 +48,8 @@ def climb(
     budget: float,
     score: Callable[[Stops], float],
     tries: int,
-) -> tuple[Stops, float]:
-    """The best of the starts, changed at random for as many tries, every change kept that scores more."""
+) -> list[tuple[Stops, float]]:
+    """The starts and so many random changes of the best, every change kept that scores more: all, the best first."""
     rng, scores = random.Random(0), {stops: score(stops) for stops in starts}
     best = max(scores, key=scores.__getitem__)
     for _ in range(tries):
@@ -63,7 +63,7 @@ def climb(
         scores[candidate] = score(candidate)
         if scores[candidate] > scores[best]:
             best = candidate
-    return best, scores[best]
+    return sorted(scores.items(), key=lambda scored: -scored[1])
 
 
 def _changed(stops: Stops, calls: int, names: Sequence[str], rng: random.Random) -> Stops:

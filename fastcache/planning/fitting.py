@@ -1,8 +1,9 @@
 """A bundle, prompts and a wish -> fitted plans: the best picture for a given time, or better rows for a plan at hand.
 
-One reference run of the calibration pictures serves all. Of these pictures two thirds fit the rows, the first few of
-them choose the routes, and the others, left out, say what a plan may be expected to do. Knows pipelines and plans; what
-a row or a route is found by is the business of `fit.py` and `routes.py`.
+One reference run of the calibration pictures serves all. Of these pictures two thirds fit the rows, and the first few
+choose the routes. The others, left out, choose among the last few plans and say what the one that is taken may be
+expected to do. Knows pipelines and plans; what a row or a route is found by is the business of `fit.py` and
+`routes.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from fastcache.sampler.table import compile_sampler
 Say = Callable[[str], None]
 
 _SEARCHED_ON: Final = 4  # pictures: of 4x16x16 numbers each, for at most six weights a row
-_MOST: Final = 400  # full steps a picture that a plan may take: reference, search, changes and the fit
+_MOST: Final = 240  # full steps a picture that a plan may take: reference, search, changes and the fits
 _LEAST_TRIES: Final = 10  # changes of a plan
 _STARTS: Final = 7  # of all searches
+_FINALISTS: Final = 2  # of each search, fitted on all pictures: the few that choose routes tell plans apart to 2 dB
 _ALONE: Final = 0.25  # of the changes, to plans of FULL steps alone: where only points change, less is to be found
 _FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
@@ -121,7 +123,7 @@ class Fitting:
         return self._fit(plan, points, full_steps)[0]
 
     def _fit(self, plan: CachePlan, points: Sequence[int], full_steps: float | None) -> tuple[CachePlan, float]:
-        """As `fit`, and how near the latents of all pictures end, in dB."""
+        """As `fit`, and how near the left-out pictures come, in dB; the latents of all where none is left out."""
         if plan.num_steps != len(points):
             raise ValueError(f"expected a plan of {len(points)} steps, one a point, got one of {plan.num_steps}")
         walks, states = self._all
@@ -144,7 +146,7 @@ class Fitting:
             self._say(f"{fitted.defaults} of {len(points)} rows stay as they were: left-out pictures gain nothing")
         found = {"contrasts": fitted.contrasts, "images": fit_on, "psnr_db": psnr_db, "full_steps": full_steps}
         made = self._with_rows(plan, points, fitted.rows, **found)
-        return made, _psnr(fitted.result, states[-1])
+        return made, _psnr(fitted.result, states[-1]) if psnr_db is None else psnr_db
 
     def skipping(self, calls: int, how: str) -> CachePlan:
         """A run of all the reference's steps, so many of them with a call, evenly, and the noise foretold at others.
@@ -182,7 +184,7 @@ class Fitting:
 
     def _without_changes(self, costs: Mapping[str, float], scope: Scope) -> float:
         searched = sum(most_steps(self.table.num_calls, own, scope.width) for own in _searches(costs))
-        fitted = len(_searches(costs)) * sum(scope.budgets)
+        fitted = len(_searches(costs)) * _FINALISTS * sum(scope.budgets)
         return len(self.prompts) * (self.table.num_calls + fitted) + self._searched_on * searched
 
     def _tries(self, costs: Mapping[str, float], scope: Scope, budget: float) -> int:
@@ -217,7 +219,7 @@ class Fitting:
         patterns: Mapping[str, float],
     ) -> CachePlan:
         """The nearest plan within a budget, of what each search found: of its routes and of even ones the best, climbed
-        from, and fitted.
+        from; the last few fitted.
 
         On the way up its steps may also run `patterns`, at these costs.
         """
@@ -226,7 +228,7 @@ class Fitting:
             within = [route for route in searched if route.full_steps <= budget + 1e-9][-2:]
             starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
             share = 1.0 if len(routes) == 1 else _ALONE if len(own) == 1 else 1 - _ALONE
-            found.append(self._climbed(starts, own, {**own, **patterns}, budget, round(share * tries)))
+            found += self._climbed(starts, own, {**own, **patterns}, budget, round(share * tries))
         return max(found, key=lambda one: one[1])[0]
 
     def _climbed(
@@ -236,19 +238,22 @@ class Fitting:
         costs: Mapping[str, float],
         budget: float,
         tries: int,
-    ) -> tuple[CachePlan, float]:
-        """The best of these starts and even ones, changed for so many tries and fitted, and how near it ends, in dB."""
+    ) -> list[tuple[CachePlan, float]]:
+        """The best of these starts and even ones, changed for so many tries, fitted, and how near they end, in dB."""
         calls = self.table.num_calls
         every = [*starts, *families(calls, searched, budget)]
         self._say(f"choosing among {len(every)} plans and {tries} changes of the best for {budget:g} full steps")
-        stops, score = climb(every, calls, costs, budget, self._score, tries // 2)
+        stops, score = climb(every, calls, costs, budget, self._score, tries // 2)[0]
         reuses = any(name != FULL for _, name in stops)
         forecast = max(_FORECASTS, key=lambda one: self._score(stops, one) if one else score) if reuses else None
-        stops, _ = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)
-        points, passes = zip(*stops, strict=True)
-        self._say(f"fitting {len(points)} steps, {passes.count(FULL)} of them in full")
-        plan = CachePlan(passes, made_by=f"budget({budget:g})", forecast=forecast)
-        return self._fit(plan, points, cost_of(stops, costs))
+        ranked = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)
+        found = list[tuple[CachePlan, float]]()
+        for stops, _ in ranked[:_FINALISTS]:
+            points, passes = zip(*stops, strict=True)
+            self._say(f"fitting {len(points)} steps, {passes.count(FULL)} of them in full")
+            plan = CachePlan(passes, made_by=f"budget({budget:g})", forecast=forecast)
+            found.append(self._fit(plan, points, cost_of(stops, costs)))
+        return found
 
     def _score(self, stops: Stops, forecast: Forecast | None = None) -> float:
         """How near the latents of a fitted run end, in dB."""

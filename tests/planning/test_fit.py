@@ -180,6 +180,19 @@ def test_a_run_from_the_middle_starts_at_a_full_point_and_looks_back_no_further(
     assert later.fit.points == (9, 12, 15)
     defaults = default_rows(table, "epsilon", (9, 12, 15))
     assert later.fit.rows == (*defaults[:2], rows[4])
+    assert later.fit.contrasts == ()
+    contrasts = ((0.1,), (0.1, 0.2), (0.3,), (0.4,), (0.5, 0.6))
+    short = replace(plan, fit=fit_of(tuple(row[-2:] for row in rows), points))
+    assert short.fit is not None
+    short = replace(short, fit=replace(short.fit, contrasts=contrasts))
+    begun = begun_at(short, table, "epsilon", 3).fit
+    assert begun is not None
+    assert begun.contrasts == contrasts[2:]
+    assert begun_at(short, table, "epsilon", 3).fit == replace(begun, rows=tuple(row[-2:] for row in rows[2:]))
+    farther = replace(short.fit, contrasts=(*contrasts[:2], (0.3, 0.2), *contrasts[3:]))
+    begun = begun_at(replace(short, fit=farther), table, "epsilon", 3).fit
+    assert begun is not None
+    assert (begun.rows[0], begun.contrasts[0]) == (defaults[0], ())  # it would look back to before the run
     with pytest.raises(ValueError, match="a FULL point at or after call 16 of 20"):
         begun_at(plan, table, "epsilon", 16)
 
@@ -221,19 +234,21 @@ def test_a_plan_for_a_budget_keeps_it(chosen: CachePlan, fitting: Fitting) -> No
 
 
 def test_plans_of_full_steps_alone_are_tried_too(pipe: FastCachePipeline) -> None:
-    """And the plan that ends nearer, on all pictures, is taken."""
-    said, ends = list[str](), dict[tuple[str, ...], float]()
+    """And of the last few of both kinds the one that left-out pictures come nearest by is taken."""
+    said, ends = list[str](), list[tuple[CachePlan, float]]()
 
     class Watched(Fitting):
         def _fit(self, plan: CachePlan, points: Sequence[int], full_steps: float | None) -> tuple[CachePlan, float]:
             made, near = super()._fit(plan, points, full_steps)
-            ends[made.passes] = near
+            ends.append((made, near))
             return made, near
 
     chosen = budget_plan(Watched(pipe, PROMPTS, Reference("ddim", 8, 4.0), said.append), TIMES, 3.5, said.append)
     assert sum("changes of the best" in line for line in said) == 2
-    assert ("full",) * 3 in ends
-    assert ends[chosen.passes] == max(ends.values())
+    assert ("full",) * 3 in [plan.passes for plan, _ in ends]
+    assert len(ends) == 4
+    assert chosen == max(ends, key=lambda end: end[1])[0]
+    assert all(plan.fit is not None and plan.fit.psnr_db == near for plan, near in ends)  # of left-out pictures
 
 
 def test_a_fitted_plan_of_every_call_in_full_is_the_reference(pipe: FastCachePipeline, fitting: Fitting) -> None:
@@ -314,8 +329,9 @@ def test_climbing_finds_what_scores_more_and_keeps_the_budget() -> None:
 
     starts = families(10, costs, 2.5)
     assert all(cost_of(stops, costs) <= 2.5 for stops in starts)
-    best, reached = climb(starts, 10, costs, 2.5, score, 300)
-    assert (best, reached) == (wanted, 0)
+    ranked = climb(starts, 10, costs, 2.5, score, 300)
+    assert ranked[0] == (wanted, 0)
+    assert [scored for _, scored in ranked] == sorted((scored for _, scored in ranked), reverse=True)
     assert len(set(asked)) == len(asked)
     assert all(cost_of(stops, costs) <= 2.5 + 1e-6 and stops[0] == (0, "full") for stops in asked)
 

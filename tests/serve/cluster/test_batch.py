@@ -152,11 +152,11 @@ def job(*arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_job_killed_half_way_goes_on_with_every_row_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'fastcache-diffusion[ray]'")
-    good = [{"prompt": "abc"[: 1 + k % 3], "id": f"row-{k}"} for k in range(24)]
+    good = [{"prompt": "abc"[: 1 + k % 3], "id": f"row-{k}"} for k in range(12)]
     bad = {"prompt": "a", "id": "bad", "sampler": "lcm", "num_inference_steps": 800}
     prompts, output = write(tmp_path / "p.jsonl", *good, bad), tmp_path / "out"
     common = ("--engines", tiny_bundle.path, "--prompts", prompts, "--output", output)
-    common = (*common, "--steps", 400, "--cache-interval", 4, "--cpus", 1, "--json")
+    common = (*common, "--steps", 200, "--cache-interval", 4, "--cpus", 1, "--json")
     killed = job(*common)
     while len(list(output.glob("*.png"))) < 4:
         assert killed.poll() is None, killed.communicate()[1]
