@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from fastcache.serve.http.answers import answer
 from fastcache.serve.http.edits import body_schema, read_edit
@@ -280,11 +281,19 @@ def _no_object(request: Request, *, empty: bool) -> ApiError:
     return ApiError(400, f'expected a JSON object as {{"prompt": "a red circle"}}, got {got}', code="invalid_value")
 
 
-async def _http_error(_: Request, error: Any) -> Response:
+async def _http_error(request: Request, error: Any) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     detail = str(error.detail)
     if error.status_code == 400:  # FastAPI's own, for bytes that are no text; what is no JSON is a validation's
         detail = "expected a body of JSON in UTF-8, got other bytes; encode it as UTF-8"
     answer = ApiError(error.status_code, detail, code=code).response()
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:  # of all routes of a path: Starlette names the methods of the first alone
+        answer.headers["Allow"] = ", ".join(sorted(_methods(request)))
     return answer
+
+
+def _methods(request: Request) -> set[str]:
+    """What may be done with what a request names."""
+    found = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in found for method in getattr(route, "methods", None) or ()}

@@ -398,7 +398,8 @@ def test_malformed_requests_are_refused_and_the_next_good_one_is_served(tiny: Ru
 def test_the_openapi_document_tells_the_truth(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Nothing undeclared: statuses, bodies, content types and methods, by examples made from the document itself."""
     keys = [hashlib.sha256(KEY.encode()).digest()]
-    with running(tiny_bundle.path, limits=Limits(max_steps=3, max_images=2), keys=keys) as served:
+    limits = Limits(max_steps=3, max_images=2)
+    with running(tiny_bundle.path, limits=limits, keys=keys, admin_keys=keys) as served:
         command = schemathesis_command(served.port, 5, KEY)
         examined = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert examined.returncode == 0, examined.stdout

@@ -143,6 +143,13 @@ def test_a_file_of_models_is_read_again(tiny_bundle: Bundle, tmp_path: Path) -> 
         assert served.draw().json()["model"] == "b"
 
 
+def test_a_method_that_a_path_lacks_is_told_those_that_it_has(two: Running) -> None:
+    for path, methods in (("/v1/admin/models/a", "DELETE, PUT"), ("/v1/images/generations", "POST")):
+        refused = two.client.patch(path, json={"engines": "a"}, headers=HEADERS)
+        assert refused.status_code == 405, refused.text
+        assert refused.headers["Allow"] == methods
+
+
 def test_without_an_administrators_key_nobody_changes_what_is_served(tiny: Running) -> None:
     got = tiny.client.put("/v1/admin/models/a", json={"engines": "/nowhere"})
     assert (got.status_code, got.json()["error"]["code"]) == (403, "no_admin_key")
