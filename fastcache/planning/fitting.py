@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ from fastcache.loop.fit import Fit
 from fastcache.loop.fitted import Grid
 from fastcache.loop.plan import CachePlan, Forecast
 from fastcache.pipeline.pipeline import FastCachePipeline
+from fastcache.planning.beginnings import Beginnings
 from fastcache.planning.blocks import pattern_costs
 from fastcache.planning.climb import Stops, climb, cost_of, families
 from fastcache.planning.fit import fit_rows
@@ -38,7 +39,8 @@ _MOST: Final = 240  # full steps a picture that a plan may take: reference, sear
 _LEAST_TRIES: Final = 10  # changes of a plan
 _STARTS: Final = 7  # of all searches
 _FINALISTS: Final = 2  # of each search, fitted on all pictures: the few that choose routes tell plans apart to 2 dB
-_ALONE: Final = 0.25  # of the changes, to plans of FULL steps alone: where only points change, less is to be found
+_ALONE: Final = 0.4  # of the changes, to plans of FULL steps alone: where only points change, less is to be found
+_ANEW: Final = 0.6  # of a changed plan's calls, that its beginning does not share with one that ran
 _FORECASTS: Final = (None, Forecast(by="sigma"))  # of the cached features; a line, for a square is worse (findings.md)
 
 
@@ -179,18 +181,20 @@ class Fitting:
 
     def full_steps(self, costs: Mapping[str, float], scope: Scope) -> float:
         """What the reference, a search and the fits of a scope take at most, in full steps of one picture."""
-        tries = sum((self._tries(costs, scope, budget) + _STARTS) * budget for budget in scope.budgets)
-        return self._without_changes(costs, scope) + self._searched_on * tries
+        changes = sum(self._for_changes(costs, scope, budget) for budget in scope.budgets)
+        starts = _STARTS * self._searched_on * sum(scope.budgets)
+        return self._without_changes(costs, scope) + starts + changes
 
     def _without_changes(self, costs: Mapping[str, float], scope: Scope) -> float:
         searched = sum(most_steps(self.table.num_calls, own, scope.width) for own in _searches(costs))
         fitted = len(_searches(costs)) * _FINALISTS * sum(scope.budgets)
         return len(self.prompts) * (self.table.num_calls + fitted) + self._searched_on * searched
 
-    def _tries(self, costs: Mapping[str, float], scope: Scope, budget: float) -> int:
-        """How many changes of a plan there is room for."""
+    def _for_changes(self, costs: Mapping[str, float], scope: Scope, budget: float) -> float:
+        """What changes of a plan may take, in full steps of one picture."""
         left = _MOST * len(self.prompts) - self._without_changes(costs, scope) / len(scope.budgets)
-        return max(_LEAST_TRIES, int(left / (self._searched_on * budget)) - _STARTS)
+        a_walk = self._searched_on * budget
+        return max(_LEAST_TRIES * a_walk, left - _STARTS * a_walk)
 
     def routes(self, costs: Mapping[str, float], scope: Scope) -> list[list[Route]]:
         """Routes for the budgets of a scope, and cheaper ones, by what is near the reference on the way.
@@ -205,6 +209,10 @@ class Fitting:
         """The few pictures that choose, and their reference run."""
         count = self._searched_on
         return self._walks(0, count), [state[:count] for state in self._all[1]]
+
+    @cached_property
+    def _beginnings(self) -> Beginnings:
+        return Beginnings(self._searching[0])
 
     def patterns(self) -> dict[str, float]:
         """Patterns of blocks that a plan may run as well, and what they take, in full steps."""
@@ -223,12 +231,12 @@ class Fitting:
 
         On the way up its steps may also run `patterns`, at these costs.
         """
-        tries, found = self._tries(costs, scope, budget), list[tuple[CachePlan, float]]()
+        left, found = self._for_changes(costs, scope, budget), list[tuple[CachePlan, float]]()
         for own, searched in zip(_searches(costs), routes, strict=True):
             within = [route for route in searched if route.full_steps <= budget + 1e-9][-2:]
             starts = [tuple(zip(route.points, route.passes, strict=True)) for route in within]
             share = 1.0 if len(routes) == 1 else _ALONE if len(own) == 1 else 1 - _ALONE
-            found += self._climbed(starts, own, {**own, **patterns}, budget, round(share * tries))
+            found += self._climbed(starts, own, {**own, **patterns}, budget, share * left)
         return max(found, key=lambda one: one[1])[0]
 
     def _climbed(
@@ -237,16 +245,17 @@ class Fitting:
         searched: Mapping[str, float],
         costs: Mapping[str, float],
         budget: float,
-        tries: int,
+        full_steps: float,
     ) -> list[tuple[CachePlan, float]]:
-        """The best of these starts and even ones, changed for so many tries, fitted, and how near they end, in dB."""
-        calls = self.table.num_calls
+        """The best of these starts and even ones, changed for so many full steps, fitted, and how near they end."""
+        calls, tries = self.table.num_calls, full_steps / 2 / (self._searched_on * budget)
         every = [*starts, *families(calls, searched, budget)]
-        self._say(f"choosing among {len(every)} plans and {tries} changes of the best for {budget:g} full steps")
-        stops, score = climb(every, calls, costs, budget, self._score, tries // 2)[0]
+        self._say(f"choosing among {len(every)} plans and changes of the best for {budget:g} full steps")
+        stops, score = climb(every, calls, costs, budget, self._score, round(tries / _ANEW))[0]
         reuses = any(name != FULL for _, name in stops)
         forecast = max(_FORECASTS, key=lambda one: self._score(stops, one) if one else score) if reuses else None
-        ranked = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), tries - tries // 2)
+        more = round(tries if forecast else tries / _ANEW)
+        ranked = climb([stops], calls, costs, budget, lambda own: self._score(own, forecast), more)
         found = list[tuple[CachePlan, float]]()
         for stops, _ in ranked[:_FINALISTS]:
             points, passes = zip(*stops, strict=True)
@@ -259,15 +268,18 @@ class Fitting:
         """How near the latents of a fitted run end, in dB."""
         walks, states = self._searching
         points, passes = zip(*stops, strict=True)
-        walks.forecast(CachePlan(passes, forecast=forecast), points)
-        fitted = fit_rows(
-            lambda step, x: walks.guided(passes[step], points[step], x, step),
-            states,
-            self.table,
-            self._prediction,
-            points,
-        )
+        if forecast is None:
+            predict = self._beginnings.walk(stops)
+        else:  # a forecast reads what several calls left
+            walks.forecast(CachePlan(passes, forecast=forecast), points)
+            predict = partial(_along, walks, stops)
+        fitted = fit_rows(predict, states, self.table, self._prediction, points)
         return _psnr(fitted.result, states[-1])
+
+
+def _along(walks: Walks, stops: Stops, step: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    point, name = stops[step]
+    return walks.guided(name, point, x, step)
 
 
 def _searches(costs: Mapping[str, float]) -> list[Mapping[str, float]]:
