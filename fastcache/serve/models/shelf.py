@@ -173,6 +173,7 @@ class Shelf:
         folder, name = entry.listed.engines, entry.name
         self._thread = in_background(lambda: seen(lambda: self._loading.load(folder, name), device))
         served, grown = await asyncio.wrap_future(self._thread)
+        self._thread = None  # it holds what was loaded, which is to be gone before another bundle is loaded
         self._load_s = time.monotonic() - start
         entry.needs_bytes = max(grown, expected_bytes(served.manifest, streams=self._loading.streams))
         self._held[served.number] = entry.needs_bytes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import httpx
 import pytest
 
 from fastcache import Bundle
+from fastcache.pipeline.pipeline import FastCachePipeline
 from fastcache.serve.http.limits import Limits
 from fastcache.serve.models.listed import Listed, Offer, listed, read_models
 from fastcache.serve.models.memory import bytes_of, expected_bytes
@@ -55,6 +58,26 @@ def test_the_model_field_chooses_and_the_oldest_makes_room(two: Running) -> None
     two.until(lambda: two.service.desk.bundles == 1)
     missing = two.draw(model="nobody")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_what_makes_room_is_gone_before_another_is_loaded(two: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bundle that is let go nothing is in memory any more, whatever Python's collector does later."""
+    made, left = list[weakref.ref[FastCachePipeline]](), list[int]()
+
+    def pipeline(*args: Any, **kwargs: Any) -> FastCachePipeline:
+        gc.disable()
+        left.append(sum(pipe() is not None for pipe in made))
+        made.append(weakref.ref(pipe := FastCachePipeline(*args, **kwargs)))
+        return pipe
+
+    monkeypatch.setattr("fastcache.serve.models.catalogue.FastCachePipeline", pipeline)
+    try:
+        for name in ("other", "tiny-model", "other", "tiny-model"):
+            assert two.draw(model=name).status_code == 200
+    finally:
+        gc.enable()
+    assert len(left) >= 3
+    assert set(left) == {0}
 
 
 @pytest.mark.slow
