@@ -104,7 +104,7 @@ def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULT
                 if (fit := plan.fit) is None:
                     continue
                 fit = replace(fit, height=own.get("height", 64), width=own.get("width", 64))
-                plain = replace(fit, rows=tuple(default_rows(reference, "v_prediction", fit.points)))
+                plain = replace(fit, rows=tuple(default_rows(reference, "v_prediction", fit.points)), contrasts=())
                 pair = replace(plan, fit=fit), replace(plan, fit=plain, forecast=None)
                 fitted, default = (psnr_db_each(pipe(**(common | own), plan=one).images, full) for one in pair)
                 gains[name] += (fitted - default).tolist()
@@ -123,7 +123,7 @@ def time_command(rounds: int = 40, work: Work = WORK, results: Results = RESULTS
         if plan.fit is None or not name.startswith("fitted"):
             continue
         rows = tuple(default_rows(reference, "v_prediction", plan.fit.points))
-        plans = [replace(plan, fit=replace(plan.fit, rows=rows)), plan]
+        plans = [replace(plan, fit=replace(plan.fit, rows=rows, contrasts=())), plan]
         arms = [Candidate(str(k), one, SAMPLER, STEPS) for k, one in enumerate(plans)]
         taken = [[own.loop_ms for own in draw_batch(pipe, arms, ["a"], [0], GUIDANCE, first=k)] for k in range(rounds)]
         plain, fitted = np.array(taken[2:]).T
