@@ -85,7 +85,13 @@ def carry_command(images: int = 32, work: Work = WORK, results: Results = RESULT
     ways |= {"negative prompt": {"negative_prompt": "a small blue ring"}, "96x96": {"height": 96, "width": 96}}
     pipe = FastCachePipeline(
         fastcache.build_engines(
-            "demo", work / "sizes", backend="openvino", sizes=("64x64", "96x96"), batch="1:4:16", progress=say
+            "demo",
+            work / "sizes",
+            backend="openvino",
+            dtype="fp32",
+            sizes=("64x64", "96x96"),
+            batch="1:4:16",
+            progress=say,
         )
     )
     reference = compile_sampler(make_scheduler(SAMPLER, pipe.bundle.manifest.model.scheduler), STEPS)

@@ -13,7 +13,7 @@ from typing import Final
 from fastcache.expect import expected, is_int, is_number
 
 MOST_LOOKED_BACK: Final = 5  # calls, as many as a lane's ring has places for with any named sampler
-_MOST_GUIDANCE: Final = 1.25  # times the fit's: rows for 4 gain 10 dB at 4, 1 to 3 at 5.5, 12 at 3 (docs/findings.md)
+_MOST_GUIDANCE: Final = 1.4  # times the fit's: rows for 4 gain 11 dB at 4, 7 to 9 at 5.5, none at 8 (docs/findings.md)
 _LARGEST: Final = 1e9  # weights are below 100; what has no end is no number
 _MOST_CALLS: Final = 1000  # a model is trained on as many timesteps
 
