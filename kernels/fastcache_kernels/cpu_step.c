@@ -30,6 +30,7 @@ typedef struct {
     float *following;
     const float *const *rows;
     const float *weights;
+    float *contrast; /* NULL where no row counts it */
     int64_t num_rows, images, size, input_stride, halves;
     float input_scale, timestep, guidance_scale, image_guidance_scale, rescale;
 } fastcache_step;
@@ -67,6 +68,16 @@ INLINE void guide(const fastcache_step *step, int64_t at, int64_t n) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
             out[i] = first[i] + of_image * (second[i] - first[i]) + scale * (third[i] - second[i]);
+    }
+    if (step->contrast) {
+        const float *conditional = first + (step->halves - 1) * row, *other = conditional - row;
+        float *contrast = step->contrast + at;
+        if (step->halves == 1) {
+            memset(contrast, 0, (size_t)n * sizeof(float));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) contrast[i] = conditional[i] - other[i];
+        }
     }
 }
 

@@ -25,7 +25,7 @@ LIBRARY, SOURCE = "libfastcache_cpu.so", "cpu_step.c"
 Call = Callable[[], object]
 
 _CPU = torch.device("cpu")
-_ADDRESSES = ("latents", "model_input", "timesteps", "noise_pred", "guided", "following", "rows", "weights")
+_ADDRESSES = ("latents", "model_input", "timesteps", "noise_pred", "guided", "following", "rows", "weights", "contrast")
 _SIZES = ("num_rows", "images", "size", "input_stride", "halves")
 _NUMBERS = ("input_scale", "timestep", "guidance_scale", "image_guidance_scale", "rescale")
 
@@ -101,7 +101,8 @@ class CpuSteps:
     prediction and the noise drawn, which must stand there before a call ends. `updates` are each call's: the first call
     it looks back to, and weights for x, e and z from there to its own; a row of weight 0 is not read. The newest x may
     take the oldest's place. Guidance is `reference.guide` for two halves; for three, without text and image, with the
-    image and with both, e = p0 + image_guidance_scale (p1 - p0) + guidance_scale (p2 - p1).
+    image and with both, e = p0 + image_guidance_scale (p1 - p0) + guidance_scale (p2 - p1). With `contrasts` a call's z
+    is the last half less the one before it, 0 of one half, and written here.
 
     Shapes: `ring` (calls, 3, N, C, ...), float32, on the CPU.
     Raises: `ValueError` for a ring that does not fit, or updates that look back further.
@@ -119,6 +120,7 @@ class CpuSteps:
         guidance_scale: float = 1.0,
         image_guidance_scale: float = 0.0,
         rescale: float = 0.0,
+        contrasts: bool = False,
     ) -> None:
         expect("ring", ring, (len(ring), 3, *ring.shape[2:]), (torch.float32,), _CPU)
         widest = max(call + 1 - first for call, (first, _) in enumerate(updates))
@@ -126,7 +128,7 @@ class CpuSteps:
             raise ValueError(f"expected a ring of {widest} calls or more for these updates, got {len(ring)}")
         self._library, self._ring, self._updates = library, ring, updates
         self._numbers = list(zip(input_scales, timesteps, strict=True))
-        self._guidance = guidance_scale, image_guidance_scale, rescale
+        self._guidance, self._contrasts = (guidance_scale, image_guidance_scale, rescale), contrasts
         self._image = ring.shape[2], ring[0, 0, 0].numel()
         row_bytes = ring.stride(1) * ring.element_size()
         self._rows = [ring.data_ptr() + row * row_bytes for row in range(3 * len(ring))]
@@ -161,7 +163,8 @@ class CpuSteps:
             self._row(3 * call),
             *rows.addresses,
             *(self._row(3 * call + 1), self._row(3 * call + 3)),
-            *(ctypes.addressof(addresses), ctypes.addressof(factors), len(kept)),
+            *(ctypes.addressof(addresses), ctypes.addressof(factors)),
+            *(self._row(3 * call + 2) if self._contrasts else None, len(kept)),
             *(*self._image, rows.input_stride, rows.halves),
             *(*self._numbers[call], *self._guidance),
         )

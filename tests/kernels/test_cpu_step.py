@@ -44,6 +44,7 @@ class Case:
     spare: int = 0
     rescale: float = 0.0
     mean: float = 0.0
+    contrasts: bool = False
     seed: int = 0
 
 
@@ -62,6 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
         spare=draw(st.integers(0, 2)),
         rescale=draw(st.sampled_from((0.0, 0.3, 0.7, 1.0))),
         mean=draw(st.sampled_from((0.0, 1.0, 30.0))),
+        contrasts=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -88,6 +90,7 @@ class Call:
             input_scales=[9.0] * case.call + [0.9],
             timesteps=[9.0] * case.call + [741.5],
             rescale=case.rescale,
+            contrasts=case.contrasts,
             **SCALES,
         )
         own = self.steps.rows(self.sample, self.timestep, self.noise_pred)
@@ -107,12 +110,18 @@ class Call:
         of_image, of_text = parts[1] - parts[0], parts[2] - parts[1]
         return parts[0] + SCALES["image_guidance_scale"] * of_image + SCALES["guidance_scale"] * of_text
 
+    def expected_contrast(self) -> Tensor:
+        halves = self.noise_pred.double().unflatten(0, (-1, self.case.images))
+        return halves[-1] - halves[-2] if len(halves) > 1 else torch.zeros_like(halves[0])
+
     def expected_latents(self, guided: Tensor) -> Tensor:
         """In float64, out of the ring as it is before the call's end."""
         case = self.case
         calls = range(case.call + 1 - case.window, case.call + 1)
         rows = torch.cat([self.place(i) for i in calls]).double()
         rows[-2] = guided
+        if case.contrasts:
+            rows[-1] = self.expected_contrast()
         out = torch.empty(1, rows[0].numel(), dtype=torch.float64)
         reference.combine(rows.flatten(1), torch.tensor([self.weights], dtype=torch.float64), out)
         return out.view(self.shape)
@@ -136,6 +145,9 @@ def test_an_end_is_guidance_and_the_update(library: Library, case: Case) -> None
     assert float((call.place(case.call + 1)[0].double() - latents).abs().max()) <= 1e-6 * terms
     kept = torch.ones(len(call.ring), 3, dtype=torch.bool)
     kept[case.call % len(call.ring), 1] = kept[(case.call + 1) % len(call.ring), 0] = False
+    if case.contrasts:
+        assert_near(call.place(case.call)[2], call.expected_contrast(), 1e-6)
+        kept[case.call % len(call.ring), 2] = False
     assert torch.equal(call.ring[kept], before[kept])
 
 

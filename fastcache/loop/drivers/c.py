@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from fastcache.loop.drivers import Guidance, Turn, contrast
+from fastcache.loop.drivers import Guidance, Turn
 from fastcache.loop.lane import WRITTEN, Lane, Rows
 from fastcache.loop.noise import Generators, draw
 from fastcache.sampler.table import SamplerTable
@@ -39,6 +39,7 @@ class CDriver:
             guidance_scale=guidance.scale,
             image_guidance_scale=guidance.image_scale,
             rescale=guidance.rescale,
+            contrasts=table.contrasts,
         )
         self._rows: dict[Rows, StepRows] = {}
 
@@ -46,9 +47,6 @@ class CDriver:
         if rows not in self._rows:
             self._rows[rows] = self._steps.rows(*(rows.tensors[name] for name in WRITTEN))
         begin, end = self._steps.calls(step, self._rows[rows])
-        third = self.ring[step % len(self.ring), 2]
-        if self._table.contrasts:
-            return Turn([begin], [contrast(rows, third), end])
-        if self._table.draws_noise(step):
-            return Turn([begin], [partial(draw, third, self._generator), end])
-        return Turn([begin], [end])
+        if not self._table.draws_noise(step):
+            return Turn([begin], [end])
+        return Turn([begin], [partial(draw, self.ring[step % len(self.ring), 2], self._generator), end])
