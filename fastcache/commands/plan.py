@@ -70,7 +70,8 @@ def plan(  # as long as its flags are many
         str | None, typer.Option(help="The sampler of that run; --sampler if left out.")
     ] = None,
     calibration_images: Annotated[
-        int, typer.Option(min=1, max=10**6, help="How many pictures to fit on; a third of them is kept for checking.")
+        int,
+        typer.Option(min=1, max=10**6, help="How many pictures to draw; two thirds fit, a third chooses and checks."),
     ] = 20,
     choose_guidance: Annotated[
         bool,

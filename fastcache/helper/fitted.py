@@ -82,8 +82,8 @@ class _Fitted:
         """The row of the next point, in float64. Shapes: `model_output` and `sample` (N, C, H, W)."""
         if self._steps == len(self.fit.rows):
             raise ValueError("expected one step a point of the fitted plan, got one more; begin with set_timesteps")
-        own = sample.double(), model_output.double(), self._added(sample.double())
-        self._past = [*self._past[1 - MOST_LOOKED_BACK :], own]
+        x = sample.double()
+        self._past = [*self._past[1 - MOST_LOOKED_BACK :], (x, model_output.double(), self._added(x))]
         update = self.table.recursion()[self._steps]
         parts = [part for call in self._past[-update.window :] for part in call]
         weighed = [weight * part for weight, part in zip(update.weights, parts, strict=True) if weight]

@@ -58,9 +58,10 @@ def test_every_command_is_one_that_serve_takes() -> None:
 
 
 def test_ports_probes_and_users_agree() -> None:
-    entry, probing = instruction("ENTRYPOINT"), " ".join(instruction("CMD") + re.findall("/livez", DOCKERFILE))
+    entry = instruction("ENTRYPOINT")
+    checked = re.findall(r"HEALTHCHECK .*\\\n *CMD .*127\.0\.0\.1:(\d+)(/\w+)'", DOCKERFILE)
     assert entry[entry.index("--port") + 1] == str(PORT)
-    assert "/livez" in probing
+    assert [(int(port), path in PROBES) for port, path in checked] == [(PORT, True)]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert CONTAINER[probe]["httpGet"]["path"] in PROBES
         assert CONTAINER[probe]["httpGet"]["port"] == PORT

@@ -99,7 +99,8 @@ class DeviceDriver:
     def begin(self, guidance_scale: float, generator: Generators) -> None:
         """Take a run's guidance and draw all its noise."""
         self.tables.guidance.fill_(guidance_scale)
-        self.tables.weights.copy_(self._table.weights_at(guidance_scale))
+        if self.contrasts:
+            self.tables.weights.copy_(self._table.weights_at(guidance_scale))
         self.counter.zero_()
         if self._noise is not None:
             for step, drawn in enumerate(self._table.noise_drawn):
