@@ -75,7 +75,7 @@ def calibration_runs(
     bound = {role: engine.bind(tensors) for role, engine in loaded.items()}
     taken = {role: [spec.name for spec in engine.inputs] for role, engine in loaded.items()}
     sampler: Any = make_scheduler("ddim", info.scheduler)
-    for k, prompt in enumerate(_prompts(model, length.pictures)):
+    for k, prompt in enumerate(prompts(model, length.pictures)):
         for name, value in (_conditioning(model, info, examples, prompt) or {}).items():
             tensors[name].copy_(value)
         sampler.set_timesteps(length.steps)
@@ -92,11 +92,17 @@ def calibration_runs(
     return found
 
 
-def _prompts(model: SourceModel, count: int) -> Sequence[str]:
+def prompts(model: SourceModel, count: int) -> Sequence[str]:
     """Prompts that no measurement of quality uses."""
     if model.name == "demo":
         return [scene.caption() for scene in islice(training_scenes(np.random.default_rng(7)), count)]
     return PROMPTS[:count]
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """What a text encoder is given for some texts. Shapes: returns (texts, the tokenizer's length), int64."""
+    options = {"padding": "max_length", "max_length": int(tokenizer.model_max_length), "truncation": True}
+    return tokenizer(list(texts), return_tensors="pt", **options).input_ids
 
 
 def _conditioning(model: SourceModel, info: ModelInfo, examples: Inputs, prompt: str) -> Inputs | None:
@@ -110,10 +116,9 @@ def _conditioning(model: SourceModel, info: ModelInfo, examples: Inputs, prompt:
     for name in model.text_encoders:
         tokenizer = model.load_tokenizer(name)
         length = int(tokenizer.model_max_length)
-        ids = tokenizer(["", prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         part = components.exportable_text_encoder(model.load_text_encoder(name), length, name, model.family)
         with torch.no_grad():
-            made = part.module({"input_ids": ids.input_ids})
+            made = part.module({"input_ids": token_ids(tokenizer, ["", prompt])})
         states.append(made[0][:, 0])
         pooled = made[1] if len(made) > 1 else pooled
     told = {"encoder_hidden_states": torch.cat(states, dim=-1)}

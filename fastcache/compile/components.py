@@ -132,16 +132,18 @@ def exportable_vae_decoder(
     return Exportable(role, VAEDecoder(vae), {"latents": latents}, ("image",), strides)
 
 
-def example_latents(vae: VAE, height: int, width: int) -> Tensor:
-    """Latents of two pictures, rings on a gradient and their negative, as the sampler leaves them.
-
-    Shapes: `height` and `width` are in pixels; returns (2, C, h, w).
-    """
+def example_pictures(height: int, width: int) -> Tensor:
+    """Two pictures, rings on a gradient and their negative. Shapes: returns (2, 3, height, width), in [-1, 1]."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     rings = (torch.cos(6 * torch.pi * torch.hypot(x, y)) > 0.5).float()
     picture = torch.stack([0.8 * x * rings, 0.8 * y, rings - 0.5])
+    return torch.stack([picture, -picture])
+
+
+def example_latents(vae: VAE, height: int, width: int) -> Tensor:
+    """Latents of `example_pictures`, as the sampler leaves them. Shapes: returns (2, C, h, w)."""
     with torch.no_grad():
-        return _VAEEncoder(vae, scaled=True)({"image": torch.stack([picture, -picture])})[0]
+        return _VAEEncoder(vae, scaled=True)({"image": example_pictures(height, width)})[0]
 
 
 def decoded_in(decoder: nn.Module, latents: Tensor, *dtypes: DType) -> list[Tensor]:

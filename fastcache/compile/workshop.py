@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,10 @@ from fastcache_engines import (
 )
 
 _LARGEST_FP16 = 65504.0
-LEAST_VAE_PSNR_DB = 50.0  # of a decoder in bfloat16 to float32; half a step of 8 bits is 58.9 dB on average
+# Of what is computed in bfloat16 to the same in float32: of a decoder's pictures, as a PSNR (half a step of 8 bits is
+# 58.9 dB on average), and of a text encoder's states, as a signal-to-noise ratio (a U-Net in bfloat16 has 35 to 45 dB).
+LEAST_VAE_PSNR_DB = 50.0
+LEAST_TEXT_SNR_DB = 40.0
 
 
 class OutOfTolerance(BuildError):
@@ -150,16 +153,20 @@ class Workshop:
         self._make(parts, "unet", self.dtype, rows, graph_passes.translations(self.can, self.dtype), checked=True)
 
     def make_text_encoders(self) -> None:
-        """They run once a picture, in float32 whatever the U-Net's dtype."""
+        """They run once a picture: in float32, or in bfloat16 where that says nearly the same of prompts."""
         model, images = self.job.model, self.recipe.batch
         for name in model.text_encoders:
-            self.say(f"exporting the {name.replace('_', ' ')}")
+            named = name.replace("_", " ")
+            self.say(f"exporting the {named}")
             tokenizer = model.load_tokenizer(name)
             tokenizer.save_pretrained(self.folder / TOKENIZERS[name])
             encoder, tokens = model.load_text_encoder(name), int(tokenizer.model_max_length)
             part = components.exportable_text_encoder(encoder, tokens, name, model.family)
             # Causal attention, which is not fused.
             self._make([part], part.role, "fp32", (1, images.opt, images.max), {})
+            if self.dtype == "bf16" and not self.can.typed:
+                ids = {"input_ids": calibrate.token_ids(tokenizer, ["", *calibrate.prompts(model, 7)])}
+                self._lower(part.role, named, ids, "hidden_states", _snr_db, LEAST_TEXT_SNR_DB)
 
     def make_vae(self) -> None:
         """Decoder and encoder, each in the recipe's dtype where that is exact enough, else in float32."""
@@ -182,8 +189,13 @@ class Workshop:
             # An image to image run may give one image for several pictures.
             rows = (1, images.opt, images.max) if part.role == "vae_encoder" else (images.min, images.opt, images.max)
             self._make([part], part.role, dtype, rows, graph_passes.translations(self.can, dtype))
-            if part.role == "vae_decoder" and latents is not None and not self.can.typed:
-                self._lower_decoder(latents)
+            if latents is None or self.can.typed:
+                continue
+            if part.role == "vae_decoder":
+                self._lower(part.role, name, {"latents": latents}, "image", _psnr_db, LEAST_VAE_PSNR_DB)
+            elif not tile and not self.info.edits:  # what it gives is what the decoder takes
+                given = {"image": components.example_pictures(*sides)}
+                self._lower(part.role, name, given, "latent_mean", self._psnr_decoded_db, LEAST_VAE_PSNR_DB)
 
     def make_preview_decoder(self, vae: VAE) -> None:
         """What shows a picture on its way, in float32."""
@@ -193,26 +205,42 @@ class Workshop:
         translations = graph_passes.translations(self.can, "fp32")
         self._make([part], part.role, "fp32", (1, images.opt, images.max), translations)
 
-    def _lower_decoder(self, latents: Tensor) -> None:
-        """Let a backend that lowers graphs itself decode in bfloat16 where its pictures stay near float32's."""
-        entry = self.engines["vae_decoder"]
+    def _lower(
+        self,
+        role: Role,
+        named: str,
+        inputs: export.Inputs,
+        output: str,
+        nearness: Callable[[Tensor, Tensor], float],
+        needed: float,
+    ) -> None:
+        """Let a backend that lowers graphs itself run an engine in bfloat16 where that stays near float32."""
+        entry = self.engines[role]
         if not (self.runs_here and fastcache_engines.fast_bf16()):
-            self.say("the VAE decoder stays in fp32: this machine cannot tell what bf16 would do to pictures")
+            self.say(f"the {named} stays in fp32: this machine cannot tell what bf16 would do to pictures")
             return
         wide, narrow = (
-            self.backend.evaluate(self.folder / entry.file, {"latents": latents}, LoadOptions(self.device, dtype))
+            self.backend.evaluate(self.folder / entry.file, inputs, LoadOptions(self.device, dtype))[output]
             for dtype in ("fp32", "bf16")
         )
-        near = self._near_enough("VAE decoder", wide["image"], narrow["image"])
-        self.engines["vae_decoder"] = entry.model_copy(update={"dtype": near})
+        near = self._near_enough(named, nearness(wide, narrow), needed)
+        self.engines[role] = entry.model_copy(update={"dtype": near})
 
-    def _near_enough(self, name: str, wide: Tensor, narrow: Tensor) -> DType:
-        """bfloat16 where a picture of it is near the one in float32, by PSNR in dB; else float32."""
-        psnr = -10 * math.log10(max(float((wide - narrow).square().mean()), 1e-12))
-        if psnr >= LEAST_VAE_PSNR_DB:
-            self.say(f"the {name} runs in bf16: {psnr:.1f} dB from fp32 ({LEAST_VAE_PSNR_DB:.0f} needed)")
+    def _psnr_decoded_db(self, wide: Tensor, narrow: Tensor) -> float:
+        """How near the pictures of two latents are, decoded in float32."""
+        decoder = self.folder / self.engines["vae_decoder"].file
+        pictures = (
+            self.backend.evaluate(decoder, {"latents": latents}, LoadOptions(self.device))["image"]
+            for latents in (wide, narrow)
+        )
+        return _psnr_db(*pictures)
+
+    def _near_enough(self, named: str, near: float, needed: float) -> DType:
+        """bfloat16 where it is as near to float32 as needed, both in dB; else float32."""
+        if near >= needed:
+            self.say(f"the {named} runs in bf16: {near:.1f} dB from fp32 ({needed:.0f} needed)")
             return "bf16"
-        self.say(f"the {name} stays in fp32: bf16 is {psnr:.1f} dB from it, {LEAST_VAE_PSNR_DB:.0f} needed")
+        self.say(f"the {named} stays in fp32: bf16 is {near:.1f} dB from it, {needed:.0f} needed")
         return "fp32"
 
     @property
@@ -223,7 +251,8 @@ class Workshop:
     def _vae_dtype(self, part: export.Exportable, name: str, latents: Tensor | None) -> DType:
         """float16 where the largest activation leaves it room, bfloat16 where a picture stays near float32's."""
         if latents is not None and self.can.typed and part.role == "vae_decoder":
-            return self._near_enough(name, *components.decoded_in(part.module, latents, "fp32", "bf16"))
+            near = _psnr_db(*components.decoded_in(part.module, latents, "fp32", "bf16"))
+            return self._near_enough(name, near, LEAST_VAE_PSNR_DB)
         if self.dtype != "fp16":
             return "fp32"
         largest = lower.largest_activation(part.module, part.inputs)
@@ -383,6 +412,16 @@ def _release(parts: Sequence[export.Exportable]) -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, TypeError):  # glibc's alone, which keeps what is freed in its heap
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _psnr_db(wide: Tensor, narrow: Tensor) -> float:
+    """How near two batches of images in [0, 1] are."""
+    return -10 * math.log10(max(float((wide - narrow).square().mean()), 1e-12))
+
+
+def _snr_db(wide: Tensor, narrow: Tensor) -> float:
+    """How near a tensor is to another, by the size of that one."""
+    return -10 * math.log10(max(float((wide - narrow).square().sum() / wide.square().sum()), 1e-12))
 
 
 def _quantized_text(role: Role, entry: QuantizedEngine) -> str:

@@ -1,4 +1,4 @@
-"""Other VAEs than a model's own, decoding in tiles, and the dtypes that `auto` and a bf16 bundle's decoder get."""
+"""Other VAEs than a model's own, decoding in tiles, and the dtypes of `auto` and of what is around a bf16 U-Net."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastcache
+import fastcache_engines
 from build_store import BuildStore
 from fastcache.bundle.recipe import recipe_from
 from fastcache.compile import components, worker
 from fastcache.compile.builder import Job, resolve
+from fastcache.compile.calibrate import token_ids
 from fastcache.compile.models import find_model
-from fastcache.compile.workshop import OutOfTolerance
+from fastcache.compile.workshop import LEAST_TEXT_SNR_DB, OutOfTolerance
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.steps import foretold
 from fastcache.pipeline.images import in_tiles
 from fastcache.pipeline.request import Request
-from fastcache_engines import registry
+from fastcache_engines import LoadOptions, registry
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,20 @@ def test_auto_is_the_fastest_dtype(fast: bool, dtype: str, monkeypatch: pytest.M
     assert job.key == job_of(dtype=dtype).key
     assert job_of(backend="onnxruntime").dtype == "fp32"
     assert ("onnxruntime computes no bf16 on a CPU" in job_of(backend="onnxruntime").reason) is fast
+
+
+def test_a_text_encoder_runs_in_bf16_where_that_says_the_same_of_prompts(tiny_model: Path, builds: BuildStore) -> None:
+    bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
+    entry = bundle.manifest.engines["text_encoder"]
+    assert entry.dtype == ("bf16" if registry.fast_bf16() else "fp32")
+    source = find_model(str(tiny_model))
+    ids = token_ids(source.load_tokenizer("text_encoder"), ["", "a red circle"])
+    with torch.no_grad():
+        wanted = source.load_text_encoder("text_encoder")(ids).last_hidden_state
+    run = fastcache_engines.backend("openvino").evaluate
+    given = run(bundle.path / entry.file, {"input_ids": ids}, LoadOptions("cpu", entry.dtype))
+    off = given["hidden_states"][:, 0] - wanted
+    assert 10 * torch.log10(wanted.square().sum() / off.square().sum()) > LEAST_TEXT_SNR_DB
 
 
 def test_what_does_not_pass_in_bf16_is_built_in_fp32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
