@@ -42,6 +42,7 @@ TOKENS = 32
 TEXT_WIDTH = 128
 LATENT_SIZE = 16
 STOP_AT = 3000
+LAST = "fastcache.json"  # of a model's files, the one that is written last
 
 
 def build_vae() -> AutoencoderKL:
@@ -148,6 +149,17 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def descend(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, rate: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """One step down, with the gradient's length held to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    rate.step()
+
+
 def train_vae(iterations: int) -> AutoencoderKL:
     """L1 + L2 reconstruction, with the KL term at a weight that leaves 31 dB or more."""
     torch.manual_seed(1)
@@ -162,11 +174,7 @@ def train_vae(iterations: int) -> AutoencoderKL:
             posterior = vae.encode(x).latent_dist
             y, kl = vae.decode(posterior.sample()).sample.float(), posterior.kl().float().mean()
         loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 3e-4 * kl / (4 * LATENT_SIZE**2)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
+        descend(loss, vae, optimizer, rate)
         log(i, loss.item())
     with torch.no_grad():
         x = normalised(images[:256])
@@ -268,11 +276,7 @@ def train_unet(
             states = text(ids[rows]).last_hidden_state
             v = unet(noisy, t, states, return_dict=False)[0]
         loss = F.mse_loss(v.float(), a * noise - b * x)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
+        descend(loss, model, optimizer, rates)
         decay = min(0.999, (1 + i) / (10 + i))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         log(i, loss.item())
@@ -305,11 +309,7 @@ def train_decoder(vae: AutoencoderKL, iterations: int) -> None:
             y = vae.decode(noisy.contiguous(memory_format=torch.channels_last)).sample.float()
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
         loss = F.l1_loss(y, x) + F.mse_loss(y, x) + edges
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
+        descend(loss, decoder, optimizer, rates)
         log(i, loss.item())
     with torch.no_grad():
         mse = F.mse_loss(vae.decode(latents[:256]).sample.clamp(-1, 1), normalised(images[:256]))
@@ -341,7 +341,12 @@ def export(
     for part in (pipe.vae, pipe.unet):
         part.register_to_config(_name_or_path="")  # where it was read from
     pipe.save_pretrained(output, safe_serialization=True)
-    (output / "fastcache.json").write_text('{"guidance_scale": 4.0}\n', encoding="utf-8")  # what it was tuned for
+    (output / LAST).write_text('{"guidance_scale": 4.0}\n', encoding="utf-8")  # what it was tuned for
+
+
+def is_whole(model: Path) -> bool:
+    """Whether `export` came to its end there."""
+    return (model / LAST).is_file()
 
 
 def plain_pipeline(model: Path) -> Any:
@@ -382,7 +387,10 @@ def train_command(
     text_iterations: int = 1500,
     unet_iterations: Annotated[int, typer.Option(help="How many the learning rate's decay is laid out for.")] = 4000,
     unet_stop: Annotated[int, typer.Option(help="How many of them are run.")] = STOP_AT,
-    start: Annotated[Path | None, typer.Option(help="Learn on from this model, in place of the first stages.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Learn on from this model, in place of the first stages."),
+    ] = None,
     further_iterations: int = 2000,
     decoder_iterations: int = 2500,
     threads: int = 0,
@@ -391,9 +399,9 @@ def train_command(
     if threads:
         torch.set_num_threads(threads)
     first, further, tokenizer = start or work / "first", work / "further", build_tokenizer()
-    if not first.exists():
+    if start is None and not is_whole(first):
         train_first(first, work, tokenizer, vae_iterations, text_iterations, unet_iterations, unet_stop)
-    if not further.exists():
+    if not is_whole(further):
         pipe = plain_pipeline(first)
         unet, text = train_unet(pipe, further_iterations, further_iterations, 4e-4, seed=4, work=work)
         export(pipe.vae, text, tokenizer, unet, further)
