@@ -54,8 +54,8 @@ from fastcache_engines import (
 )
 
 _LARGEST_FP16 = 65504.0
-# Of what is computed in bfloat16 to the same in float32: of a decoder's pictures, as a PSNR (half a step of 8 bits is
-# 58.9 dB on average), and of a text encoder's states, as a signal-to-noise ratio (a U-Net in bfloat16 has 35 to 45 dB).
+# Of what is computed in bfloat16 to the same in float32: of a VAE's pictures, as a PSNR (half a step of 8 bits is
+# 58.9 dB on average), and of a text encoder's states, as a signal-to-noise ratio.
 LEAST_VAE_PSNR_DB = 50.0
 LEAST_TEXT_SNR_DB = 40.0
 

@@ -24,7 +24,7 @@ from fastcache.compile import components, worker
 from fastcache.compile.builder import Job, resolve
 from fastcache.compile.calibrate import token_ids
 from fastcache.compile.models import find_model
-from fastcache.compile.workshop import LEAST_TEXT_SNR_DB, OutOfTolerance
+from fastcache.compile.workshop import LEAST_TEXT_SNR_DB, LEAST_VAE_PSNR_DB, OutOfTolerance
 from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
 from fastcache.loop.steps import foretold
@@ -169,6 +169,21 @@ def test_a_text_encoder_runs_in_bf16_where_that_says_the_same_of_prompts(tiny_mo
     given = run(bundle.path / entry.file, {"input_ids": ids}, LoadOptions("cpu", entry.dtype))
     off = given["hidden_states"][:, 0] - wanted
     assert 10 * torch.log10(wanted.square().sum() / off.square().sum()) > LEAST_TEXT_SNR_DB
+
+
+def test_a_vae_encoder_in_bf16_gives_latents_of_nearly_the_same_pictures(tiny_model: Path, builds: BuildStore) -> None:
+    bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
+    engines, run = bundle.manifest.engines, fastcache_engines.backend("openvino").evaluate
+    vae = find_model(str(tiny_model)).load_vae()
+    size = bundle.manifest.height, bundle.manifest.width
+    wanted, given = components.example_latents(vae, *size), {"image": components.example_pictures(*size)}
+    options = LoadOptions("cpu", engines["vae_encoder"].dtype)
+    latents = run(bundle.path / engines["vae_encoder"].file, given, options)["latent_mean"]
+    decoder = components.VAEDecoder(vae)
+    with torch.no_grad():
+        pictures = [decoder({"latents": one}) for one in (latents, wanted)]
+    assert psnr_db(*pictures) > LEAST_VAE_PSNR_DB - 1  # two runtimes' float32 decoders lie between
+    assert options.dtype == ("bf16" if registry.fast_bf16() else "fp32")
 
 
 def test_what_does_not_pass_in_bf16_is_built_in_fp32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
