@@ -1,5 +1,5 @@
 # make demo | test | test-all | lint | docs | clean. The first use creates $(VENV) and installs the pinned dependencies
-# into it: for the demo what draws it (1.6 GB), for the tests everything that is tested (3.8 GB).
+# into it: for the demo what draws it (1.4 GB), for the tests everything that is tested (3.8 GB).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
@@ -51,9 +51,11 @@ define install_torch
 	rm -f $(VENV)/.installed*
 endef
 
+# Bytecode is compiled when a module is first used: ahead it would take 300 MB, mostly for modules that never are.
+$(DEMO): PIP += --no-compile
 $(DEMO): pyproject.toml constraints.txt
 	$(install_torch)
-	$(PIP) --no-build-isolation -e '.[cpu]'
+	$(PIP) --no-build-isolation -e '.[cpu,openvino]'
 	touch $(DEMO)
 
 # What the tests need holds what the demo needs.
