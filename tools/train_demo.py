@@ -348,6 +348,11 @@ def draw_examples(model: Path, engines: Path, vae: AutoencoderKL, count: int) ->
                 latents.append(z)
                 targets.append(torch.from_numpy(target).permute(2, 0, 1))
         typer.echo(f"drawn: {len(latents)} of {start + len(part)} kept, {count} wanted", err=True)
+    if not latents:
+        raise typer.BadParameter(
+            f"expected a model that draws what captions say, got {model}: none of {count} pictures is near its scene; "
+            "train the U-Net longer"
+        )
     return torch.stack(latents), torch.stack(targets)
 
 
@@ -461,7 +466,7 @@ def right_share(drawn: list[tuple[Scene, npt.NDArray[np.uint8]]]) -> float:
 
 
 def unevenness(image: npt.NDArray[np.uint8], scene: Scene) -> list[float]:
-    """Of each circle in an image the standard deviation of its radius, in 48 directions from its middle, in pixels."""
+    """Of each circle seen in an image the standard deviation of its radius, in 48 directions, in pixels."""
     ground = np.array(BACKGROUNDS[scene.background], float)
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     found = list[float]()
@@ -472,6 +477,8 @@ def unevenness(image: npt.NDArray[np.uint8], scene: Scene) -> list[float]:
         covered = np.clip((image - ground) @ ahead / (ahead @ ahead), 0, 1)
         centre_x, centre_y = PLACES[o.place]
         weight = covered * ((abs(x + 0.5 - centre_x) < 16) & (abs(y + 0.5 - centre_y) < 16))
+        if not weight.any():
+            continue
         middle = [[(weight * axis).sum() / weight.sum()] for axis in (y, x)]
         angles, steps = np.linspace(0, 2 * np.pi, 48, endpoint=False), np.arange(0, 16, 0.25)
         rays = np.stack([np.outer(np.sin(angles), steps), np.outer(np.cos(angles), steps)])
@@ -496,7 +503,9 @@ def train_command(
         typer.Option(exists=True, file_okay=False, help="Learn on from this model, in place of the first stages."),
     ] = None,
     further_iterations: int = 2000,
-    drawn: Annotated[int, typer.Option(help="How many pictures the decoder learns from that the U-Net draws.")] = 4000,
+    drawn: Annotated[
+        int, typer.Option(min=1, help="How many pictures the decoder learns from that the U-Net draws.")
+    ] = 4000,
     decoder_iterations: int = 9000,
     threads: int = 0,
 ) -> None:
@@ -566,10 +575,11 @@ def measure_command(
     rng = np.random.default_rng(0)
     uneven = [one for scene, image in drawn for one in unevenness(image, scene)]
     true = [one for scene, _ in drawn for one in unevenness(render(scene, rng), scene)]
-    typer.echo(
-        f"the radius of a circle varies by {np.median(uneven):.3f} px around it (median of {len(uneven)}; true renders "
-        f"{np.median(true):.3f})"
-    )
+    if uneven:
+        typer.echo(
+            f"the radius of a circle varies by {np.median(uneven):.3f} px around it (median of {len(uneven)}; true "
+            f"renders {np.median(true):.3f})"
+        )
 
 
 if __name__ == "__main__":

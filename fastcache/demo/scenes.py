@@ -127,12 +127,11 @@ def render(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
 
     Shapes: returns (64, 64, 3), RGB.
     """
-    places = [
-        (x + dx, y + dy, radius * rng.uniform(0.95, 1.05))
-        for x, y, radius in outlines(scene)
-        for dx, dy in (rng.uniform(-1.5, 1.5, 2),)
-    ]
-    return render_at(scene, np.array(places)).round().astype(np.uint8)
+    at = outlines(scene)
+    for place in at:
+        place[:2] += rng.uniform(-1.5, 1.5, 2)
+        place[2] *= rng.uniform(0.95, 1.05)
+    return render_at(scene, at).round().astype(np.uint8)
 
 
 def outlines(scene: Scene) -> Array:
@@ -143,15 +142,15 @@ def outlines(scene: Scene) -> Array:
     return np.array([(*PLACES[o.place], RADII[o.size]) for o in scene.objects])
 
 
-def render_at(scene: Scene, outlines: Array) -> Array:
+def render_at(scene: Scene, at: Array) -> Array:
     """The image of a scene whose objects stand at given places in given sizes.
 
-    Shapes: `outlines` is (objects, 3) as `outlines` gives them. Returns (64, 64, 3), RGB from 0 to 255.
+    Shapes: `at` is (objects, 3) as `outlines` gives them. Returns (64, 64, 3), RGB from 0 to 255.
     """
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
     image = np.broadcast_to(np.array(BACKGROUNDS[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3))
-    for o, (centre_x, centre_y, radius) in zip(scene.objects, outlines, strict=True):
+    for o, (centre_x, centre_y, radius) in zip(scene.objects, at, strict=True):
         distance = SHAPES[o.shape](x - np.float32(centre_x), y - np.float32(centre_y), float(radius))
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
         image = image + coverage * (np.array(COLOURS[o.colour], np.float32) - image)
