@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from findings_setting import (
     BATCH,
     BLOCKS,
     CONVERGED,
+    DTYPES,
     FIRST_SEED,
     FITTED,
     FRONTIER,
@@ -222,6 +223,15 @@ def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
     for name in ("refined", "choices", *FITTED, *BLOCKS, *FRONTIER):
         if (file := results / f"{name}.json").is_file():
             found[name] = read_plans(file)
+    if all(setting in found for setting in DTYPES.values()):
+        made = {engines: found[setting] for engines, setting in DTYPES.items()}
+        kept = ("fitted", SAMPLER)
+        found["dtypes"] = {
+            f"{engines} {name}": plan
+            for engines, plans in made.items()
+            for name, plan in plans.items()
+            if name.rpartition("-")[0] in kept
+        }
     if "fitted" in found:
         fitted = {name: plan for name, plan in found["fitted"].items() if name.startswith("fitted")}
         found["converged"] = {"steps-50": CachePlan.all_full(STEPS)} | fitted
@@ -242,31 +252,58 @@ def draw_command(
     prompts, left = judges.held_out_prompts(images), most
     for name in names:
         setting = (FITTED | BLOCKS | FRONTIER).get(name, Setting("depths" if name == "choices" else "fp32"))
-        pipe = pipeline(work, setting.engines)
         steps = CONVERGED if name == "converged" else setting.steps
-        candidates = candidates_of(pipe, known[name], setting.sampler, steps)
+        groups = [
+            Group(pipe := pipeline(work, engines), _named(candidates_of(pipe, plans, setting.sampler, steps), prefix))
+            for engines, prefix, plans in by_engines(name, known[name], setting.engines)
+        ]
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
         for number, file in enumerate(files):
             if file.is_file() or left == 0:
                 continue
-            say(f"{name}: batch {number + 1} of {len(files)}, {len(candidates)} plans")
-            draw_one(pipe, candidates, prompts, number, file)
+            say(f"{name}: batch {number + 1} of {len(files)}, {sum(len(own.candidates) for own in groups)} plans")
+            draw_one(groups, prompts, number, file)
             left = None if left is None else left - 1
         if all(file.is_file() for file in files):
-            summarise(name, setting, candidates, files, prompts, results)
+            summarise(name, setting, [one for own in groups for one in own.candidates], files, prompts, results)
 
 
-def draw_one(
-    pipe: FastCachePipeline, candidates: Sequence[Candidate], prompts: Sequence[str], number: int, file: Path
-) -> None:
+@dataclass(frozen=True)
+class Group:
+    """What is drawn with one bundle."""
+
+    pipe: FastCachePipeline
+    candidates: Sequence[Candidate]
+
+
+def by_engines(
+    name: str, plans: Mapping[str, CachePlan], engines: str
+) -> Iterable[tuple[str, str, Mapping[str, CachePlan]]]:
+    """The engines of an experiment, what their arms' names begin with, and their plans."""
+    if name != "dtypes":
+        yield engines, "", plans
+        return
+    for own in DTYPES:
+        prefix = f"{own} "
+        yield own, prefix, {key.removeprefix(prefix): plan for key, plan in plans.items() if key.startswith(prefix)}
+
+
+def _named(candidates: Sequence[Candidate], prefix: str) -> list[Candidate]:
+    return [replace(candidate, name=prefix + candidate.name) for candidate in candidates]
+
+
+def draw_one(groups: Sequence[Group], prompts: Sequence[str], number: int, file: Path) -> None:
+    """Draw a batch with every plan of every bundle; what it is like is by the first bundle's uncached run."""
     start = number * BATCH
     batch = prompts[start : start + BATCH]
     seeds = [*range(FIRST_SEED + start, FIRST_SEED + start + len(batch))]
-    drawn = draw_batch(pipe, candidates, batch, seeds, GUIDANCE, first=number)
+    drawn = [draw_batch(own.pipe, own.candidates, batch, seeds, GUIDANCE, first=number) for own in groups]
+    truth = drawn[0][0].images
     row = {
-        candidate.name: {name: judge(own.images, drawn[0].images, batch).tolist() for name, judge in JUDGES.items()}
-        | {"features": judges.demo_features(own.images).round(4).tolist(), "loop_ms": own.loop_ms}
-        for candidate, own in zip(candidates, drawn, strict=True)
+        candidate.name: {name: judge(one.images, truth, batch).tolist() for name, judge in JUDGES.items()}
+        | {"features": judges.demo_features(one.images).round(4).tolist(), "loop_ms": one.loop_ms}
+        for own, ones in zip(groups, drawn, strict=True)
+        for candidate, one in zip(own.candidates, ones, strict=True)
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".part").write_text(json.dumps(row))
@@ -307,7 +344,7 @@ def summarise(
             "images": len(prompts),
             "batch": BATCH,
             "threads": torch.get_num_threads(),
-            "backend": f"openvino {setting.engines}",
+            "backend": f"openvino {', '.join(DTYPES) if name == 'dtypes' else setting.engines}",
             "intervals": "95%, bootstrap over pictures",
         },
         "rows": rows,
@@ -336,6 +373,8 @@ def show_command(
         title = f"{conditions['images']} held-out pictures, 95% intervals"
         if name == "fitted":
             rows = rows | reused_in_time(plans | documents.get("forecast", {"rows": {}})["rows"])
+        if name == "dtypes":
+            tables.draw_times(rows, BATCH, title, figures / f"{name}.png")
         if name in CHARTS:
             tables.draw_chart(rows, baselines, baseline, title, figures / f"{name}.png", LABELS.get(name, REFRESHES))
     if "steps" in documents:

@@ -37,9 +37,11 @@ CONVERGED = 150  # steps of a run that more steps change no more
 FITTED = {
     "fitted": Setting(),
     "fitted-bf16": Setting("bf16", shallow=None),
+    "fitted-int8": Setting("int8", shallow=None),
     "fitted-dpm": Setting(sampler="dpm++_2m"),
     "fitted-converged": Setting(steps=CONVERGED),
 }
+DTYPES = {"fp32": "fitted", "bf16": "fitted-bf16", "int8": "fitted-int8"}  # engines, and the plans made for them
 BLOCKS = {
     f"blocks-{short}-{steps}": Setting("blocks", sampler, None, steps)
     for short, sampler in (("ddim", "ddim"), ("dpm", "dpm++_2m"))
@@ -49,6 +51,7 @@ FRONTIER = {"blocks-frontier": Setting("blocks", shallow=None)}
 _ENGINES = {
     "fp32": {},
     "bf16": {"dtype": "bf16"},
+    "int8": {"dtype": "bf16", "quantize": "int8"},
     "depths": {"branch_id": [0, 2]},
     "blocks": {"blocks": "transformer"},
 }
@@ -59,7 +62,7 @@ def say(message: str) -> None:
 
 
 def pipeline(work: Path, engines: str = "fp32") -> FastCachePipeline:
-    """The bundled model on OpenVINO, built once: in bf16, with branch 2 beside branch 0, or with blocks."""
+    """The bundled model on OpenVINO, built once: in bf16, in 8 bits, with branch 2 beside branch 0, or with blocks."""
     folder = work / ("engines" if engines == "fp32" else engines)
     fields: dict[str, Any] = {"backend": "openvino", "dtype": "fp32", "batch": "1:4:16"} | _ENGINES[engines]
     return FastCachePipeline(fastcache.build_engines("demo", folder, **fields, progress=say))

@@ -102,3 +102,25 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def draw_times(rows: Rows, batch: int, title: str, path: Path) -> None:
+    """PSNR over the time of the loop, in milliseconds a picture of a batch, by kind of arm; an arm is a plan's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in rows if "-" in name))
+    for k, kind in enumerate(kinds):
+        own = [row for name, row in rows.items() if name.rpartition("-")[0] == kind]
+        psnr = [row["means"]["psnr_db"] for row in own]
+        bars = [[e["value"] - e["low"] for e in psnr], [e["high"] - e["value"] for e in psnr]]
+        style = {"color": f"C{k // 2}", "fmt": "-o" if "fitted" in kind else "--s", "ms": 4, "capsize": 2, "lw": 1.2}
+        axes.errorbar([row["loop_ms"] / batch for row in own], [e["value"] for e in psnr], bars, label=kind, **style)
+    axes.set_xscale("log")
+    axes.set_xlabel("time of the loop, ms a picture")
+    axes.set_ylabel("PSNR to the 50 steps in fp32, dB")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)

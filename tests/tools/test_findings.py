@@ -1,8 +1,16 @@
-"""tools/findings.py: its local search."""
+"""tools/findings.py: its local search, what is drawn together, and the chart over times."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
 import findings
+import findings_tables
+from PIL import Image
+
+from fastcache import CachePlan
 
 
 def test_local_search_improves_and_keeps_the_number() -> None:
@@ -14,3 +22,28 @@ def test_local_search_improves_and_keeps_the_number() -> None:
     assert findings.local_search((0, 10, 12, 14), 20, score, moves=400) == wanted
     assert findings.local_search((0,), 20, lambda _: 0.0, moves=5) == (0,)
     assert findings.local_search((0, 1, 2), 3, lambda _: 0.0, moves=5) == (0, 1, 2)
+
+
+def test_plans_of_three_dtypes_are_drawn_beside_each_other(tmp_path: Path) -> None:
+    """Each with the engines that it was made for, by names that say so."""
+    findings.write_plans(tmp_path / "plans.json", {f"{k}-{n}": CachePlan.all_full(3) for k, n in uniform_and_optimal()})
+    for setting in findings.DTYPES.values():
+        plans = {name: CachePlan.all_full(3) for name in ("fitted-7", "ddim-7", "euler-7")}
+        findings.write_plans(tmp_path / f"{setting}.json", plans)
+    found = findings.experiments(tmp_path)["dtypes"]
+    assert [*found] == [f"{dtype} {name}-7" for dtype in ("fp32", "bf16", "int8") for name in ("fitted", "ddim")]
+    parts = [(engines, prefix, [*plans]) for engines, prefix, plans in findings.by_engines("dtypes", found, "fp32")]
+    assert parts == [(dtype, f"{dtype} ", ["fitted-7", "ddim-7"]) for dtype in ("fp32", "bf16", "int8")]
+
+
+def uniform_and_optimal() -> Iterable[tuple[str, int]]:
+    return itertools.product(("uniform", "optimal"), findings.INTERVALS)
+
+
+def test_a_chart_of_times_is_drawn(tmp_path: Path) -> None:
+    psnr = {"value": 40.0, "low": 39.0, "high": 41.5}
+    arms = ("fp32 uncached", "fp32 fitted-7", "fp32 fitted-10", "int8 ddim-7")
+    rows = {name: {"means": {"psnr_db": psnr}, "loop_ms": 80.0 + k} for k, name in enumerate(arms)}
+    findings_tables.draw_times(rows, 8, "two pictures", tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert chart.size == (770, 506)
