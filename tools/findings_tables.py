@@ -107,6 +107,7 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
 def draw_times(rows: Rows, batch: int, title: str, path: Path) -> None:
     """PSNR over the time of the loop, in milliseconds a picture of a batch, by kind of arm; an arm is a plan's."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -118,6 +119,9 @@ def draw_times(rows: Rows, batch: int, title: str, path: Path) -> None:
         style = {"color": f"C{k // 2}", "fmt": "-o" if "fitted" in kind else "--s", "ms": 4, "capsize": 2, "lw": 1.2}
         axes.errorbar([row["loop_ms"] / batch for row in own], [e["value"] for e in psnr], bars, label=kind, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("time of the loop, ms a picture")
     axes.set_ylabel("PSNR to the 50 steps in fp32, dB")
     axes.grid(alpha=0.25, which="both")
