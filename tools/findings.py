@@ -4,6 +4,7 @@
     python tools/findings.py choose   the same with depths and guidance to choose from            15 minutes on one core
     python tools/findings.py refine --count 5          local search, judged by true PSNR           2 minutes on one core
     python tools/findings.py fit      fitted plans, and what rivals them                          15 minutes on one core
+    python tools/findings.py fit --setting fitted-int8   for other engines or samplers            5 minutes on two cores
     python tools/findings.py blocks --setting NAME     plans of blocks, scales and shifts        15 minutes on two cores
     python tools/findings.py frontier                  blocks, two engines, both, all fitted     15 minutes on two cores
     python tools/findings.py draw     draw 200 held-out scenes with each, with other seeds        two hours on one core
@@ -15,7 +16,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +77,7 @@ FORECASTS = {
 BASELINES = (
     {"choices": "one depth", "refined": "optimal", "steps": "uncached", "blocks-frontier": "two engines"}
     | dict.fromkeys(BLOCKS, "steps")
-    | dict.fromkeys((*FITTED, "converged"), "uncached")
+    | dict.fromkeys((*FITTED, "converged", "dtypes"), "uncached")
 )
 CHARTS = ("plans", "forecast", "steps", "fitted", "blocks-frontier")
 REFRESHES = "refreshes of 50 steps, or their time"
@@ -210,7 +211,10 @@ def refine_command(
     write_plans(file, made)
 
 
-def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
+Experiment = dict[str, dict[str, CachePlan]]  # engines -> the plans that they draw with
+
+
+def experiments(results: Path) -> dict[str, Experiment]:
     """What is drawn together, and so compared at the same moments."""
     plans = read_plans(results / "plans.json")
     fewer = {f"steps-{calls}": CachePlan.all_full(calls) for calls in FEWER_STEPS}
@@ -223,24 +227,26 @@ def experiments(results: Path) -> dict[str, dict[str, CachePlan]]:
     for name in ("refined", "choices", *FITTED, *BLOCKS, *FRONTIER):
         if (file := results / f"{name}.json").is_file():
             found[name] = read_plans(file)
-    if all(setting in found for setting in DTYPES.values()):
-        made = {engines: found[setting] for engines, setting in DTYPES.items()}
-        kept = ("fitted", SAMPLER)
-        found["dtypes"] = {
-            f"{engines} {name}": plan
-            for engines, plans in made.items()
-            for name, plan in plans.items()
-            if name.rpartition("-")[0] in kept
-        }
     if "fitted" in found:
-        fitted = {name: plan for name, plan in found["fitted"].items() if name.startswith("fitted")}
-        found["converged"] = {"steps-50": CachePlan.all_full(STEPS)} | fitted
-    return found
+        found["converged"] = {"steps-50": CachePlan.all_full(STEPS)} | _of_kinds(found["fitted"], "fitted")
+    made = {name: {setting_of(name).engines: own} for name, own in found.items()}
+    if found.keys() >= {*DTYPES.values()}:
+        made["dtypes"] = {engines: _of_kinds(found[name], "fitted", SAMPLER) for engines, name in DTYPES.items()}
+    return made
+
+
+def _of_kinds(plans: Mapping[str, CachePlan], *kinds: str) -> dict[str, CachePlan]:
+    return {name: plan for name, plan in plans.items() if name.rpartition("-")[0] in kinds}
+
+
+def setting_of(name: str) -> Setting:
+    """What an experiment is drawn with."""
+    return (FITTED | BLOCKS | FRONTIER).get(name, Setting("depths" if name == "choices" else "fp32"))
 
 
 @app.command("draw")
 def draw_command(
-    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, fitted, ..., or all.")] = "all",
+    experiment: Annotated[str, typer.Option(help="plans, steps, forecast, fitted, dtypes, ..., or all.")] = "all",
     images: int = 200,
     most: Annotated[int | None, typer.Option(help="Stop after so many new batches.")] = None,
     work: Work = WORK,
@@ -248,24 +254,28 @@ def draw_command(
 ) -> None:
     """Draw held-out pictures with every plan of an experiment, and write what they are like."""
     known = experiments(results)
-    names = list(known) if experiment == "all" else [experiment]
+    if experiment not in ("all", *known):
+        raise typer.BadParameter(
+            f"expected all or one of {', '.join(known)}, got {experiment!r}; plans for others have to be made first"
+        )
     prompts, left = judges.held_out_prompts(images), most
-    for name in names:
-        setting = (FITTED | BLOCKS | FRONTIER).get(name, Setting("depths" if name == "choices" else "fp32"))
-        steps = CONVERGED if name == "converged" else setting.steps
-        groups = [
-            Group(pipe := pipeline(work, engines), _named(candidates_of(pipe, plans, setting.sampler, steps), prefix))
-            for engines, prefix, plans in by_engines(name, known[name], setting.engines)
-        ]
+    for name in list(known) if experiment == "all" else [experiment]:
+        sampler, steps = setting_of(name).sampler, CONVERGED if name == "converged" else setting_of(name).steps
+        groups = list[Group]()
+        for engines, plans in known[name].items():
+            pipe, prefix = pipeline(work, engines), f"{engines} " if len(known[name]) > 1 else ""
+            own = candidates_of(pipe, plans, sampler, steps)
+            groups.append(Group(pipe, [replace(one, name=prefix + one.name) for one in own]))
         files = [work / name / f"{start:05d}.json" for start in range(0, images, BATCH)]
+        candidates = [one for group in groups for one in group.candidates]
         for number, file in enumerate(files):
             if file.is_file() or left == 0:
                 continue
-            say(f"{name}: batch {number + 1} of {len(files)}, {sum(len(own.candidates) for own in groups)} plans")
+            say(f"{name}: batch {number + 1} of {len(files)}, {len(candidates)} plans")
             draw_one(groups, prompts, number, file)
             left = None if left is None else left - 1
         if all(file.is_file() for file in files):
-            summarise(name, setting, [one for own in groups for one in own.candidates], files, prompts, results)
+            summarise(name, ", ".join(known[name]), candidates, files, prompts, results)
 
 
 @dataclass(frozen=True)
@@ -274,22 +284,6 @@ class Group:
 
     pipe: FastCachePipeline
     candidates: Sequence[Candidate]
-
-
-def by_engines(
-    name: str, plans: Mapping[str, CachePlan], engines: str
-) -> Iterable[tuple[str, str, Mapping[str, CachePlan]]]:
-    """The engines of an experiment, what their arms' names begin with, and their plans."""
-    if name != "dtypes":
-        yield engines, "", plans
-        return
-    for own in DTYPES:
-        prefix = f"{own} "
-        yield own, prefix, {key.removeprefix(prefix): plan for key, plan in plans.items() if key.startswith(prefix)}
-
-
-def _named(candidates: Sequence[Candidate], prefix: str) -> list[Candidate]:
-    return [replace(candidate, name=prefix + candidate.name) for candidate in candidates]
 
 
 def draw_one(groups: Sequence[Group], prompts: Sequence[str], number: int, file: Path) -> None:
@@ -312,7 +306,7 @@ def draw_one(groups: Sequence[Group], prompts: Sequence[str], number: int, file:
 
 def summarise(
     name: str,
-    setting: Setting,
+    engines: str,
     candidates: Sequence[Candidate],
     files: Sequence[Path],
     prompts: Sequence[str],
@@ -339,12 +333,12 @@ def summarise(
         "conditions": {
             "model": "demo",
             "steps": candidates[0].steps,
-            "sampler": setting.sampler,
+            "sampler": setting_of(name).sampler,
             "guidance_scale": GUIDANCE,
             "images": len(prompts),
             "batch": BATCH,
             "threads": torch.get_num_threads(),
-            "backend": f"openvino {', '.join(DTYPES) if name == 'dtypes' else setting.engines}",
+            "backend": f"openvino {engines}",
             "intervals": "95%, bootstrap over pictures",
         },
         "rows": rows,

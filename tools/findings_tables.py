@@ -86,13 +86,9 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
     for axes, (label, estimates) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for k, kind in enumerate(kinds):
             own = {name: e for name, e in estimates.items() if name.rpartition("-")[0] == kind}
-            middle = np.array([e["value"] for e in own.values()])
-            low, high = (np.array([e[side] for e in own.values()]) for side in ("low", "high"))
             aside = 1 + 0.004 * (k - len(kinds) / 2)
-            x = [aside * int(name.rpartition("-")[2]) for name in own]
             if own:
-                bars = [middle - low, high - middle]
-                axes.errorbar(x, middle, yerr=bars, fmt="-o", ms=4, capsize=2, lw=1.2, label=kind, color=f"C{k}")
+                _draw_line(axes, [aside * int(name.rpartition("-")[2]) for name in own], [*own.values()], kind, f"C{k}")
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -105,19 +101,21 @@ def draw_chart(rows: Rows, baselines: Rows, baseline: str, title: str, path: Pat
 
 
 def draw_times(rows: Rows, batch: int, title: str, path: Path) -> None:
-    """PSNR over the time of the loop, in milliseconds a picture of a batch, by kind of arm; an arm is a plan's."""
+    """PSNR over the time of the loop, in milliseconds a picture of a batch, by kind of arm.
+
+    An arm is called by its dtype, its kind and the number of full steps: "int8 fitted-10".
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in rows if "-" in name))
-    for k, kind in enumerate(kinds):
+    dtypes = list(dict.fromkeys(name.partition(" ")[0] for name in rows))
+    for kind in dict.fromkeys(name.rpartition("-")[0] for name in rows if "-" in name):
         own = [row for name, row in rows.items() if name.rpartition("-")[0] == kind]
-        psnr = [row["means"]["psnr_db"] for row in own]
-        bars = [[e["value"] - e["low"] for e in psnr], [e["high"] - e["value"] for e in psnr]]
-        style = {"color": f"C{k // 2}", "fmt": "-o" if "fitted" in kind else "--s", "ms": 4, "capsize": 2, "lw": 1.2}
-        axes.errorbar([row["loop_ms"] / batch for row in own], [e["value"] for e in psnr], bars, label=kind, **style)
+        colour, form = f"C{dtypes.index(kind.partition(' ')[0])}", "-o" if kind.endswith("fitted") else "--s"
+        times = [row["loop_ms"] / batch for row in own]
+        _draw_line(axes, times, [row["means"]["psnr_db"] for row in own], kind, colour, form)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -128,3 +126,12 @@ def draw_times(rows: Rows, batch: int, title: str, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _draw_line(
+    axes: Any, x: Sequence[float], estimates: Sequence[dict[str, float]], label: str, colour: str, form: str = "-o"
+) -> None:
+    """Estimates with their intervals, joined."""
+    middle, low, high = (np.array([one[side] for one in estimates]) for side in ("value", "low", "high"))
+    bars = [middle - low, high - middle]
+    axes.errorbar(x, middle, yerr=bars, fmt=form, ms=4, capsize=2, lw=1.2, label=label, color=colour)
