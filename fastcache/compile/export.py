@@ -193,24 +193,27 @@ def export(
     return program.model, (inputs, outputs)
 
 
-def export_chain(
+def export_parts(
     parts: Sequence[Exportable],
     whole: Exportable,
     conditions: Mapping[str, Sequence[str]],
     translations: graph_passes.Translations | None = None,
     free: Free = Free(),
 ) -> list[tuple[ir.Model, Specs]]:
-    """Export parts of a whole, which gives all that lies between its pieces: one export, then cut in parts.
+    """Export parts of a whole, which gives all that they take of each other: one export, then cut in parts.
 
     `conditions` are the blocks that parts hold in an `If`, by their residuals, and what each takes.
 
     Raises: as `export`.
     """
-    model, _ = export(whole, translations, free)
+    model, specs = export(whole, translations, free)
     source = _sources(model.graph)
     taken = {residual: [source.get(name, name) for name in takes] for residual, takes in conditions.items()}
     found = list[tuple[ir.Model, Specs]]()
     for part in parts:
+        if part is whole:
+            found.append((model, specs))
+            continue
         there = [name for name in part.inputs if name != RUNS and kept_name(name) is None]
         names = {source.get(name, name): name for name in there}  # of two for one tensor the last
         graph = ir.convenience.extract(model.graph, [*names], [*part.outputs])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import gc
 import json
 import os
 import re
@@ -126,6 +127,10 @@ def _require_space(folder: Path, weights_bytes: int) -> None:
 
 def main() -> int:
     """Build what the one argument orders; errors go to standard output as JSON. Returns the exit code."""
+    # The exporter makes and drops small objects without end, and collects garbage itself behind each graph: looking
+    # again and again at all that is imported took a tenth of a build.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed, also by libraries in C++, is no event

@@ -329,17 +329,19 @@ class Workshop:
         graphs: dict[str, Any] = {}
         models: list[tuple[str, Any]] = []
         exported = list[Any]()
-        if stem == "unet" and self._pieces and self.can.source == "onnx":
-            whole, conditions = chain.whole(self._pieces), chain.conditions(self._pieces)
-            exported = export.export_chain(parts, whole, conditions, translations, self.shapes.free)
-            self._pieces = ()
+        if self.can.source == "onnx":
+            whole, conditions = parts[0], dict[str, list[str]]()  # a shallow pass is a piece of the full one
+            if stem == "unet" and self._pieces:
+                whole, conditions = chain.whole(self._pieces), chain.conditions(self._pieces)
+                self._pieces = ()
+            exported = export.export_parts(parts, whole, conditions, translations, self.shapes.free)
         for part in parts:
             if self.can.source == "program":
                 others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
                 graph, specs = export.export_program(part, self.shapes.free, others)
                 graphs[part.role] = graph
             else:
-                model, specs = exported.pop(0) if exported else export.export(part, translations, self.shapes.free)
+                model, specs = exported.pop(0)
                 models.append((f"{part.role}.onnx", model))
                 graphs[part.role] = self.folder / models[-1][0]
             file = f"{part.role}.onnx"

@@ -67,7 +67,12 @@ def inputs_of(cut_name: str, unet: torch.nn.Module, batch: int) -> export.Inputs
 
 def save(cut: Cut, inputs: export.Inputs, folder: Path) -> int:
     parts = passes.exportable_unet(cut, inputs)
-    return export.save_graphs([(f"{part.role}.onnx", export.export(part)[0]) for part in parts], folder, "unet.weights")
+    models = [model for model, _ in export.export_parts(parts, parts[0], {})]
+    for part, model in zip(parts, models, strict=True):  # a pass out of the full one's graph has its own layers alone
+        layers = [layer for layer in part.module.modules() if isinstance(layer, torch.nn.Conv2d)]
+        assert sum(node.op_type == "Conv" for node in model.graph) == len(layers)
+    files = [f"{part.role}.onnx" for part in parts]
+    return export.save_graphs([*zip(files, models, strict=True)], folder, "unet.weights")
 
 
 @pytest.mark.parametrize(("name", "branch_id"), CASES)
@@ -152,9 +157,10 @@ def test_sizes_and_prompts_that_are_left_free(tmp_path: Path) -> None:
     unet = with_few_layers("sd15")
     cut = partition_unet(unet, 0, "auto")
     parts = passes.exportable_unet(cut, passes.unet_inputs(unet, 2, 8, 8, 7))
-    graphs = [(part, *export.export(part, free=FREE)) for part in parts]
-    export.save_graphs([(f"{part.role}.onnx", model) for part, model, _ in graphs], tmp_path, "unet.weights")
-    for _, _, specs in graphs:
+    graphs = export.export_parts(parts, parts[0], {}, free=FREE)
+    named = [(f"{part.role}.onnx", model) for part, (model, _) in zip(parts, graphs, strict=True)]
+    export.save_graphs(named, tmp_path, "unet.weights")
+    for _, specs in graphs:
         assert all(spec.shape == free_shapes(cut)[spec.name] for side in specs for spec in side)
     full, shallow = (onnxruntime.load(tmp_path / f"{role}.onnx") for role in ("full", "shallow-0"))
     for batch, height, width, tokens in ((1, 8, 8, 7), (2, 12, 6, 20), (3, 4, 20, 2)):
