@@ -101,7 +101,7 @@ def _worst(groups: Sequence[Group], errors: Mapping[Group, float]) -> list[Group
     for group in sorted(groups, key=lambda one: errors[one] / (one.work + total / 1000 + 1), reverse=True):
         if rest <= aim:
             break
-        if errors[group] > aim / 100 and work + group.work <= MOST_KEPT * total:
+        if errors[group] > aim / 10 and work + group.work <= MOST_KEPT * total:
             kept.append(group)
             rest, work = rest - errors[group], work + group.work
     return kept

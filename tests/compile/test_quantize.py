@@ -39,7 +39,7 @@ def test_what_stays_in_float_is_little_and_worth_it(layers: list[tuple[int, floa
     assert len({*kept}) == len(kept)
     assert sum(group.work for group in kept) <= MOST_KEPT * sum(group.work for group in groups)
     aim = 10 ** (-AIM_DB / 10)
-    assert all(errors[group] > aim / 100 for group in kept)
+    assert all(errors[group] > aim / 10 for group in kept)  # less would cost time and gain nothing
     if sum(errors.values()) <= aim:
         assert kept == []
 
