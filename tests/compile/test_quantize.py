@@ -28,7 +28,7 @@ from fastcache.compile.quantize import AIM_DB, MOST_KEPT, Group
 from fastcache.errors import BackendUnavailable
 from fastcache.evaluate.quality import psnr_db
 from fastcache.health.verify import verify_bundle
-from fastcache_engines import INT8_TOLERANCE, LoadOptions
+from fastcache_engines import INT8_GRAPH_TOLERANCE, INT8_TOLERANCE, LoadOptions
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.floats(0, 1)), min_size=1, max_size=30))
@@ -101,11 +101,12 @@ def test_an_8_bit_engine_is_held_against_its_own_graph(
 ) -> None:
     known, graph = load_file(bundle.file(REFERENCE)), bundle.engine_path("full")
     backend = fastcache_engines.backend(bundle.manifest.backend)
-    assert graph_error(backend, graph, known, LoadOptions()) < 1e-3
+    own = graph_error(backend, graph, known, LoadOptions())
+    assert own < INT8_GRAPH_TOLERANCE / 5  # what lies between two 8-bit numbers may go either way, and others follow
     load = backend.load
     other = tiny_bundle.engine_path("full")
     monkeypatch.setattr(backend, "load", lambda path, options: load(other, options))  # as of one that does not round
-    assert graph_error(backend, graph, known, LoadOptions()) > 1e-3
+    assert graph_error(backend, graph, known, LoadOptions()) > own
 
 
 @pytest.mark.slow
