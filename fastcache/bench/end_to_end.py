@@ -71,7 +71,8 @@ def run_end_to_end(
         ran = [arm for arm in lineup.arms if arm in found and arm not in skipped]
         distances = _distances(ran, pictures)
     rows = {arm: _medians(found[arm]) for arm in ran}
-    first = next((rows[arm]["total_ms"] for arm in ran if arm.kind == "eager"), None)
+    eager = _eager(ran)
+    first = None if eager is None else rows[eager]["total_ms"]
     return [
         {"name": arm.name, "skipped": skipped[arm]}
         if arm in skipped
@@ -135,6 +136,12 @@ def _draw_apart(
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _eager(arms: Sequence[Arm]) -> Arm | None:
+    """The eager arm that others are compared with: in fp32 where it is there, wherever it stands."""
+    eager = [arm for arm in arms if arm.kind == "eager"]
+    return min(eager, key=lambda arm: arm.dtype != "fp32", default=None)
+
+
 def _distances(arms: Sequence[Arm], pictures: Mapping[Arm, Path]) -> dict[Arm, float]:
     """PSNR of each picture to eager's, in dB, at 8 bits."""
     import numpy as np
@@ -147,7 +154,7 @@ def _distances(arms: Sequence[Arm], pictures: Mapping[Arm, Path]) -> dict[Arm, f
         with Image.open(pictures[arm]) as picture:
             return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
 
-    eager = next((arm for arm in arms if arm.kind == "eager"), None)
+    eager = _eager(arms)
     if eager is None:
         return {}
     return {arm: round(min(psnr_db(read(arm), read(eager)), 200.0), 2) for arm in arms if arm != eager}

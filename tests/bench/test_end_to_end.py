@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from fastcache import Bundle
+from fastcache.bench import end_to_end
+from fastcache.bench.arms import Defaults, parse_arm
 from fastcache.bench.end_to_end import PARTS
 
 
@@ -21,6 +23,13 @@ def test_a_chart_is_refused(command: Callable[..., Any]) -> None:
     said = command("bench", "--model", "demo", "--end-to-end", "--chart", "speed.png")
     assert said.code == 2
     assert "expected --end-to-end without --chart" in said.err
+
+
+def test_all_is_compared_with_eager_in_fp32_wherever_it_stands() -> None:
+    arms = [parse_arm(name, Defaults()) for name in ("deepcache", "eager:bf16", "eager")]
+    assert end_to_end._eager(arms) == arms[2]
+    assert end_to_end._eager(arms[:2]) == arms[1]
+    assert end_to_end._eager(arms[:1]) is None
 
 
 @pytest.mark.slow
