@@ -217,6 +217,10 @@ def export_parts(
         there = [name for name in part.inputs if name != RUNS and kept_name(name) is None]
         names = {source.get(name, name): name for name in there}  # of two for one tensor the last
         graph = ir.convenience.extract(model.graph, [*names], [*part.outputs])
+        # It comes with the initializers of a set, in another order each time; a build gives the same bytes.
+        kept = {name: graph.initializers[name] for name in model.graph.initializers if name in graph.initializers}
+        graph.initializers.clear()
+        graph.initializers.update(kept)
         piece = ir.Model(graph, ir_version=model.ir_version)
         if RUNS in part.inputs:
             add_conditions(piece, taken)
