@@ -35,9 +35,6 @@ class _Layer:
     weight: ir.Value
     weight_axis: int
 
-    def by_channel(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.moveaxis(weights, self.weight_axis, 0)
-
 
 def smooth(path: Path, calls: Sequence[Mapping[str, npt.NDArray[Any]]], folder: Path) -> Path:
     """Write the smoothed graph of the one at `path`, and all its weights, into `folder`; returns its path.
@@ -107,8 +104,7 @@ def _largest(
 
 def _divide(graph: ir.Graph, given: ir.Value, largest: Vector, layers: Sequence[_Layer]) -> None:
     """Divide a tensor's channels before its layers, and multiply these layers' weights; the largest are `largest`."""
-    weights = [np.asarray(layer.weight.const_value) for layer in layers]
-    by_channel = [layer.by_channel(each) for layer, each in zip(layers, weights, strict=True)]
+    by_channel = [np.moveaxis(np.asarray(layer.weight.const_value), layer.weight_axis, 0) for layer in layers]
     heaviest = np.max([np.abs(each).reshape(len(each), -1).max(axis=1) for each in by_channel], axis=0)
     divisor, used = np.ones_like(largest), (largest > 0) & (heaviest > 0)
     divisor[used] = largest[used] ** STRENGTH / heaviest[used] ** (1 - STRENGTH)

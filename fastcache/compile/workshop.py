@@ -326,32 +326,27 @@ class Workshop:
 
         The exporter's graphs end with this: they hold weights of their own making, a third as many as the model.
         """
-        graphs: dict[str, Any] = {}
-        models: list[tuple[str, Any]] = []
-        exported = list[Any]()
-        if self.can.source == "onnx":
+        if self.can.source == "program":
+            others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
+            exported: list[Any] = [export.export_program(part, self.shapes.free, others) for part in parts]
+        else:
             whole, conditions = parts[0], dict[str, list[str]]()  # a shallow pass is a piece of the full one
             if stem == "unet" and self._pieces:
                 whole, conditions = chain.whole(self._pieces), chain.conditions(self._pieces)
                 self._pieces = ()
             exported = export.export_parts(parts, whole, conditions, translations, self.shapes.free)
-        for part in parts:
-            if self.can.source == "program":
-                others = [(size.height, size.width) for size in self.shapes.sizes[1:]]
-                graph, specs = export.export_program(part, self.shapes.free, others)
-                graphs[part.role] = graph
-            else:
-                model, specs = exported.pop(0)
-                models.append((f"{part.role}.onnx", model))
-                graphs[part.role] = self.folder / models[-1][0]
-            file = f"{part.role}.onnx"
-            self.engines[part.role] = EngineEntry(file=file, dtype=dtype, inputs=specs[0], outputs=specs[1])
-        shared = min(state_bytes(part.module) for part in parts)
-        total = max(state_bytes(part.module) for part in parts)
-        if models:
-            shared = export.save_graphs(models, self.folder, f"{stem}.weights")
-            total = (self.folder / f"{stem}.weights").stat().st_size
-        return graphs, total, shared
+        graphs: dict[str, Any] = {}
+        for part, (graph, (inputs, outputs)) in zip(parts, exported, strict=True):
+            graphs[part.role], file = graph, f"{part.role}.onnx"
+            self.engines[part.role] = EngineEntry(file=file, dtype=dtype, inputs=inputs, outputs=outputs)
+        if self.can.source == "program":
+            sizes = [state_bytes(part.module) for part in parts]
+            return graphs, max(sizes), min(sizes)
+        shared = export.save_graphs(
+            [(f"{role}.onnx", graph) for role, graph in graphs.items()], self.folder, f"{stem}.weights"
+        )
+        total = (self.folder / f"{stem}.weights").stat().st_size
+        return {role: self.folder / f"{role}.onnx" for role in graphs}, total, shared
 
     def _input_shapes(self, part: export.Exportable) -> dict[str, tuple[tuple[int, ...], ...]]:
         """The least, usual and largest of inputs of which more than the batch is free, without the batch."""
