@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import platform
 import stat
@@ -17,13 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-MOST_BYTES: Final = 2 << 30  # of all entries; beyond it those that were used the longest ago go
+MOST_BYTES: Final = 4 << 30  # of all entries; beyond it those that were used the longest ago go
 _DIGEST_BYTES: Final = 32
 _SUFFIX: Final = ".compiled"
 
 
-def kept(key: Sequence[str]) -> bytes | None:
-    """What was compiled for a key; None where there is no entry that can be trusted."""
+def kept(key: Sequence[str]) -> memoryview | None:
+    """What was compiled for a key, mapped from its file; None where there is no entry that can be trusted.
+
+    What is written to it stays in this process. It begins at a page.
+    """
     folder = _folder()
     if not _is_own(folder):
         return None
@@ -31,12 +35,14 @@ def kept(key: Sequence[str]) -> bytes | None:
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as stream:
-            if not _is_trusted(os.fstat(stream.fileno()), stat.S_IFREG):
+            status = os.fstat(stream.fileno())
+            if not _is_trusted(status, stat.S_IFREG):
                 return None
-            digest, content = stream.read(_DIGEST_BYTES), stream.read()
+            whole = _mapped(stream.fileno(), status.st_size)
         os.utime(path)
     except OSError:
         return None
+    content, digest = whole[:-_DIGEST_BYTES], bytes(whole[-_DIGEST_BYTES:])
     if digest == _digest(key, content):
         return content
     drop(key)
@@ -44,7 +50,12 @@ def kept(key: Sequence[str]) -> bytes | None:
 
 
 def keep(key: Sequence[str], content: bytes) -> None:
-    """Write an entry, whole or not at all, however many processes do. A cache that cannot be written is none."""
+    """Write an entry, whole or not at all, however many processes do. A cache that cannot be written is none.
+
+    So is one for more than all entries may take.
+    """
+    if len(content) > MOST_BYTES:
+        return
     folder = _folder()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,8 +65,8 @@ def keep(key: Sequence[str], content: bytes) -> None:
             temporary = Path(place) / _name(key)
             with temporary.open("wb") as stream:
                 temporary.chmod(0o600)
-                stream.write(_digest(key, content))
                 stream.write(content)
+                stream.write(_digest(key, content))
             os.replace(temporary, folder / _name(key))
         _prune(folder)
 
@@ -87,7 +98,12 @@ def _name(key: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(key).encode()).hexdigest()[:40] + _SUFFIX
 
 
-def _digest(key: Sequence[str], content: bytes) -> bytes:
+def _mapped(handle: int, size: int) -> memoryview:
+    """A file in memory: pages are read as they are used, and changed ones are this process's own."""
+    return memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_COPY) if size else b"")
+
+
+def _digest(key: Sequence[str], content: bytes | memoryview) -> bytes:
     return hashlib.sha256("\0".join(key).encode() + b"\0" + hashlib.sha256(content).digest()).digest()
 
 

@@ -28,7 +28,8 @@ _CACHING: tuple[Kind, ...] = ("deepcache", "engine+cache", "engine+cache+graph")
 class Arm:
     """One way to run the denoising loop; `name` is what flags and results call it.
 
-    `cache_interval` N stores the feature at every Nth U-Net call and reuses it at the others; 1 is no caching.
+    `cache_interval` N stores the feature at every Nth U-Net call and reuses it at the others; 1 is no caching. Where
+    `plan` names a plan's file, it says instead how many steps there are and which of them cache.
     """
 
     name: str
@@ -37,10 +38,15 @@ class Arm:
     dtype: Precision
     cache_interval: int
     branch_id: int
+    plan: str = ""
 
     @property
     def is_engine(self) -> bool:
         return self.kind.startswith("engine")
+
+    @property
+    def is_cached(self) -> bool:
+        return self.kind in _CACHING
 
     @property
     def is_graph(self) -> bool:
@@ -58,9 +64,9 @@ class Arm:
         return self.backend, self.dtype, self.branch_id
 
     @property
-    def meaning(self) -> tuple[Kind, str, Precision, int, int]:
+    def meaning(self) -> tuple[Kind, str, Precision, int, int, str]:
         """All but the name: two arms of one meaning run the same thing."""
-        return self.kind, self.backend, self.dtype, self.cache_interval, self.branch_id
+        return self.kind, self.backend, self.dtype, self.cache_interval, self.branch_id, self.plan
 
 
 @dataclass(frozen=True)

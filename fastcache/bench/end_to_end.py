@@ -30,7 +30,10 @@ PARTS = ("start_ms", "text_ms", "loop_ms", "vae_ms", "png_ms")
 
 @dataclass(frozen=True)
 class Order:
-    """What one process is to draw. `began` is when it was started, in seconds since the epoch; `folder` the model's."""
+    """What one process is to draw. `began` is when it was started, in seconds since the epoch; `folder` the model's.
+
+    `plan` is the file of the plan that engines draw by, or empty.
+    """
 
     kind: str
     dtype: str
@@ -41,6 +44,7 @@ class Order:
     settings: dict[str, Any]
     began: float
     output: str
+    plan: str = ""
 
 
 def run_end_to_end(
@@ -80,7 +84,8 @@ def run_end_to_end(
             "name": arm.name,
             "backend": arm.backend,
             "dtype": arm.dtype,
-            "cache_interval": arm.cache_interval,
+            "cache_interval": None if arm.plan else arm.cache_interval,
+            "plan": Path(arm.plan).stem if arm.plan else None,
             "branch_id": arm.branch_id,
             **rows[arm],
             "loop_ms_p50": rows[arm]["loop_ms"],
@@ -128,6 +133,7 @@ def _draw_apart(
         asdict(settings),
         time.time(),
         str(output),
+        arm.plan,
     )
     command = [sys.executable, "-P", "-m", "fastcache.bench.end_to_end", json.dumps(asdict(order))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -185,6 +191,7 @@ def _draw_by_engines(order: Order, mark: Callable[[], None]) -> Any:
     import torch
 
     import fastcache
+    from fastcache.loop.plan import CachePlan
 
     asked = order.settings
     graph = order.kind.endswith("+graph")
@@ -192,13 +199,17 @@ def _draw_by_engines(order: Order, mark: Callable[[], None]) -> Any:
     mark()
     embeds = pipe.encode_prompt(["", PROMPT])
     mark()
+    steps: dict[str, Any] = {"num_inference_steps": asked["steps"], "cache_interval": order.cache_interval}
+    sampler = asked["sampler"]
+    if order.plan:
+        plan = CachePlan.from_json(Path(order.plan).read_text(encoding="utf-8"))
+        steps, sampler = {"plan": plan}, None if plan.sampler else sampler
     latents = pipe(
+        **steps,
         prompt_embeds=embeds[1:],
         negative_prompt_embeds=embeds[:1],
-        num_inference_steps=asked["steps"],
-        sampler=asked["sampler"],
+        sampler=sampler,
         guidance_scale=asked["guidance_scale"],
-        cache_interval=order.cache_interval,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images

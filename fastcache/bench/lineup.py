@@ -6,7 +6,7 @@ Knows what is worth comparing with what; knows nothing about how an arm is timed
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,23 @@ def line_up_bundle(names: str | None, defaults: Defaults, bundle: Bundle) -> Lin
             )
     missing = {arm: _without_gpu(arm, built.device_type) or _without_package(arm) for arm in arms}
     return Lineup(arms, {arm: reason for arm, reason in missing.items() if reason is not None})
+
+
+def by_plans(lineup: Lineup, plans: Sequence[Path]) -> Lineup:
+    """The line-up with its cached engine arms once for each plan in a file, which stands for their interval.
+
+    Raises: `ValueError` where no arm would draw by a plan.
+    """
+    if not any(arm.is_engine and arm.is_cached for arm in lineup.arms):
+        raise ValueError("expected an arm engine+cache, which draws by --plan, got none; name one in --arms")
+    arms, skipped = list[Arm](), dict[Arm, str]()
+    for arm in lineup.arms:
+        draws_by = plans if arm.is_engine and arm.is_cached else ()
+        those = [replace(arm, name=f"{arm.name} {plan.stem}", plan=str(plan)) for plan in draws_by] or [arm]
+        arms += those
+        if arm in lineup.skipped:
+            skipped |= dict.fromkeys(those, lineup.skipped[arm])
+    return Lineup(tuple(arms), skipped)
 
 
 def build_bundles(

@@ -20,6 +20,7 @@ from fastcache.commands.options import (
     existing_of,
     flags_of,
     named,
+    read_plan,
 )
 from fastcache.console import figure, notes, print_json, print_table, progress
 
@@ -66,6 +67,13 @@ def bench(  # as long as its flags are many
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Time prompt to PNG from a process's start, part by part.")
     ] = False,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --end-to-end: a plan's file that cached engine arms draw by, instead of an interval. Give it "
+            "again for more."
+        ),
+    ] = None,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -84,6 +92,7 @@ def bench(  # as long as its flags are many
     that whatever else the machine does hits all alike.
 
     With --end-to-end each arm draws in a new process each round: start, text encoder, loop, VAE and PNG, and the total.
+    With --plan engines cache as plans say, such as draft.json that `fastcache plan --frontier` wrote.
 
     With --sweep the arms are timed at several sizes and batches, with each cache interval and branch of the table on
     diffusers' page about DeepCache, beside the speed-ups published there.
@@ -119,6 +128,7 @@ def bench(  # as long as its flags are many
         warmup=warmup,
         repeats=repeats,
         end_to_end=end_to_end,
+        plans=plan or (),
     )
     if not _write_json(result, json_file):
         if end_to_end:
@@ -138,7 +148,7 @@ def bench(  # as long as its flags are many
 _NOT_WITH = {
     "kernels": (
         *("engines", "model", "random_weights", "arms", "backend", "device", "cache_interval", "steps", "height"),
-        *("width", "sampler", "warmup", "end_to_end", "sweep", "chart"),
+        *("width", "sampler", "warmup", "end_to_end", "plan", "sweep", "chart"),
     ),
     "sweep": ("engines", "arms", "height", "width", "batch", "cache_interval", "branch_id", "chart", "end_to_end"),
     "end_to_end": ("chart",),
@@ -150,8 +160,9 @@ def _check_kind(ctx: typer.Context) -> None:
     for kind, others in _NOT_WITH.items():
         if ctx.params[kind] and (clashing := named(ctx, *others)):
             raise ValueError(f"expected {flags_of(kind)} without {flags_of(clashing[0])}, got both; leave one out")
-    if not ctx.params["sweep"] and (given := named(ctx, "sizes", "batches")):
-        raise ValueError(f"expected {flags_of(given[0])} only with --sweep, got it without; leave it out")
+    for kind, own in (("sweep", ("sizes", "batches")), ("end_to_end", ("plan",))):
+        if not ctx.params[kind] and (given := named(ctx, *own)):
+            raise ValueError(f"expected {flags_of(given[0])} only with {flags_of(kind)}, got it without; leave it out")
 
 
 def _sides(flag: str, text: str) -> list[int]:
@@ -223,24 +234,31 @@ def _show_sweep(settings: BenchSettings, rows: Sequence[dict[str, Any]]) -> None
 
 
 def _measure(
-    wishes: Wishes, source: dict[str, Any], *, end_to_end: bool, **common: Any
+    wishes: Wishes, source: dict[str, Any], *, end_to_end: bool, plans: Sequence[Path], **common: Any
 ) -> tuple[BenchSettings, Sequence[ArmResult], dict[str, Any]]:
-    """Build what is missing and time every arm: the settings, the results, and all of it as JSON."""
+    """Build what is missing and time every arm: the settings, the results, and all of it as JSON.
+
+    Raises: `ValueError` for a file that is no plan.
+    """
     import platformdirs
     import torch
 
     from fastcache.bench.bench import document, run_bench
     from fastcache.bench.end_to_end import run_end_to_end, whole_model
-    from fastcache.bench.lineup import build_bundles, of_bundle, of_model
+    from fastcache.bench.lineup import build_bundles, by_plans, of_bundle, of_model
     from fastcache.bench.machine import environment, load_average
 
+    for file in plans:
+        read_plan(file)
     load_before = load_average()  # ours counts as soon as something is built
     common["threads"] = torch.get_num_threads()
     with progress() as say:
         if "engines" in source:
             settings, lineup, bundles = of_bundle(source["engines"], wishes, common)
+            lineup = by_plans(lineup, plans) if plans else lineup
         else:
             settings, lineup = of_model(source["model"], source["random_weights"], wishes, common)
+            lineup = by_plans(lineup, plans) if plans else lineup
             folder = Path(platformdirs.user_cache_dir("fastcache")) / "engines"
             bundles, lineup = build_bundles(lineup, settings, folder, say, whole=end_to_end)
         if end_to_end:

@@ -70,7 +70,7 @@ def settings_for(model: object, **changes: Any) -> BenchSettings:
 )
 def test_an_arm_is_what_its_name_says(name: str, expected: tuple[object, ...]) -> None:
     arm = parse_arm(name, OTHERS)
-    assert (arm.name, arm.meaning) == (name, expected)
+    assert (arm.name, arm.meaning) == (name, (*expected, ""))
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastcache import Bundle
+from fastcache import Bundle, CachePlan
 from fastcache.bench import end_to_end
 from fastcache.bench.arms import Defaults, parse_arm
 from fastcache.bench.end_to_end import PARTS
+from fastcache.bench.lineup import Lineup, by_plans
 
 
 def test_a_model_without_all_its_parts_is_refused(command: Callable[..., Any]) -> None:
@@ -30,6 +32,51 @@ def test_all_is_compared_with_eager_in_fp32_wherever_it_stands() -> None:
     assert end_to_end._eager(arms) == arms[2]
     assert end_to_end._eager(arms[:2]) == arms[1]
     assert end_to_end._eager(arms[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--plan", "swift.json"), "expected --plan only with --end-to-end"),
+        (("--end-to-end", "--plan", "none.json"), "expected a plan file, got none.json"),
+        (("--end-to-end", "--plan", "swift.json", "--arms", "eager"), "expected an arm engine+cache"),
+    ],
+)
+def test_a_plan_that_nothing_would_draw_by_is_refused(
+    flags: tuple[str, ...],
+    expected: str,
+    tiny_bundle: Bundle,
+    command: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("swift.json").write_text(CachePlan.uniform(2, 2).to_json())
+    said = command("bench", "--engines", tiny_bundle.path, *flags)
+    assert said.code == 2
+    assert expected in said.err
+
+
+def test_cached_engines_draw_by_each_plan() -> None:
+    arms = tuple(parse_arm(name, Defaults("openvino")) for name in ("eager", "deepcache", "engine", "engine+cache"))
+    found = by_plans(Lineup(arms, {arms[3]: "no reason"}), [Path("plans/draft.json"), Path("fine.json")])
+    assert found.arms[:3] == arms[:3]
+    assert [(arm.name, arm.plan) for arm in found.arms[3:]] == [
+        ("engine+cache draft", "plans/draft.json"),
+        ("engine+cache fine", "fine.json"),
+    ]
+    assert found.skipped == dict.fromkeys(found.arms[3:], "no reason")
+
+
+@pytest.mark.slow
+def test_a_plan_stands_for_interval_and_steps(tiny_bundle: Bundle, command: Callable[..., Any], tmp_path: Path) -> None:
+    (file := tmp_path / "swift.json").write_text(CachePlan.uniform(3, 3).to_json())
+    asked = ("--arms", "eager,engine+cache", "--steps", 9, "--warmup", 0, "--repeats", 1, "--json", "-")
+    said = command("bench", "--engines", tiny_bundle.path, "--end-to-end", "--plan", file, *asked)
+    assert said.code == 0, said.err
+    eager, swift = said.json["arms"]
+    assert (eager["plan"], swift["plan"], swift["cache_interval"]) == (None, "swift", None)
+    assert swift["name"] == "engine+cache swift"
 
 
 @pytest.mark.slow
