@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
     from fastcache.helper.helper import FastCacheHelper
     from fastcache.loop.plan import CachePlan, Forecast
-    from fastcache.pipeline.pipeline import FastCachePipeline, load
+    from fastcache.pipeline.loading import load
+    from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.sampler.table import SamplerTable, compile_sampler
 
 __version__ = "0.1.0"
@@ -38,7 +39,7 @@ _HOMES = {
     "SamplerTable": "fastcache.sampler.table",
     "build_engines": "fastcache.compile.builder",
     "compile_sampler": "fastcache.sampler.table",
-    "load": "fastcache.pipeline.pipeline",
+    "load": "fastcache.pipeline.loading",
     "partition_blocks": "fastcache.cut.pieces",
     "partition_unet": "fastcache.cut.partition",
 }

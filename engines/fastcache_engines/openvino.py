@@ -1,10 +1,10 @@
 """An ONNX file -> an engine of OpenVINO on the CPU, in float32 or bfloat16, bound to torch tensors without copies.
 
 The graph is compiled when tensors are bound to it, from weights that are mapped from the file. What was compiled is
-kept for other processes, for each shape (`compiled.py`), where that pays: of graphs with 8-bit layers, and of those
-below 256 MiB. SD1.5's 8-bit passes compile in 6.5 s and are imported in 4.4 s, from 0.9 GiB; the bundled model's graphs
-compile in 3.6 s of a core and are imported in 1.3 s. In float SD1.5's compile in 1.1 s, and 3.4 GB of them are imported
-no sooner. OpenVINO takes a damaged blob without a word: entries are hashed.
+kept for other processes, for each shape (`openvino_kept.py`), where that pays: of graphs with 8-bit layers, and of
+those below 256 MiB. SD1.5's 8-bit passes compile in 6.5 s and are imported in 4.4 s, from 0.9 GiB; the bundled model's
+graphs compile in 3.6 s of a core and are imported in 1.3 s. In float SD1.5's compile in 1.1 s, and 3.4 GB of them are
+imported no sooner. OpenVINO takes a damaged blob without a word: entries are hashed.
 
 Shapes are compiled for themselves: with sizes known OpenVINO fuses more and decides less at run time. The bundled
 model's steps take 11 to 25% less time, SD1.5's at 256x256 1 to 2% less (interleaved medians, two threads). As each
@@ -14,23 +14,21 @@ further shapes share one for free sizes.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache_engines import compiled, onnx_files
-from fastcache_engines.extras import install
+from fastcache_engines import onnx_files, openvino_kept
 from fastcache_engines.machine import BackendUnavailable, device_kind, fast_bf16
 from fastcache_engines.onnx_files import refuse_outside_weights
+from fastcache_engines.openvino_kept import Compiled, Shapes
+from fastcache_engines.openvino_kept import openvino as _openvino
 from fastcache_engines.protocol import BuildOptions, Capabilities, LoadOptions, Support
 from fastcache_engines.registry import refuse_targets
 from fastcache_engines.tensors import TensorSpec, agreed, check_tensors, free_size
@@ -52,12 +50,9 @@ describe, check_targets = onnx_files.describe, refuse_targets
 _NO_BF16 = "no bf16, which this processor lacks: engines in bf16 compute fp32 here"
 _OWN_BYTES = 256 << 20  # of weights, in compilations for shapes after the first
 
-_Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by the inputs' names
-
 _PRECISION = {"fp32": "f32", "bf16": "bf16"}
 _ROUNDING: Final = "FakeQuantize"  # what an 8-bit layer's input goes through
 _DTYPES: Mapping[str, str] = {"f32": "float32", "i64": "int64", "i32": "int32", "boolean": "bool"}
-_TELEMETRY: Final = "openvino_telemetry"
 
 
 def version() -> str:
@@ -66,20 +61,6 @@ def version() -> str:
     Raises: `BackendUnavailable` where OpenVINO is not installed.
     """
     return _openvino().__version__.split("-")[0]
-
-
-def _openvino() -> Any:
-    if importlib.util.find_spec("openvino") is None:
-        raise BackendUnavailable(f"OpenVINO is not installed; run: {install('openvino')}")
-    modules: dict[str, Any] = sys.modules
-    if "openvino" not in modules:
-        # It takes this for not installed, and so tells nobody of being imported, for which it would fork this process.
-        modules.setdefault(_TELEMETRY, None)
-    import openvino
-
-    if modules.get(_TELEMETRY, openvino) is None:
-        modules.pop(_TELEMETRY, None)
-    return openvino
 
 
 def support(device: str) -> Support:
@@ -118,9 +99,7 @@ def evaluate(path: Path, inputs: Mapping[str, Tensor], options: LoadOptions = Lo
 
     Raises: as `load`.
     """
-    graph = OpenVinoEngine(path, options).compiled_for(inputs)
-    results = graph({name: tensor.numpy() for name, tensor in inputs.items()})
-    return {name: torch.from_numpy(value) for port, value in results.items() for name in port.get_names()}
+    return OpenVinoEngine(path, options).run_once(inputs)
 
 
 class OpenVinoEngine:
@@ -130,8 +109,7 @@ class OpenVinoEngine:
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
-        refuse_outside_weights(path)
-        self._name, self._core = path.name, _openvino().Core()
+        self._path, self._core = path, _openvino().Core()
         threads = options.threads or torch.get_num_threads()
         self._settings: dict[str, Any] = {
             **({"PERFORMANCE_HINT": "LATENCY"} if options.streams == 1 else {"NUM_STREAMS": options.streams}),
@@ -141,16 +119,26 @@ class OpenVinoEngine:
             # other programs, then took 1.3 times the median of a full step and 7 times its 90th percentile.
             "ENABLE_CPU_PINNING": threads >= _cores(),
         }
+        self._own: dict[Shapes, Compiled] = {}
+        self._identity, self._streams = options.identity, options.streams
+        self.inputs, self.outputs = options.inputs, options.outputs
+        self._known_bytes = openvino_kept.weights_noted(self._identity)
+        if not self.inputs or not self.outputs or self._known_bytes is None:
+            # Else a process before has read it, and what it compiled may be all that this one needs.
+            self.inputs = agreed(path.name, [_spec(port) for port in self._graph.inputs], options.inputs)
+            self.outputs = agreed(path.name, [_spec(port) for port in self._graph.outputs], options.outputs)
+
+    @cached_property
+    def _graph(self) -> Any:
+        refuse_outside_weights(self._path)
         with self._loading():
-            self._graph = self._core.read_model(path)
-        self.inputs = agreed(path.name, [_spec(port) for port in self._graph.inputs], options.inputs)
-        self.outputs = agreed(path.name, [_spec(port) for port in self._graph.outputs], options.outputs)
-        operations = self._graph.get_ops()
-        self._weights_bytes: int = sum(op.get_byte_size() for op in operations if op.get_type_name() == "Constant")
-        is_kept = self._weights_bytes <= _OWN_BYTES or any(op.get_type_name() == _ROUNDING for op in operations)
-        self._own: dict[_Shapes, Any] = {}
-        self._mapped: list[Any] = []  # what compiled graphs that were kept read their weights from
-        self._identity = options.identity if is_kept else ""
+            return self._core.read_model(self._path)
+
+    @cached_property
+    def _weights_bytes(self) -> int:
+        if self._known_bytes is not None:
+            return self._known_bytes
+        return sum(op.get_byte_size() for op in self._graph.get_ops() if op.get_type_name() == "Constant")
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenVinoBinding:
         """Bind by address: the graph reads and writes the tensors themselves.
@@ -159,51 +147,46 @@ class OpenVinoEngine:
         """
         specs = (*self.inputs, *self.outputs)
         check_tensors(specs, tensors, "cpu")
-        graph = self.compiled_for(tensors)
-        return OpenVinoBinding(graph.create_infer_request(), [(s.name, tensors[s.name]) for s in specs])
+        return OpenVinoBinding(self._compiled_for(tensors), [(s.name, tensors[s.name]) for s in specs])
 
-    def compiled_for(self, tensors: Mapping[str, Tensor]) -> Any:
+    def run_once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output of the graph for these inputs, in new tensors."""
+        results = self._compiled_for(tensors).graph({name: tensor.numpy() for name, tensor in tensors.items()})
+        return {name: torch.from_numpy(value) for port, value in results.items() for name in port.get_names()}
+
+    def _compiled_for(self, tensors: Mapping[str, Tensor]) -> Compiled:
         """The compiled graph that takes inputs of these tensors' shapes."""
         shapes = tuple((spec.name, tuple(tensors[spec.name].shape)) for spec in self.inputs)
         if shapes not in self._own:
-            if len(self._own) * self._weights_bytes > _OWN_BYTES:
+            if self._own and len(self._own) * self._weights_bytes > _OWN_BYTES:
                 return self._for_free_sizes
-            self._own[shapes] = self._kept(shapes) or self._compile(shapes)
+            kept = openvino_kept.imported(self._identity, shapes, self._settings) if self._identity else None
+            self._own[shapes] = kept or self._compile(shapes)
+            if len(self._own) == 1 and self._streams == 1 and (kept or self._is_kept):
+                openvino_kept.note(self._identity, shapes, self._settings, self._weights_bytes)
         return self._own[shapes]
 
-    def _kept(self, shapes: _Shapes) -> Any:
-        """What this or another process has compiled before, if anything."""
-        key = self._key(shapes)
-        blob = compiled.kept(key) if self._identity else None
-        if blob is None:
-            return None
-        content = np.frombuffer(blob, np.uint8)
-        try:
-            made = self._core.import_model(_openvino().Tensor(content, shared_memory=True), "CPU", self._settings)
-        except RuntimeError:
-            compiled.drop(key)
-            return None
-        self._mapped.append(content)
-        return made
-
-    def _compile(self, shapes: _Shapes) -> Any:
+    def _compile(self, shapes: Shapes) -> Compiled:
         graph = self._graph.clone()
         with self._loading():
             graph.reshape({name: list(shape) for name, shape in shapes})
             made = self._core.compile_model(graph, "CPU", self._settings)
-            if self._identity:
-                compiled.keep(self._key(shapes), made.export_model().getvalue())
-        return made
-
-    def _key(self, shapes: _Shapes) -> tuple[str, ...]:
-        """Whatever decides what OpenVINO makes of the graph."""
-        found = _openvino().get_version()
-        return CAPABILITIES.name, found, compiled.processor(), self._identity, repr(shapes), repr(self._settings)
+            if self._is_kept:
+                openvino_kept.keep(self._identity, shapes, self._settings, made)
+        return Compiled(made)
 
     @cached_property
-    def _for_free_sizes(self) -> Any:
+    def _is_kept(self) -> bool:
+        """Whether importing what is compiled takes less time than compiling it."""
+        is_small = self._weights_bytes <= _OWN_BYTES
+        return self._identity != "" and (
+            is_small or any(op.get_type_name() == _ROUNDING for op in self._graph.get_ops())
+        )
+
+    @cached_property
+    def _for_free_sizes(self) -> Compiled:
         with self._loading():
-            return self._core.compile_model(self._graph, "CPU", self._settings)
+            return Compiled(self._core.compile_model(self._graph, "CPU", self._settings))
 
     @contextmanager
     def _loading(self) -> Generator[None]:
@@ -211,17 +194,19 @@ class OpenVinoEngine:
             yield
         except RuntimeError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ValueError(f"OpenVINO cannot load {self._name}: {lines[-1] if lines else 'no message'}") from error
+            raise ValueError(
+                f"OpenVINO cannot load {self._path.name}: {lines[-1] if lines else 'no message'}"
+            ) from error
 
 
 class OpenVinoBinding:
-    """An inference request and the tensors it works on, which it keeps alive."""
+    """An inference request, and the graph and the tensors that it works on, which it keeps alive."""
 
-    def __init__(self, request: Any, tensors: list[tuple[str, Tensor]]) -> None:
-        openvino = _openvino()
-        self._request, self._tensors = request, tensors
+    def __init__(self, compiled: Compiled, tensors: list[tuple[str, Tensor]]) -> None:
+        self._compiled, self._tensors = compiled, tensors
+        self._request = compiled.graph.create_infer_request()
         for name, tensor in tensors:
-            request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+            self._request.set_tensor(name, _openvino().Tensor(tensor.numpy(), shared_memory=True))
 
     def capturable(self) -> bool:
         return False

@@ -168,13 +168,12 @@ def _distances(arms: Sequence[Arm], pictures: Mapping[Arm, Path]) -> dict[Arm, f
 
 def draw(order: Order) -> dict[str, float]:
     """Draw one picture and write it. Returns the milliseconds of each part, and of all."""
-    import torch
-
-    torch.set_num_threads(order.settings["threads"])
     marks = [order.began]
 
     def mark() -> None:
         if order.settings["device"] == "cuda":
+            import torch
+
             torch.cuda.synchronize()
         marks.append(time.time())
 
@@ -188,14 +187,16 @@ def draw(order: Order) -> dict[str, float]:
 
 
 def _draw_by_engines(order: Order, mark: Callable[[], None]) -> Any:
-    import torch
-
-    import fastcache
-    from fastcache.loop.plan import CachePlan
+    from fastcache.pipeline.loading import load
 
     asked = order.settings
     graph = order.kind.endswith("+graph")
-    pipe = fastcache.load(str(order.bundle), threads=asked["threads"], cuda_graph=graph)
+    pipe = load(str(order.bundle), threads=asked["threads"], cuda_graph=graph)
+    import torch
+
+    from fastcache.loop.plan import CachePlan
+
+    torch.set_num_threads(asked["threads"])
     mark()
     embeds = pipe.encode_prompt(["", PROMPT])
     mark()
@@ -227,6 +228,7 @@ def _draw_by_diffusers(order: Order, mark: Callable[[], None]) -> Any:
     from fastcache_engines.dtypes import torch_dtype
 
     asked, dtype = order.settings, torch_dtype(order.dtype)  # type: ignore[arg-type]
+    torch.set_num_threads(asked["threads"])
     load: Any = diffusers.DiffusionPipeline.from_pretrained
     pipe: Any = load(order.folder, dtype=dtype, safety_checker=None, local_files_only=True).to(asked["device"])
     pipe.set_progress_bar_config(disable=True)

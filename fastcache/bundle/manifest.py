@@ -258,6 +258,10 @@ class Manifest(_Value):
         """The names of the cached features: what the full pass stores."""
         return self.named_passes["full"].stores
 
+    def identity_of(self, role: Role) -> str:
+        """A name for an engine that no other content has."""
+        return f"{self.bundle_sha256}/{role}"
+
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
 

@@ -184,13 +184,17 @@ def _draw_all(
     """Draw and write a picture for each seed; returns their files, and what made them."""
     from fastcache.bundle.bundle import open_bundle
     from fastcache.files import write_whole
+    from fastcache.pipeline.loading import begin
+
+    bundle = open_bundle(engines, given.get("trusted_key"))
+    begin(bundle.manifest)
     from fastcache.pipeline.pipeline import FastCachePipeline
     from fastcache.pipeline.provenance import png_bytes
 
     arguments = _arguments(given)
     pictures = {name: _pictures(flag, given[flag]) for flag, name in _PICTURES.items() if flag in given}
     said = {flag: _each(lambda file: file.name, given[flag]) for flag in (*_PICTURES, "embeds") if flag in given}
-    base = FastCachePipeline(open_bundle(engines, given.get("trusted_key")))
+    base = FastCachePipeline(bundle)
     _check_controls(base, pictures.get("control_image"))
     last = None if refiner is None else FastCachePipeline(open_bundle(refiner, given.get("trusted_key")))
     if last is not None:

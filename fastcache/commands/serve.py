@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,14 @@ def serve(
     import logging
     import os
 
+    from fastcache.serve.models.listed import Offer, listed, read_models
+
+    if (models is None) == (not engines):
+        raise ValueError(
+            "expected --engines DIR, once for each bundle, or --models FILE, got " + ("both" if models else "neither")
+        )
+    offered = [listed(one) for one in engines or ()] if models is None else read_models(models)
+    _begin(offered[0].engines)
     try:
         from fastcache.serve.http.server import serve as serve_offer
     except ImportError as error:
@@ -63,14 +72,7 @@ def serve(
         ) from error
     from fastcache.serve.http.limits import Limits
     from fastcache.serve.http.log import JsonLines, Lines, Unblocked
-    from fastcache.serve.models.listed import Offer, listed, read_models
     from fastcache.serve.models.memory import bytes_of
-
-    if (models is None) == (not engines):
-        raise ValueError(
-            "expected --engines DIR, once for each bundle, or --models FILE, got " + ("both" if models else "neither")
-        )
-    offered = [listed(one) for one in engines or ()] if models is None else read_models(models)
 
     if log_format not in ("text", "json"):
         raise ValueError(f"expected --log-format text or json, got {log_format}")
@@ -97,3 +99,13 @@ def serve(
     )
     if not is_over:
         os._exit(0)  # a backend that still compiles in a thread crashes when the interpreter is taken down around it
+
+
+def _begin(engines: Path) -> None:
+    """Begin to import a bundle's engines while the server's packages are imported, if it is a bundle."""
+    from fastcache.bundle.bundle import read_manifest
+    from fastcache.errors import BundleError
+    from fastcache.pipeline.loading import begin
+
+    with contextlib.suppress(BundleError):  # said where the bundle is loaded
+        begin(read_manifest(engines))

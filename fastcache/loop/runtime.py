@@ -5,6 +5,7 @@ Refuses a bundle of another machine or other versions. Knows engines and tensors
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastcache.loop.lane import Lane, allocate
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, Run, Sampler, Scales
-from fastcache_engines import INT8_TOLERANCE, Binding, Engine, LoadOptions, Workspace
+from fastcache_engines import INT8_TOLERANCE, Binding, Engine, LoadOptions, Workspace, openvino_kept
 
 
 def check_version(manifest: Manifest) -> None:
@@ -119,6 +120,8 @@ class Runtime:
         self._engines: dict[Role, Engine] = {}
         # A binding of TensorRT's takes milliseconds to make and holds memory: those of the last few shapes are kept.
         self._bound = lru_cache(maxsize=8)(self._bind)
+        roles = bundle.manifest.engines
+        weakref.finalize(self, openvino_kept.let_go, [bundle.manifest.identity_of(role) for role in roles])
 
     @cached_property
     def pass_engines(self) -> dict[str, Engine]:
@@ -142,7 +145,7 @@ class Runtime:
             self._workspace,
             inputs=entry.inputs,
             outputs=entry.outputs,
-            identity=f"{self.manifest.bundle_sha256}/{role}",
+            identity=self.manifest.identity_of(role),
         )
         with self.bundle.reading():
             try:

@@ -53,7 +53,7 @@ def load_streams(bundle: Bundle, threads: int = 0) -> Streams | None:
             streams=threads,
             inputs=entry.inputs,
             outputs=entry.outputs,
-            identity=f"{manifest.bundle_sha256}/{role}",
+            identity=manifest.identity_of(role),
         )
         with bundle.reading():
             return backend.load(bundle.engine_path(role), options)

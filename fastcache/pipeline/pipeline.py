@@ -7,19 +7,17 @@ business.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastcache.bundle.bundle import Bundle, open_bundle
+from fastcache.bundle.bundle import Bundle
 from fastcache.loop.drivers import Guidance
 from fastcache.loop.noise import Generators, draw
 from fastcache.loop.plan import CachePlan
@@ -29,6 +27,7 @@ from fastcache.pipeline.arguments import Terms, images_of, plan_for, terms_of
 from fastcache.pipeline.callbacks import Callbacks, callbacks_of
 from fastcache.pipeline.controls import Controls, refreshed
 from fastcache.pipeline.images import Pictures, Start
+from fastcache.pipeline.loading import load
 from fastcache.pipeline.prompts import Embeds, Prompt, Prompts, unet_inputs
 from fastcache.pipeline.provenance import record
 from fastcache.pipeline.request import Request
@@ -39,7 +38,7 @@ from fastcache.sampler.scheduler import Scheduler
 from fastcache.sampler.table import SamplerTable
 from fastcache_engines import Engine
 
-__all__ = ["FastCachePipeline", "PipelineOutput", "Run", "load"]
+__all__ = ["FastCachePipeline", "PipelineOutput", "Run"]
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,6 @@ class _Course:
     scales: Scales | None = None
     start: Start | None = None
     callbacks: Callbacks | None = None
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    threads: int = 0,
-    cuda_graph: bool = False,
-    wrap: Callable[[Engine], Engine] | None = None,
-    trusted: str | os.PathLike[str] | None = None,
-) -> FastCachePipeline:
-    """Open a bundle, every byte checked before anything is loaded. `threads` 0 means as many as torch uses.
-
-    With `cuda_graph` a run on a GPU is one launch, or one a step where its steps are asked for. `wrap` is given every
-    engine that is loaded, and what it returns is used: a benchmark's clock, say. `trusted` is a public key's file
-    (PEM, Ed25519): a bundle that this key has not signed (`build_engines(..., sign=...)`) is refused.
-
-    Raises: `BundleError` for a bundle that is damaged or for another machine or version; `BackendUnavailable`.
-    """
-    return FastCachePipeline(open_bundle(Path(path), trusted), threads=threads, cuda_graph=cuda_graph, wrap=wrap)
 
 
 class FastCachePipeline:
