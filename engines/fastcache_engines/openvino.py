@@ -109,7 +109,8 @@ class OpenVinoEngine:
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
-        self._path, self._core = path, _openvino().Core()
+        refuse_outside_weights(path)
+        self._name, self._core = path.name, _openvino().Core()
         threads = options.threads or torch.get_num_threads()
         self._settings: dict[str, Any] = {
             **({"PERFORMANCE_HINT": "LATENCY"} if options.streams == 1 else {"NUM_STREAMS": options.streams}),
@@ -119,26 +120,16 @@ class OpenVinoEngine:
             # other programs, then took 1.3 times the median of a full step and 7 times its 90th percentile.
             "ENABLE_CPU_PINNING": threads >= _cores(),
         }
-        self._own: dict[Shapes, Compiled] = {}
-        self._identity, self._streams = options.identity, options.streams
-        self.inputs, self.outputs = options.inputs, options.outputs
-        self._known_bytes = openvino_kept.weights_noted(self._identity)
-        if not self.inputs or not self.outputs or self._known_bytes is None:
-            # Else a process before has read it, and what it compiled may be all that this one needs.
-            self.inputs = agreed(path.name, [_spec(port) for port in self._graph.inputs], options.inputs)
-            self.outputs = agreed(path.name, [_spec(port) for port in self._graph.outputs], options.outputs)
-
-    @cached_property
-    def _graph(self) -> Any:
-        refuse_outside_weights(self._path)
         with self._loading():
-            return self._core.read_model(self._path)
-
-    @cached_property
-    def _weights_bytes(self) -> int:
-        if self._known_bytes is not None:
-            return self._known_bytes
-        return sum(op.get_byte_size() for op in self._graph.get_ops() if op.get_type_name() == "Constant")
+            self._graph = self._core.read_model(path)
+        self.inputs = agreed(path.name, [_spec(port) for port in self._graph.inputs], options.inputs)
+        self.outputs = agreed(path.name, [_spec(port) for port in self._graph.outputs], options.outputs)
+        operations = self._graph.get_ops()
+        self._weights_bytes: int = sum(op.get_byte_size() for op in operations if op.get_type_name() == "Constant")
+        is_quick = self._weights_bytes > _OWN_BYTES and all(op.get_type_name() != _ROUNDING for op in operations)
+        self._identity = "" if is_quick else options.identity
+        self._streams = options.streams
+        self._own: dict[Shapes, Compiled] = {}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenVinoBinding:
         """Bind by address: the graph reads and writes the tensors themselves.
@@ -158,12 +149,12 @@ class OpenVinoEngine:
         """The compiled graph that takes inputs of these tensors' shapes."""
         shapes = tuple((spec.name, tuple(tensors[spec.name].shape)) for spec in self.inputs)
         if shapes not in self._own:
-            if self._own and len(self._own) * self._weights_bytes > _OWN_BYTES:
+            if len(self._own) * self._weights_bytes > _OWN_BYTES:
                 return self._for_free_sizes
             kept = openvino_kept.imported(self._identity, shapes, self._settings) if self._identity else None
             self._own[shapes] = kept or self._compile(shapes)
-            if len(self._own) == 1 and self._streams == 1 and (kept or self._is_kept):
-                openvino_kept.note(self._identity, shapes, self._settings, self._weights_bytes)
+            if self._identity and self._streams == 1 and len(self._own) == 1:
+                openvino_kept.note(self._identity, shapes, self._settings)
         return self._own[shapes]
 
     def _compile(self, shapes: Shapes) -> Compiled:
@@ -171,17 +162,9 @@ class OpenVinoEngine:
         with self._loading():
             graph.reshape({name: list(shape) for name, shape in shapes})
             made = self._core.compile_model(graph, "CPU", self._settings)
-            if self._is_kept:
+            if self._identity:
                 openvino_kept.keep(self._identity, shapes, self._settings, made)
         return Compiled(made)
-
-    @cached_property
-    def _is_kept(self) -> bool:
-        """Whether importing what is compiled takes less time than compiling it."""
-        is_small = self._weights_bytes <= _OWN_BYTES
-        return self._identity != "" and (
-            is_small or any(op.get_type_name() == _ROUNDING for op in self._graph.get_ops())
-        )
 
     @cached_property
     def _for_free_sizes(self) -> Compiled:
@@ -194,9 +177,7 @@ class OpenVinoEngine:
             yield
         except RuntimeError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ValueError(
-                f"OpenVINO cannot load {self._path.name}: {lines[-1] if lines else 'no message'}"
-            ) from error
+            raise ValueError(f"OpenVINO cannot load {self._name}: {lines[-1] if lines else 'no message'}") from error
 
 
 class OpenVinoBinding:

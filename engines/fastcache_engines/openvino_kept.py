@@ -61,7 +61,7 @@ def begin(identities: Iterable[str]) -> None:
     openvino()  # here: two threads that import are one too many
     pool = ThreadPoolExecutor(1, "fastcache-import")
     for identity, content in noted.items():
-        shapes, settings, _ = json.loads(bytes(content))
+        shapes, settings = json.loads(bytes(content))
         key = _key(identity, tuple((name, tuple(shape)) for name, shape in shapes), settings)
         if key not in _begun:
             _begun[key] = pool.submit(_import, key, settings)
@@ -76,18 +76,12 @@ def let_go(identities: Iterable[str]) -> None:
             begun.cancel()
 
 
-def note(identity: str, shapes: Shapes, settings: Mapping[str, Any], weights_bytes: int) -> None:
-    """Say what was used under a name, for `begin` in the next process, and how much its graph's weights are."""
-    content = json.dumps([shapes, settings, weights_bytes]).encode()
+def note(identity: str, shapes: Shapes, settings: Mapping[str, Any]) -> None:
+    """Say what was used under a name, for `begin` in the next process."""
+    content = json.dumps([shapes, settings]).encode()
     before = compiled.kept(_note_of(identity))
     if before is None or bytes(before) != content:
         compiled.keep(_note_of(identity), content)
-
-
-def weights_noted(identity: str) -> int | None:
-    """How many bytes the weights of the graph of this name are, if a process before said so."""
-    noted = compiled.kept(_note_of(identity)) if identity else None
-    return None if noted is None else json.loads(bytes(noted))[-1]
 
 
 def imported(identity: str, shapes: Shapes, settings: Mapping[str, Any]) -> Compiled | None:
@@ -123,4 +117,4 @@ def _key(identity: str, shapes: Shapes, settings: Mapping[str, Any]) -> Key:
 
 
 def _note_of(identity: str) -> Key:
-    return "openvino", "noted", identity
+    return "openvino", "used first", identity  # another content needs another name
