@@ -300,7 +300,8 @@ def test_openvino_compiles_anew_where_the_entry_is_damaged(
 def test_openvino_compiles_anew_where_it_cannot_import(
     graph: Path, compilations: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "kept", lambda key: None if "used first" in key else memoryview(bytearray(b"no blob")))
+    blob = memoryview(bytearray(b"no blob"))
+    monkeypatch.setattr(compiled, "kept", lambda key: None if "used first" in key else blob)
     first = run(graph, "one")
     assert len(compilations) == 1
     assert torch.equal(first, run(graph, ""))
