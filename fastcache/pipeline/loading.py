@@ -45,9 +45,8 @@ def load(
 
 
 def begin(manifest: Manifest) -> None:
-    """Begin to import, in a thread, what a bundle's engines compiled in a process before.
+    """Begin to import, in a thread, what a bundle's engines compiled in a process before; of other backends nothing is.
 
     What no engine asks for is let go with the `Runtime` that has them.
     """
-    if manifest.backend == "openvino":
-        openvino_kept.begin(manifest.identity_of(role) for role in manifest.engines if role not in _NOT_AT_ONCE)
+    openvino_kept.begin(manifest.identity_of(role) for role in manifest.engines if role not in _NOT_AT_ONCE)
