@@ -32,9 +32,11 @@ from fastcache_engines.registry import (
     REFERENCE,
     backend,
     backends_with,
+    begin_loading,
     choose,
     choose_with_dtype,
     fastest_dtype,
+    let_go,
     preference,
 )
 from fastcache_engines.tensors import TensorSpec, check_tensors
@@ -61,6 +63,7 @@ __all__ = [
     "Workspace",
     "backend",
     "backends_with",
+    "begin_loading",
     "check_tensors",
     "choose",
     "choose_with_dtype",
@@ -69,6 +72,7 @@ __all__ = [
     "fast_bf16",
     "fastest_dtype",
     "int8_weight_bits",
+    "let_go",
     "preference",
     "torch_dtype",
 ]

@@ -40,7 +40,7 @@ def kept(key: Sequence[str]) -> memoryview | None:
                 return None
             whole = _mapped(stream.fileno(), status.st_size)
         os.utime(path)
-    except OSError:
+    except (OSError, ValueError):  # mmap's, of a file that was cut meanwhile
         return None
     content, digest = whole[:-_DIGEST_BYTES], bytes(whole[-_DIGEST_BYTES:])
     if digest == _digest(key, content):

@@ -8,7 +8,7 @@ can do (`Capabilities`); nobody compares names. `auto` picks it once `preference
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -40,6 +40,23 @@ def backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendUnavailable(f"expected a backend of this version ({', '.join(BACKENDS)}), got {name!r}")
     return cast(Backend, importlib.import_module(BACKENDS[name]))
+
+
+def begin_loading(identities: Iterable[str]) -> None:
+    """Begin to load, in a thread, what the last process kept of engines of these names (`LoadOptions.identity`).
+
+    It needs no PyTorch, and does nothing for backends that keep nothing.
+    """
+    from fastcache_engines import openvino_kept
+
+    openvino_kept.begin(identities)
+
+
+def let_go(identities: Iterable[str]) -> None:
+    """Drop what was begun for engines of these names and not asked for."""
+    from fastcache_engines import openvino_kept
+
+    openvino_kept.let_go(identities)
 
 
 def backends_with(capability: str) -> str:

@@ -85,7 +85,7 @@ def run_end_to_end(
             "backend": arm.backend,
             "dtype": arm.dtype,
             "cache_interval": None if arm.plan else arm.cache_interval,
-            "plan": Path(arm.plan).stem if arm.plan else None,
+            "plan": arm.plan or None,
             "branch_id": arm.branch_id,
             **rows[arm],
             "loop_ms_p50": rows[arm]["loop_ms"],

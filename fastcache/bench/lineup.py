@@ -186,14 +186,16 @@ def line_up_bundle(names: str | None, defaults: Defaults, bundle: Bundle) -> Lin
 def by_plans(lineup: Lineup, plans: Sequence[Path]) -> Lineup:
     """The line-up with its cached engine arms once for each plan in a file, which stands for their interval.
 
-    Raises: `ValueError` where no arm would draw by a plan.
+    Without plans it is as it was. Raises: `ValueError` where no arm would draw by one.
     """
-    if not any(arm.is_engine and arm.is_cached for arm in lineup.arms):
+    if plans and not any(arm.is_engine and arm.is_cached for arm in lineup.arms):
         raise ValueError("expected an arm engine+cache, which draws by --plan, got none; name one in --arms")
     arms, skipped = list[Arm](), dict[Arm, str]()
     for arm in lineup.arms:
         draws_by = plans if arm.is_engine and arm.is_cached else ()
-        those = [replace(arm, name=f"{arm.name} {plan.stem}", plan=str(plan)) for plan in draws_by] or [arm]
+        those = [replace(arm, name=f"{arm.name} {plan.stem}", plan=str(plan)) for plan in dict.fromkeys(draws_by)] or [
+            arm
+        ]
         arms += those
         if arm in lineup.skipped:
             skipped |= dict.fromkeys(those, lineup.skipped[arm])

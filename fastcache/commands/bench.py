@@ -255,10 +255,10 @@ def _measure(
     with progress() as say:
         if "engines" in source:
             settings, lineup, bundles = of_bundle(source["engines"], wishes, common)
-            lineup = by_plans(lineup, plans) if plans else lineup
+            lineup = by_plans(lineup, plans)
         else:
             settings, lineup = of_model(source["model"], source["random_weights"], wishes, common)
-            lineup = by_plans(lineup, plans) if plans else lineup
+            lineup = by_plans(lineup, plans)
             folder = Path(platformdirs.user_cache_dir("fastcache")) / "engines"
             bundles, lineup = build_bundles(lineup, settings, folder, say, whole=end_to_end)
         if end_to_end:

@@ -60,7 +60,7 @@ def serve(
             "expected --engines DIR, once for each bundle, or --models FILE, got " + ("both" if models else "neither")
         )
     offered = [listed(one) for one in engines or ()] if models is None else read_models(models)
-    _begin(offered[0].engines)
+    _begin(offered[0].engines, trusted_key)
     try:
         from fastcache.serve.http.server import serve as serve_offer
     except ImportError as error:
@@ -101,11 +101,11 @@ def serve(
         os._exit(0)  # a backend that still compiles in a thread crashes when the interpreter is taken down around it
 
 
-def _begin(engines: Path) -> None:
+def _begin(engines: Path, trusted: Path | None) -> None:
     """Begin to import a bundle's engines while the server's packages are imported, if it is a bundle."""
     from fastcache.bundle.bundle import read_manifest
     from fastcache.errors import BundleError
     from fastcache.pipeline.loading import begin
 
-    with contextlib.suppress(BundleError):  # said where the bundle is loaded
-        begin(read_manifest(engines))
+    with contextlib.suppress(BundleError, ValueError):  # said where the bundle is loaded
+        begin(read_manifest(engines, trusted))

@@ -26,7 +26,7 @@ from fastcache.loop.lane import Lane, allocate
 from fastcache.loop.noise import Generators
 from fastcache.loop.plan import CachePlan
 from fastcache.loop.steps import PlainRun, Run, Sampler, Scales
-from fastcache_engines import INT8_TOLERANCE, Binding, Engine, LoadOptions, Workspace, openvino_kept
+from fastcache_engines import INT8_TOLERANCE, Binding, Engine, LoadOptions, Workspace, let_go
 
 
 def check_version(manifest: Manifest) -> None:
@@ -121,7 +121,7 @@ class Runtime:
         # A binding of TensorRT's takes milliseconds to make and holds memory: those of the last few shapes are kept.
         self._bound = lru_cache(maxsize=8)(self._bind)
         roles = bundle.manifest.engines
-        weakref.finalize(self, openvino_kept.let_go, [bundle.manifest.identity_of(role) for role in roles])
+        weakref.finalize(self, let_go, [bundle.manifest.identity_of(role) for role in roles])
 
     @cached_property
     def pass_engines(self) -> dict[str, Engine]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastcache.bundle.bundle import open_bundle
 from fastcache.bundle.manifest import Manifest
-from fastcache_engines import openvino_kept
+from fastcache_engines import begin_loading
 
 if TYPE_CHECKING:
     from fastcache.pipeline.pipeline import FastCachePipeline
@@ -45,8 +45,8 @@ def load(
 
 
 def begin(manifest: Manifest) -> None:
-    """Begin to import, in a thread, what a bundle's engines compiled in a process before; of other backends nothing is.
+    """Begin to load, in a thread, what a bundle's engines compiled in a process before.
 
     What no engine asks for is let go with the `Runtime` that has them.
     """
-    openvino_kept.begin(manifest.identity_of(role) for role in manifest.engines if role not in _NOT_AT_ONCE)
+    begin_loading(manifest.identity_of(role) for role in manifest.engines if role not in _NOT_AT_ONCE)

@@ -70,13 +70,19 @@ def test_cached_engines_draw_by_each_plan() -> None:
 
 @pytest.mark.slow
 def test_a_plan_stands_for_interval_and_steps(tiny_bundle: Bundle, command: Callable[..., Any], tmp_path: Path) -> None:
-    (file := tmp_path / "swift.json").write_text(CachePlan.uniform(3, 3).to_json())
-    asked = ("--arms", "eager,engine+cache", "--steps", 9, "--warmup", 0, "--repeats", 1, "--json", "-")
-    said = command("bench", "--engines", tiny_bundle.path, "--end-to-end", "--plan", file, *asked)
+    """All nine steps in full are eager's picture; nine steps with one of them in full, or three, are not."""
+    files = {name: tmp_path / f"{name}.json" for name in ("whole", "swift")}
+    for name, plan in (("whole", CachePlan.uniform(9, 1)), ("swift", CachePlan.uniform(3, 1))):
+        files[name].write_text(plan.to_json())
+    asked = ("--arms", "eager,engine+cache", "--steps", 9, "--cache-interval", 9, "--warmup", 0, "--repeats", 1)
+    plans = [part for file in files.values() for part in ("--plan", file)]
+    said = command("bench", "--engines", tiny_bundle.path, "--end-to-end", *plans, *asked, "--json", "-")
     assert said.code == 0, said.err
-    eager, swift = said.json["arms"]
-    assert (eager["plan"], swift["plan"], swift["cache_interval"]) == (None, "swift", None)
-    assert swift["name"] == "engine+cache swift"
+    eager, whole, swift = said.json["arms"]
+    assert eager["plan"] is None
+    for name, row in (("whole", whole), ("swift", swift)):
+        assert (row["name"], row["plan"], row["cache_interval"]) == (f"engine+cache {name}", str(files[name]), None)
+    assert whole["psnr_db_vs_eager"] > 50 > swift["psnr_db_vs_eager"]
 
 
 @pytest.mark.slow
