@@ -24,6 +24,7 @@ from fastcache.bundle.manifest import Role
 from fastcache.compile import graph_passes
 from fastcache.compile.conditions import add_conditions
 from fastcache.compile.fold import fold_shapes
+from fastcache.compile.simplify import simplify
 from fastcache.cut.chain import RUNS, kept_name
 from fastcache.errors import BuildError
 from fastcache.expect import first_line
@@ -174,12 +175,13 @@ def export(
                 dynamic_shapes=_dynamic_shapes(part, free),
                 custom_translation_table=dict(translations or {}),
                 dynamo=True,
-                optimize=True,
+                optimize=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise BuildError(f"cannot export the {part.role} graph: {first_line(error.__cause__ or error)}") from error
     if program is None:
         raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
+    simplify(program.model)
     fold_shapes(program.model)
     graph = program.model.graph
     names = [value.name for value in graph.inputs], [value.name for value in graph.outputs]

@@ -20,7 +20,14 @@ def test_the_page_lists_every_script() -> None:
     assert sorted(re.findall(r"^\| \[([\w.]+)\]", page, re.MULTILINE)) == [script.name for script in EXAMPLES]
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def needs_engines(script: Path) -> bool:
+    return "engines/demo" in script.read_text(encoding="utf-8")
+
+
+RUNS = [pytest.param(script, id=script.stem, marks=[pytest.mark.slow] * needs_engines(script)) for script in EXAMPLES]
+
+
+@pytest.mark.parametrize("script", RUNS)
 def test_example_runs(
     script: Path,
     builds: BuildStore,
@@ -28,7 +35,7 @@ def test_example_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "engines/demo" in script.read_text(encoding="utf-8"):
+    if needs_engines(script):
         shutil.copytree(builds.bundle("demo", dtype="auto").path, tmp_path / "engines" / "demo")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
