@@ -38,18 +38,22 @@ hypothesis.settings.load_profile("fastcache")
 
 # A file is one process's work, so that its fixtures are made once: the longest go first, lest one is left to the end.
 LONGEST = (
-    "engines/test_backends.py",
     "structure/test_structure.py",
-    "compile/test_builder.py",
-    "bench/test_bench.py",
-    "engines/test_inductor.py",
+    "engines/test_backends.py",
+    "tools/test_gpu_check.py",
+    "structure/test_calls_home.py",
+    "pipeline/test_pipeline.py",
     "compile/test_presets.py",
-    "kernels/test_aot.py",
+    "engines/test_inductor.py",
+    "bench/test_bench.py",
     "serve/cluster/test_ray.py",
-    "engines/test_inductor_sizes.py",
-    "pipeline/test_controls.py",
-    "pipeline/test_sdxl.py",
+    "bench/test_sweep.py",
     "compile/test_export.py",
+    "compile/test_builder.py",
+    "compile/test_chain.py",
+    "engines/test_inductor_sizes.py",
+    "evaluate/test_evaluate.py",
+    "compile/test_quantize.py",
 )
 
 

@@ -127,6 +127,10 @@ def build_engines(
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
     with progress(BUILD_SHARES if quantize is None else None) as say:  # choosing 8-bit layers takes most of a build
         say(STARTING)
+        from fastcache.compile import hired
+
+        if force or not output.exists():
+            hired.begin()
         import fastcache
 
         chosen = _recipe(ctx.params)

@@ -34,6 +34,10 @@ def demo(
     check_writable(output)
     with progress(BUILD_SHARES) as say:
         say(STARTING)
+        from fastcache.compile import hired
+
+        if not (output / "engines").exists():
+            hired.begin()
         import fastcache
         from fastcache.bench.demo import report, run_demo
         from fastcache.files import write_json

@@ -14,10 +14,7 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +31,7 @@ from fastcache.bundle.manifest import SCHEMA
 from fastcache.bundle.recipe import Component, Recipe, recipe_from
 from fastcache.bundle.signing import signer
 from fastcache.compile.fields import RecipeFields
+from fastcache.compile.hired import hire
 from fastcache.compile.models import SourceModel, find_model
 from fastcache.compile.quantize import require_nncf
 from fastcache.errors import BackendUnavailable, BuildError, BundleError, PartitionError
@@ -309,29 +307,22 @@ def _lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
 def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
     """Run the build in a child that ends when this process does (its standard input closes)."""
     order = json.dumps([job.recipe.model_dump(mode="json"), job.key, str(folder)])
-    command = [sys.executable, "-P", "-m", "fastcache.compile.worker", order]
     error: dict[str, str] | None = None
-    # Errors go to a file: a pipe that nobody reads until the end would stop the child once it is full.
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        ) as child,
-    ):
-        try:
-            for line in _lines(child):
-                event = json.loads(line)
-                if "error" in event:
-                    error = event
-                else:
-                    progress(event["progress"])
-            child.wait()  # before its standard input closes, which would end it
-        finally:
-            if child.returncode != 0:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)  # with whatever it started
-        log.seek(0)
-        details = log.read()
+    child = (hired := hire()).process
+    try:
+        with contextlib.suppress(BrokenPipeError):  # of one that ended: why, its log says
+            _tell(child, order)
+        for line in _lines(child):
+            event = json.loads(line)
+            if "error" in event:
+                error = event
+            else:
+                progress(event["progress"])
+        child.wait()  # before its standard input closes, which would end it
+        hired.log.seek(0)
+        details = hired.log.read()
+    finally:
+        hired.end()
     if error is not None:
         failure = _ERRORS.get(error["error"], BuildError)(error["message"])
         failure.add_note(details)  # the child's traceback, where there is one
@@ -340,3 +331,9 @@ def _run_worker(job: Job, folder: Path, progress: Progress) -> None:
         reason = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         last = (details.strip().splitlines() or ["no message"])[-1]
         raise BuildError(f"the build process ended with {reason} ({last}); nothing was left in {folder.parent}")
+
+
+def _tell(child: subprocess.Popen[bytes], line: str) -> None:
+    if child.stdin is not None:
+        child.stdin.write(f"{line}\n".encode())
+        child.stdin.flush()

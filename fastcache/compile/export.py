@@ -170,7 +170,6 @@ def export(
                 part.module,
                 kwargs={"inputs": part.inputs},
                 input_names=list(part.inputs),
-                output_names=list(part.outputs),
                 opset_version=OPSET,
                 dynamic_shapes=_dynamic_shapes(part, free),
                 custom_translation_table=dict(translations or {}),
@@ -181,9 +180,11 @@ def export(
         raise BuildError(f"cannot export the {part.role} graph: {first_line(error.__cause__ or error)}") from error
     if program is None:
         raise BuildError(f"cannot export the {part.role} graph: the exporter returned nothing")
-    simplify(program.model)
-    fold_shapes(program.model)
     graph = program.model.graph
+    simplify(program.model)
+    for value, name in zip(graph.outputs, part.outputs, strict=False):  # not before: two names may be one value's
+        value.name = name
+    fold_shapes(program.model)
     names = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
     if names != (list(part.inputs), list(part.outputs)):
         raise BuildError(

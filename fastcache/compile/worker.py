@@ -1,7 +1,7 @@
 """The build itself: one recipe, one empty folder -> a sealed bundle in it.
 
-Runs as `python -m fastcache.compile.worker` under `builder.py`, which reads its progress and errors, one JSON line
-each, from standard output. Every bundle is checked here against the PyTorch model before it is sealed.
+Runs as `python -m fastcache.compile.worker` (`hired.py`) under `builder.py`, which gives it its order and reads its
+progress and errors, one JSON line each. Every bundle is checked here against the PyTorch model before it is sealed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,10 @@ def _require_space(folder: Path, weights_bytes: int) -> None:
 
 
 def main() -> int:
-    """Build what the one argument orders; errors go to standard output as JSON. Returns the exit code."""
+    """Build what the first line of standard input orders, if any; errors go out as JSON. Returns the exit code."""
+    order = sys.stdin.readline()
+    if not order:
+        return 0
     # The exporter makes and drops small objects without end, and collects garbage itself behind each graph: looking
     # again and again at all that is imported took a tenth of a build.
     gc.freeze()
@@ -139,7 +142,7 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    values, key, folder = json.loads(sys.argv[1])
+    values, key, folder = json.loads(order)
     try:
         job = resolve(Recipe.model_validate(values))
         if job.key != key:
