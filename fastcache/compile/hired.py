@@ -29,33 +29,45 @@ class Hired:
     log: IO[str]
 
     def end(self) -> None:
-        """Kill it, with whatever it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-        self.log.close()
+        """Kill it, with whatever it started, unless it has ended well."""
+        with self.log, suppress(BrokenPipeError), self.process:
+            if self.process.poll() != 0:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
 
 
-_begun: list[tuple[object, Hired]] = []
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a process was started in."""
+
+    folder: str
+    variables: dict[str, str]
+
+    @classmethod
+    def here(cls) -> _Surroundings:
+        return cls(os.getcwd(), {"PYTHONPATH": "", **os.environ})
+
+    def are_here(self) -> bool:
+        """Whether they are this process's. What PyTorch and others set when they are imported is new, and no change."""
+        return self.folder == os.getcwd() and self.variables.items() <= _Surroundings.here().variables.items()
+
+
+_begun: list[tuple[_Surroundings, Hired]] = []
 
 
 def begin() -> None:
     """Start the process for this one's next build. Without one it is killed at the end."""
     if not _begun:
-        _begun.append((_surroundings(), _start()))
+        _begun.append((_Surroundings.here(), _start()))
         atexit.register(_let_go)
 
 
 def hire() -> Hired:
     """The process that was begun, if it finds what a new one would, or a new one."""
-    if _begun and _begun[0][0] == _surroundings():
+    if _begun and _begun[0][0].are_here():
         return _begun.pop()[1]
     _let_go()
     return _start()
-
-
-def _surroundings() -> object:
-    return os.getcwd(), dict(os.environ)
 
 
 def _start() -> Hired:

@@ -11,7 +11,19 @@ import pytest
 
 from fastcache.compile import hired
 
-BEGIN = "from fastcache.compile import hired; hired.begin(); print(hired._begun[0][1].process.pid, flush=True)"
+BEGIN = "from fastcache.compile import hired; hired.begin(); pid = hired._begun[0][1].process.pid; print(pid)\n"
+RESOLVE = """
+from fastcache.compile.builder import resolve
+from fastcache.bundle.recipe import recipe_from
+resolve(recipe_from({"model": "demo", "backend": "onnxruntime"}))
+"""
+HIRE = "one = hired.hire(); print(one.process.pid); one.end()\n"
+
+
+def run(script: str) -> list[int]:
+    """The process ids that a program prints."""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    return [int(line) for line in ran.stdout.split()]
 
 
 def is_gone(pid: int) -> bool:
@@ -47,9 +59,14 @@ def test_one_that_was_begun_elsewhere_is_let_go(clean: None, tmp_path: Path, mon
 
 
 def test_it_ends_without_an_order_when_its_parent_does() -> None:
-    said = subprocess.run([sys.executable, "-c", BEGIN], capture_output=True, text=True, timeout=120, check=True)
-    assert is_gone(int(said.stdout))
-    assert said.stderr == ""
+    (pid,) = run(BEGIN)
+    assert is_gone(pid)
+
+
+def test_what_a_command_does_before_it_builds_changes_nothing_for_it() -> None:
+    begun, given = run(BEGIN + RESOLVE + HIRE)
+    assert begun == given
+    assert is_gone(begun)
 
 
 @pytest.mark.slow
