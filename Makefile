@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar o
 
 PYTEST := $(BIN)/pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder -n
 # Slow tests wait for what they start: two fifths of two cores stayed idle under two workers.
-SLOW_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()) + 1)')
+MORE := $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count()) + 1)')
+SLOW_WORKERS = $(if $(filter auto,$(WORKERS)),$(MORE),$(WORKERS))
 
 .PHONY: demo test test-slow test-all lint docs clean
 .NOTPARALLEL:

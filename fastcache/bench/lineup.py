@@ -192,10 +192,8 @@ def by_plans(lineup: Lineup, plans: Sequence[Path]) -> Lineup:
         raise ValueError("expected an arm engine+cache, which draws by --plan, got none; name one in --arms")
     arms, skipped = list[Arm](), dict[Arm, str]()
     for arm in lineup.arms:
-        draws_by = plans if arm.is_engine and arm.is_cached else ()
-        those = [replace(arm, name=f"{arm.name} {plan.stem}", plan=str(plan)) for plan in dict.fromkeys(draws_by)] or [
-            arm
-        ]
+        draws_by = dict.fromkeys(plans) if arm.is_engine and arm.is_cached else ()
+        those = [replace(arm, name=f"{arm.name} {plan.stem}", plan=str(plan)) for plan in draws_by] or [arm]
         arms += those
         if arm in lineup.skipped:
             skipped |= dict.fromkeys(those, lineup.skipped[arm])

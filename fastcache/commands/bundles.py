@@ -125,6 +125,7 @@ def build_engines(
     check_writable(output)
     if recipe is not None and (told := _told(ctx)):
         raise ValueError(f"expected --recipe in place of {', '.join(told)}, got both; write it into the recipe")
+    chosen = _recipe(ctx.params)
     with progress(BUILD_SHARES if quantize is None else None) as say:  # choosing 8-bit layers takes most of a build
         say(STARTING)
         from fastcache.compile import hired
@@ -133,7 +134,6 @@ def build_engines(
             hired.begin()
         import fastcache
 
-        chosen = _recipe(ctx.params)
         bundle = fastcache.build_engines(chosen, output, force=force, sign=sign, progress=say)
     _show_bundle(bundle, json_)
     if not (json_ or onnx_only):

@@ -44,10 +44,8 @@ def content(model: ir.Model) -> list[object]:
         (node.op_type, *(value and value.name for value in node.inputs), *map(str, node.attributes.values()))
         for node in model.graph
     ]
-    weights = {
-        name: value.const_value.tobytes() for name, value in model.graph.initializers.items() if value.const_value
-    }
-    return [nodes, weights]
+    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return [nodes, {name: tensor.tobytes() for name, tensor in weights.items() if tensor is not None}]
 
 
 def test_it_is_what_the_exporters_optimizer_makes() -> None:
