@@ -1,4 +1,7 @@
-"""What every test shares: no network for the hub, few threads, and a reason for each GPU test skipped."""
+"""What every test shares: no network for the hub, few threads, and a reason for each GPU test skipped.
+
+The process that starts the workers reads this too: what takes seconds to import, those do that need it.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,26 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere; inherited by subprocesses
 # What a process keeps for the next is not the user's here; engines are kept by their bundles' hashes.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / "build" / "test-caches")
-# Threads that outnumber the cores wait for each other at every barrier, spinning: 50 times slower.
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    str(max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+# Threads that outnumber the cores wait for each other at every barrier, spinning: 50 times slower. A worker inherits
+# what this sets in the process that starts the workers, and sets its own.
+os.environ["OMP_NUM_THREADS"] = str(
+    max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
-import torch
 
-from build_store import ROOT, BuildStore
-from fastcache import Bundle
-from fastcache.cli import main
-from tiny_model import save_tiny_model
+if TYPE_CHECKING:
+    from build_store import BuildStore
+    from fastcache import Bundle
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+TESTS = Path(__file__).parent
 
 hypothesis.settings.register_profile("fastcache", deadline=None)  # a busy machine is not a failing test
 hypothesis.settings.load_profile("fastcache")
@@ -59,7 +60,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; tests marked `gpu` are skipped where torch sees no CUDA device."""
-    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    import torch
+
+    ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
     if gone := [str(file) for file in ranks if not file.is_file()]:
         raise pytest.UsageError(f"expected the files of LONGEST in {__file__}, got none at {', '.join(gone)}")
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
@@ -95,12 +98,16 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def builds() -> BuildStore:
     """Models and bundles that this run, or one before it, has made."""
-    return BuildStore(ROOT / "build" / "test-store")
+    from build_store import BuildStore
+
+    return BuildStore(TESTS.parent / "build" / "test-store")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(builds: BuildStore) -> Path:
     """A folder with a whole Stable Diffusion of random weights (`tiny_model.py`); not to be changed."""
+    from tiny_model import save_tiny_model
+
     return builds.model("tiny-model", save_tiny_model)
 
 
@@ -138,6 +145,7 @@ class Said:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """The command line, called with a command's name and its arguments."""
+    from fastcache.cli import main
 
     def run(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["fastcache", *map(str, arguments)])

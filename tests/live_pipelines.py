@@ -7,13 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from fastcache import FastCacheHelper
+from fastcache.demo import MODEL_DIRECTORY
 from fastcache.evaluate.quality import psnr_db
 
 PROMPT = "a large red circle at the left on a white background"
 STEPS = 8
+NATIVE = 16  # the side of the bundled model's latents, which its engines are built for
+
+
+def load_pipe(side: int = NATIVE // 2) -> StableDiffusionPipeline:
+    """The bundled model's pipeline, with latents of a side where it is told no size."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
+    pipe.unet.register_to_config(sample_size=side)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def draw(pipe: Any, prompt: str | None = PROMPT, *, seed: int = 0, **arguments: Any) -> Tensor:

@@ -31,9 +31,10 @@ class RunCounter:
     They count by their place and never by their value, which PNDM and Heun repeat.
 
     A hand-written loop may skip entries, or pass numbers or tensors of its own. There a run goes on where the timestep
-    fell and the latents go on too, which is read off the device. So does, from then on, a run in which an entry came
-    twice: several images take turns in it. What is in doubt begins a run, and so every call of a loop that
-    passes numbers and climbs, or that adds so much noise in a step that nothing of the latents is left.
+    fell and the latents go on too, which is read off the device. What is in doubt begins a run, and so every call of
+    a loop that passes numbers and climbs, or that adds so much noise in a step that nothing of the latents is left. So
+    does, once an entry came twice, every call with a later one: several images take turns, and two of one prompt may
+    look alike towards the end.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -50,11 +51,9 @@ class RunCounter:
 
     def count(self, index: int, timestep: object, sample: Tensor) -> None:
         """A call is made, whose index is known."""
-        last = self._last
-        again = last is not None and _ahead(last.timestep, timestep) == 0
-        same_entries = last is not None and _ahead(last.timestep, timestep) is not None
-        self._turns = again or (self._turns and same_entries)
-        kept = sample.detach() if self._plain(timestep) else sample.detach().clone()  # a loop may write to its own
+        ahead = None if self._last is None else _ahead(self._last.timestep, timestep)
+        self._turns = ahead == 0 or (self._turns and ahead is not None and ahead > 0)
+        kept = sample.detach() if _is_entry(timestep) else sample.detach().clone()  # a loop may write to its own
         self._calls, self._last = index + 1, _Called(timestep, kept, self._set_timesteps())
 
     def timesteps_ahead(self) -> Tensor:
@@ -70,16 +69,13 @@ class RunCounter:
             )
         return every[here.storage_offset() - every.storage_offset() :]
 
-    def _plain(self, timestep: object) -> bool:
-        return _is_entry(timestep) and not self._turns
-
     def _goes_on(self, timestep: object, sample: Tensor) -> bool:
         last = self._last
         if last is None or self._calls == 0 or self._set_timesteps() is not last.schedule:
             return False
         ahead = _ahead(last.timestep, timestep)
         if ahead is not None:
-            return ahead > 0 and ((ahead == 1 and not self._turns) or _latents_go_on(last.sample, sample))
+            return ahead > 0 and not self._turns and (ahead == 1 or _latents_go_on(last.sample, sample))
         if _is_entry(timestep) or _is_entry(last.timestep):
             return False
         return _fell(last.timestep, timestep) and _latents_go_on(last.sample, sample)

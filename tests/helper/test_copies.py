@@ -93,9 +93,11 @@ def test_a_copied_helper_is_not_enabled(pipe: StableDiffusionPipeline) -> None:
 
 
 @pytest.mark.slow
-def test_a_copied_helper_with_engines(demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline) -> None:
-    with FastCacheHelper(own_pipe, engines=demo_bundle(0)) as helper:
-        drawn = draw(own_pipe)
+def test_a_copied_helper_with_engines(
+    demo_bundle: Callable[[int], Bundle], native_pipe: StableDiffusionPipeline
+) -> None:
+    with FastCacheHelper(native_pipe, engines=demo_bundle(0)) as helper:
+        drawn = draw(native_pipe)
         other = copy.deepcopy(helper)
         with other:
             assert torch.equal(draw(other.pipe), drawn)

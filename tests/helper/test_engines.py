@@ -16,10 +16,15 @@ import fastcache
 from build_store import BuildStore
 from fastcache import Bundle, CachePlan, FastCacheHelper, Forecast
 from fastcache.sampler.scheduler import make_scheduler
-from live_pipelines import PROMPT, STEPS, add_lora, agreement_db, draw, full_calls, helped, switch
+from live_pipelines import NATIVE, PROMPT, STEPS, add_lora, agreement_db, draw, full_calls, helped, load_pipe, switch
 
 # numpy's word to diffusers, not to us
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def loaded_pipe() -> StableDiffusionPipeline:
+    return load_pipe(NATIVE)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +108,8 @@ def guidance_off(pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     return tensors | {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
 
 
-def test_engines_refuse_what_they_do_not_compute(bundle: Bundle, own_pipe: StableDiffusionPipeline) -> None:
-    pipe = own_pipe
+def test_engines_refuse_what_they_do_not_compute(bundle: Bundle, native_pipe: StableDiffusionPipeline) -> None:
+    pipe = native_pipe
     helper = FastCacheHelper(pipe, engines=bundle)
     with pytest.raises(ValueError, match=r"expected kernels or engines, got both; .*--kernels\)$"):
         FastCacheHelper(pipe, engines=bundle, kernels=True)

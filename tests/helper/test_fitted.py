@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from fastcache import Bundle, CachePlan, FastCacheHelper, FastCachePipeline
 from fastcache.planning.fitting import Fitting, Reference
-from live_pipelines import PROMPT, agreement_db, draw
+from live_pipelines import NATIVE, PROMPT, agreement_db, draw, load_pipe
 
 POINTS = (0, 2, 3, 5)
 PASSES = ("full", "shallow-0", "full", "shallow-0")
 
 
 pytestmark = pytest.mark.slow  # the bundled model, built and fitted
+
+
+@pytest.fixture(scope="module")
+def loaded_pipe() -> StableDiffusionPipeline:
+    return load_pipe(NATIVE)
 
 
 @pytest.fixture(scope="module")

@@ -201,10 +201,10 @@ EVERY = [*AT_ONCE, *((change, "weights or classes") for change in AT_A_RUN)]
 
 @pytest.mark.parametrize(("change", "word"), mostly_slow(EVERY, lambda case: case[0].__name__ in QUICK))
 def test_engines_refuse_a_changed_network(
-    change: Change, word: str, demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline
+    change: Change, word: str, demo_bundle: Callable[[int], Bundle], native_pipe: StableDiffusionPipeline
 ) -> None:
     """Between two pictures, and again until it is undone or enabled anew; where a step sees it, between two steps."""
-    pipe, bundle = own_pipe, demo_bundle(0)
+    pipe, bundle = native_pipe, demo_bundle(0)
     if word == "dtype":
         pytest.skip("a pipeline of two dtypes does not run")
     helper, changed = FastCacheHelper(pipe, engines=bundle), after(3, change)
@@ -231,9 +231,9 @@ def test_engines_refuse_a_changed_network(
 
 
 def test_engines_go_on_where_a_change_is_undone(
-    demo_bundle: Callable[[int], Bundle], own_pipe: StableDiffusionPipeline
+    demo_bundle: Callable[[int], Bundle], native_pipe: StableDiffusionPipeline
 ) -> None:
-    pipe = own_pipe
+    pipe = native_pipe
     with FastCacheHelper(pipe, engines=demo_bundle(0)):
         before = draw(pipe)
         free_u(pipe.unet)

@@ -93,7 +93,7 @@ def test_forecasts_and_unguided_steps_draw_what_fastcaches_own_loop_draws(
 def own_loop(pipe: StableDiffusionPipeline, plan: CachePlan, steps: int) -> Tensor:
     """The same picture by `fastcache.loop`, with the passes of the same cuts as engines."""
     text = torch.cat(pipe.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = eager_engines(partition_branches(pipe.unet, plan.branch_ids), latents, text[:1])
     lane = Lane(*found, images=1, halves=2, channels=4)
     lane.set_inputs({"encoder_hidden_states": text})
@@ -177,7 +177,7 @@ def by_hand(pipe: StableDiffusionPipeline, plan: CachePlan, guided: int) -> Tens
     """DDIM over the two passes of a cut, on both halves for so many steps and on the conditional one from there on."""
     cut = partition_unet(pipe.unet)
     text = torch.cat(pipe.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pipe.scheduler.set_timesteps(STEPS)
     feature = torch.empty(0)
     for step, timestep in enumerate(pipe.scheduler.timesteps):

@@ -126,7 +126,7 @@ def test_a_loop_over_the_same_timesteps_again_is_a_new_run(pipe: StableDiffusion
     """A loop of the user's own, which never sets its timesteps anew, and names its arguments."""
     pipe.scheduler.set_timesteps(4)
     text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
-    samples = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    samples = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def loop(sample: Tensor) -> list[Tensor]:
         return [call(pipe.unet, t, sample, text) for t in pipe.scheduler.timesteps]
