@@ -84,7 +84,7 @@ def eager_engines(
 
 @cache
 def small_cuts(device: str = "cpu") -> Cuts:
-    return partition_branches(small_unet("sd15").to(device), BRANCHES)
+    return partition_branches(small_unet("one-layer").to(device), BRANCHES)
 
 
 @cache
@@ -94,7 +94,7 @@ def conditioning() -> Tensor:
 
 
 def start() -> Tensor:
-    return torch.randn(IMAGES, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return torch.randn(IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def generators() -> list[torch.Generator]:

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 PROMPT = "a large red circle at the left on a white background"
 OTHER_PROMPT = "a small blue ring at the top on a black background"
 STEPS = 8
+FEW = {"num_inference_steps": 4}
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -121,6 +122,11 @@ def embeds_of(reference: StableDiffusionPipeline, **texts: str) -> dict[str, Ten
     return {name: reference.encode_prompt(text, "cpu", 1, False)[0] for name, text in texts.items()}
 
 
+@pytest.fixture(scope="module")
+def by_default(pipe: FastCachePipeline) -> Tensor:
+    return images(pipe, **FEW)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -144,7 +150,7 @@ def embeds_of(reference: StableDiffusionPipeline, **texts: str) -> dict[str, Ten
     ids=lambda arguments: ",".join(arguments),
 )
 def test_arguments_mean_what_they_mean_in_diffusers(
-    arguments: dict[str, Any], pipe: FastCachePipeline, reference: StableDiffusionPipeline
+    arguments: dict[str, Any], pipe: FastCachePipeline, reference: StableDiffusionPipeline, by_default: Tensor
 ) -> None:
     texts = {name: value for name, value in arguments.items() if name.endswith("_embeds")}
     given = {**arguments, **embeds_of(reference, **texts)}
@@ -153,13 +159,13 @@ def test_arguments_mean_what_they_mean_in_diffusers(
 
     def drawn(pipeline: Any) -> Tensor:
         seeds = {"generator": seeded(*given["generator"])} if "generator" in given else {}
-        return images(pipeline, **{**given, **seeds})
+        return images(pipeline, **FEW, **{**given, **seeds})
 
     result, expected = drawn(pipe), drawn(reference)
     assert result.shape == expected.shape
     assert psnr_db(result, expected) >= 50
     if arguments != {"height": 64, "width": 64}:  # the bundle's own size
-        assert psnr_db(result, images(pipe).expand_as(result)) < 40
+        assert psnr_db(result, by_default.expand_as(result)) < 40
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
@@ -184,11 +190,11 @@ def test_noise_is_drawn_as_diffusers_draws_it(
 ) -> None:
     use_sampler(reference, sampler)
     for seeds in ((3,), (3, 4)):
-        expected = images(reference, generator=seeded(*seeds), eta=eta, prompt=[PROMPT] * len(seeds))
-        result = images(pipe, generator=seeded(*seeds), eta=eta, prompt=[PROMPT] * len(seeds), sampler=sampler)
-        assert psnr_db(result, expected) >= 50
-    one_for_all = images(pipe, generator=seeded(3)[0], eta=eta, prompt=[PROMPT] * 2, sampler=sampler)
-    expected = images(reference, generator=seeded(3)[0], eta=eta, prompt=[PROMPT] * 2)
+        given = {"eta": eta, "prompt": [PROMPT] * len(seeds), **FEW}
+        result = images(pipe, generator=seeded(*seeds), **given, sampler=sampler)
+        assert psnr_db(result, images(reference, generator=seeded(*seeds), **given)) >= 50
+    one_for_all = images(pipe, generator=seeded(3)[0], **given, sampler=sampler)
+    expected = images(reference, generator=seeded(3)[0], **given)
     assert psnr_db(one_for_all, expected) >= 50
     assert psnr_db(one_for_all, result) < 40
 
@@ -236,7 +242,7 @@ def test_nothing_is_kept_between_calls(pipe: FastCachePipeline, demo_bundle: Cal
         {},
     ]
     for call in calls:
-        call = {"cache_interval": 3, **call}
+        call = {"cache_interval": 3, "num_inference_steps": 6, **call}
         first, again = (
             images(p, **{**call, "generator": seeded(*call.get("generator", (0,)))})
             for p in (pipe, fastcache.load(demo_bundle(0).path))
@@ -269,12 +275,13 @@ def test_a_stream_whose_buffers_were_taken_does_not_go_on(pipe: FastCachePipelin
 def test_a_nonlinear_scheduler_runs_its_own_step(pipe: FastCachePipeline, reference: StableDiffusionPipeline) -> None:
     clipping = DDIMScheduler.from_config(reference.scheduler.config, clip_sample=True)
     before = dict(vars(clipping))
+    given = {"eta": 1.0, "prompt": [PROMPT] * 2, **FEW}
     with pytest.warns(UserWarning, match=r"clip_sample=True"):
-        result = images(pipe, sampler=clipping, eta=1.0, generator=seeded(0, 1), prompt=[PROMPT] * 2)
+        result = images(pipe, sampler=clipping, generator=seeded(0, 1), **given)
     assert vars(clipping) == before
-    plain = images(reference, eta=1.0, generator=seeded(0, 1), prompt=[PROMPT] * 2)
+    plain = images(reference, generator=seeded(0, 1), **given)
     reference.scheduler = clipping
-    assert psnr_db(result, images(reference, eta=1.0, generator=seeded(0, 1), prompt=[PROMPT] * 2)) >= 50
+    assert psnr_db(result, images(reference, generator=seeded(0, 1), **given)) >= 50
     assert psnr_db(result, plain) < 40
 
 
