@@ -13,11 +13,13 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from filelock import FileLock
 
@@ -82,7 +84,8 @@ class BuildStore:
 def _in_own_process(job: Job, folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "diffusers.models", "transformers.models.clip.modeling_clip"])
-    with ProcessPoolExecutor(1, context) as process:
+    # Python 3.11's server of forks looks for what it is to import on no other path, and passes over what it lacks.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), ProcessPoolExecutor(1, context) as process:
         process.submit(_build, job, folder).result()
 
 

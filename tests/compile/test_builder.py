@@ -195,6 +195,7 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_builder() -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
     workers: list[psutil.Process] = []
 

@@ -63,6 +63,7 @@ def test_it_ends_without_an_order_when_its_parent_does() -> None:
     assert is_gone(pid)
 
 
+@pytest.mark.slow
 def test_what_a_command_does_before_it_builds_changes_nothing_for_it() -> None:
     begun, given = run(BEGIN + RESOLVE + HIRE)
     assert begun == given

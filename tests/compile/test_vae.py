@@ -157,6 +157,7 @@ def test_auto_is_the_fastest_dtype(fast: bool, dtype: str, monkeypatch: pytest.M
     assert ("onnxruntime computes no bf16 on a CPU" in job_of(backend="onnxruntime").reason) is fast
 
 
+@pytest.mark.slow
 def test_a_text_encoder_runs_in_bf16_where_that_says_the_same_of_prompts(tiny_model: Path, builds: BuildStore) -> None:
     bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
     entry = bundle.manifest.engines["text_encoder"]
@@ -171,6 +172,7 @@ def test_a_text_encoder_runs_in_bf16_where_that_says_the_same_of_prompts(tiny_mo
     assert 10 * torch.log10(wanted.square().sum() / off.square().sum()) > LEAST_TEXT_SNR_DB
 
 
+@pytest.mark.slow
 def test_a_vae_encoder_in_bf16_gives_latents_of_nearly_the_same_pictures(tiny_model: Path, builds: BuildStore) -> None:
     bundle = builds.bundle(tiny_model, backend="openvino", device="cpu", dtype="bf16")
     engines, run = bundle.manifest.engines, fastcache_engines.backend("openvino").evaluate
