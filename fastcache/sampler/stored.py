@@ -24,7 +24,6 @@ from fastcache.sampler.table import SamplerTable, compile_sampler
 
 TABLES: Final = "samplers.safetensors"
 USUAL_STEPS: Final = (4, 8, 20, 25, 30)  # 50 is most models' own
-_SLOW: Final = "lms"  # its weights are integrals: 4 s for a table of 50 steps, where the others take 0.1 s
 
 
 def tables_file(config: Mapping[str, Any], usual_steps: int) -> bytes:
@@ -33,11 +32,11 @@ def tables_file(config: Mapping[str, Any], usual_steps: int) -> bytes:
     Left out are samplers without a table, and step counts that a scheduler cannot make.
     """
     own = own_sampler(config)
-    names = [name for name in SAMPLERS if _stored_name(name) == name and name != _SLOW]
+    names = [name for name in SAMPLERS if _stored_name(name) == name]
     tensors = dict[str, Tensor]()
     for name in dict.fromkeys((own, *names)):
         scheduler = make_scheduler(name, config)
-        for steps in {usual_steps} if name == _SLOW else {*USUAL_STEPS, usual_steps}:
+        for steps in {*USUAL_STEPS, usual_steps}:
             try:
                 table = compile_sampler(scheduler, steps, **step_arguments(scheduler, 0.0))
             except ValueError:

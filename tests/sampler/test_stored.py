@@ -33,7 +33,6 @@ CONFIG: dict[str, Any] = {
     "set_alpha_to_one": False,
     "prediction_type": "v_prediction",
 }
-NAMES = [name for name in SAMPLERS if name != "lms"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def check_equal(got: SamplerTable, expected: SamplerTable) -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 6, 7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_kept_table_is_the_one_that_is_made(kept: Samplers, name: str, steps: int) -> None:
     scheduler = make_scheduler(name, CONFIG)
     found = kept.table(name, steps)
@@ -70,7 +69,6 @@ def test_a_kept_table_is_the_one_that_is_made(kept: Samplers, name: str, steps: 
 
 def test_what_is_not_kept_is_made_by_whoever_asks(kept: Samplers) -> None:
     assert kept.table("ddim", 5) is None
-    assert kept.table("lms", 4) is None
     assert kept.table("no such", 4) is None
     assert Samplers(CONFIG).table("ddim", 4) is None
 
@@ -138,7 +136,7 @@ def test_a_file_that_holds_no_tables_is_refused(kept: Samplers, tmp_path: Path, 
 def test_a_bundle_keeps_the_usual_tables(tiny_bundle: Bundle) -> None:
     """Of the usual counts the store builds with 4 alone (`build_store.py`)."""
     samplers, model = tiny_bundle.samplers, tiny_bundle.manifest.model
-    for name in NAMES:
+    for name in SAMPLERS:
         for steps in (4, model.defaults.num_inference_steps):
             assert samplers.table(name, steps) is not None, (name, steps)
     expected = compile_sampler(make_scheduler("ddim", model.scheduler), 4, eta=0.0)
